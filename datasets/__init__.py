@@ -1,0 +1,17 @@
+"""The data sets: images, the labeled split, and batches that are a function of (seed, step).
+
+Importing this package does not load torch; `load_dataset`, `Batches` and `normalized_batches` bring it in on first use.
+"""
+from importlib import import_module
+
+from datasets.splits import split_labels
+from datasets.table import DATASETS, DataError
+
+LAZY = {"load_dataset": "datasets.loading", "Batches": "datasets.batches", "normalized_batches": "datasets.batches"}
+__all__ = ["DATASETS", "DataError", "split_labels", *LAZY]
+
+
+def __getattr__(name):
+    if name in LAZY:
+        return getattr(import_module(LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,45 @@
+"""Image files to pixels.  Worker processes import this file, so it does not load torch."""
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+
+import numpy as np
+from PIL import Image
+
+from datasets.table import DataError
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+CHUNK = 500         # files a task: processes, not threads, since small images hold the interpreter lock
+
+
+def list_images(folder):
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+def decode_files(paths, image_size, num_workers=0):
+    """(N, 3, image_size, image_size) uint8 RGB, in the order of the paths.  Raises DataError for an unreadable file."""
+    chunks = [paths[i:i + CHUNK] for i in range(0, len(paths), CHUNK)]
+    decode = partial(decode_chunk, image_size=image_size)
+    workers = min(num_workers, os.cpu_count() or 1, len(chunks))
+    if workers < 2:
+        parts = list(map(decode, chunks))
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            parts = list(pool.map(decode, chunks))
+    return np.concatenate([np.empty((0, 3, image_size, image_size), np.uint8), *parts])
+
+
+def decode_chunk(paths, image_size):
+    return np.stack([decode_file(path, image_size) for path in paths])
+
+
+def decode_file(path, image_size):
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            if image.size != (image_size, image_size):
+                image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+            return np.asarray(image).transpose(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as an image ({error}): replace or remove it") from None

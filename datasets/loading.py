@@ -1,0 +1,141 @@
+"""From files, or scikit-learn's own digits, to one uint8 tensor per split."""
+import hashlib
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from datasets.decoding import decode_files, list_images
+from datasets.table import DATASETS, DataError
+
+
+class Images(NamedTuple):
+    name: str
+    train_images: torch.Tensor          # (N, 3, H, W) uint8
+    train_labels: torch.Tensor          # (N,) int64
+    test_images: torch.Tensor           # (M, 3, H, W) uint8
+    test_labels: torch.Tensor           # (M,) int64
+    class_names: tuple
+    mean: torch.Tensor                  # (3,) of pixels in [0, 1]
+    std: torch.Tensor                   # (3,)
+    flip: bool                          # whether training flips images at random
+
+    @property
+    def num_classes(self):
+        return len(self.class_names)
+
+    @property
+    def labels_sha256(self):
+        """Of the training labels as little-endian int64: the data set that a split's indices speak of."""
+        return hashlib.sha256(self.train_labels.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def load_dataset(name, root, image_size=32, flip=False, num_workers=0):
+    """The whole data set in memory, on the CPU.
+
+    Args:
+        name: a key of DATASETS.  "cifar10", "cifar100" and "svhn" are read from root, downloaded if they are not
+            there, and checked by MD5; "digits" needs no file; "folder" reads root/{train,test}/<class>/*.
+        root: where the files lie.
+        image_size, flip, num_workers: for "folder" only: images are resized to image_size x image_size, flipped in
+            training, decoded by that many processes.
+
+    Raises:
+        DataError: if files are missing or damaged, or the data cannot be trained on.
+    """
+    if name not in DATASETS:
+        raise DataError(f"no data set is named {name!r}; choose from {', '.join(DATASETS)}")
+    row = DATASETS[name]
+    train, test, class_names = LOADERS[row.loader](row, Path(root), image_size, num_workers)
+    train_images, train_labels, test_images, test_labels = (torch.from_numpy(np.ascontiguousarray(part))
+                                                            for part in (*train, *test))
+    for split, labels in (("training", train_labels), ("test", test_labels)):
+        missing = set(range(len(class_names))) - set(labels.tolist())
+        if missing:
+            raise DataError(f"{name}: no {split} image of class {class_names[min(missing)]}")
+    if row.mean is None:
+        mean, std = measure(train_images)
+    else:
+        mean, std = torch.tensor(row.mean), torch.tensor(row.std)
+    return Images(name, train_images, train_labels, test_images, test_labels, tuple(class_names), mean, std,
+                  flip if name == "folder" else row.flip)
+
+
+def measure(images):
+    """Mean and standard deviation (3,) of pixels in [0, 1]; constant channels get 1."""
+    counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double()
+    values = torch.arange(256, dtype=torch.float64) / 255
+    share = counts / counts.sum(dim=1, keepdim=True)
+    mean = share @ values
+    std = (share @ values.square() - mean.square()).clamp_min(0).sqrt()
+    return mean.float(), torch.where(std > 1e-6, std, 1.0).float()
+
+
+def load_digits(row, root, image_size, num_workers):
+    """1,797 handwritten digits of 8x8 pixels, resized to 16x16; 5 of every 18 are the 500 test images."""
+    from sklearn.datasets import load_digits as load
+
+    digits = load()
+    images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    images = torch.nn.functional.interpolate(images, size=16, mode="bilinear").round().byte().expand(-1, 3, -1, -1).numpy()
+    labels = digits.target.astype(np.int64)
+    test = np.arange(len(labels)) % 18 < 5
+    return (images[~test], labels[~test]), (images[test], labels[test]), [str(k) for k in range(10)]
+
+
+def load_cifar(row, root, image_size, num_workers):
+    source = getattr(import_module("torchvision.datasets"), row.source)
+    files = [(root / source.base_folder / name, md5) for name, md5 in source.train_list + source.test_list]
+    train, test = (fetch(files, source, root, train=part) for part in (True, False))
+    return *((part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for part in (train, test)), train.classes
+
+
+def load_svhn(row, root, image_size, num_workers):
+    source = getattr(import_module("torchvision.datasets"), row.source)
+    files = [(root / source.split_list[part][1], source.split_list[part][2]) for part in ("train", "test")]
+    train, test = (fetch(files, source, root, split=part) for part in ("train", "test"))
+    return *((part.data, np.array(part.labels, dtype=np.int64)) for part in (train, test)), [str(k) for k in range(10)]
+
+
+def fetch(files, source, root, **kwargs):
+    """A torchvision data set; files that are already there are used without a network.
+
+    files: (path, MD5) of each, checked by torchvision before it reads or replaces them.
+    """
+    try:
+        return source(root, download=True, **kwargs)
+    except (OSError, RuntimeError) as error:
+        for path, md5 in files:
+            if not path.is_file():
+                raise DataError(f"{path} is missing and could not be downloaded ({error}): put the file with "
+                                f"MD5 {md5} there, or use --dataset digits, which needs no network") from None
+            if hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != md5:
+                raise DataError(f"{path} is damaged (its MD5 is not {md5}) and could not be downloaded again "
+                                f"({error}): replace it") from None
+        raise DataError(f"{root}: {error}") from None
+
+
+def load_folder(row, root, image_size, num_workers):
+    """root/train/<class>/* and root/test/<class>/*, images of any size and type that Pillow reads."""
+    class_names, parts = None, []
+    for split in ("train", "test"):
+        folder = root / split
+        if not folder.is_dir():
+            raise DataError(f"{folder} is not a folder: --dataset folder reads train/<class>/* and test/<class>/* "
+                            "under --data-path")
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        if class_names is not None and names != class_names:
+            odd = sorted(set(names) ^ set(class_names))
+            raise DataError(f"{root}: train and test must have the same classes, but only one has {', '.join(odd[:5])}")
+        if len(names) < 2:
+            raise DataError(f"{folder} has {len(names)} class folders: at least 2 are needed")
+        class_names = names
+        files = [(path, k) for k, name in enumerate(names) for path in list_images(folder / name)]
+        images = decode_files([path for path, _ in files], image_size, num_workers)
+        parts.append((images, np.array([k for _, k in files], dtype=np.int64)))
+    return *parts, class_names
+
+
+LOADERS = {"cifar": load_cifar, "svhn": load_svhn, "digits": load_digits, "folder": load_folder}

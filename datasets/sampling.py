@@ -1,0 +1,47 @@
+"""Every random choice about the data, as a function of (seed, step): a run can start at any step with nothing to replay.
+
+The choices are drawn on the host, a few kilobytes a step, so that they are the same on every device.
+"""
+import numpy as np
+
+STREAMS = ("split", "validation", "labeled", "unlabeled", "augment labeled", "augment unlabeled", "mix-up")
+
+
+def generator(seed, stream, counter=0):
+    """The random generator of one stream at one step or pass; independent of every other."""
+    return np.random.default_rng([seed, STREAMS.index(stream), counter])
+
+
+class IndexStream:
+    """Endless passes over an index set, each a fresh permutation; batches run across the boundary of passes.
+
+    `stream(step)` gives the batch of step 1, 2, ...  Memory is that of one permutation, whatever the number of steps.
+    """
+
+    def __init__(self, indices, batch_size, seed, stream):
+        self.indices, self.batch_size, self.seed, self.stream = np.asarray(indices), batch_size, seed, stream
+        self.pass_number, self.order = None, None
+
+    def __call__(self, step):
+        positions = np.arange((step - 1) * self.batch_size, step * self.batch_size)
+        passes, places = np.divmod(positions, len(self.indices))
+        return np.concatenate([self.permutation(p)[places[passes == p]] for p in np.unique(passes)])
+
+    def permutation(self, pass_number):
+        if pass_number != self.pass_number:
+            self.pass_number = pass_number
+            self.order = generator(self.seed, self.stream, pass_number).permutation(self.indices)
+        return self.order
+
+
+def crop_and_flip_choices(count, padding, flip, seed, stream, step):
+    """(count, 3) int64: row offset and column offset in [0, 2 * padding], and whether to flip."""
+    rng = generator(seed, stream, step)
+    offsets = rng.integers(0, 2 * padding + 1, size=(count, 2))
+    flips = rng.integers(0, 2, size=(count, 1)) * flip
+    return np.concatenate([offsets, flips], axis=1)
+
+
+def mixup_weights(count, gamma, seed, step):
+    """(count,) float32, lam ~ Beta(gamma, gamma), one per sample (line 9 of Algorithm 2)."""
+    return generator(seed, "mix-up", step).beta(gamma, gamma, size=count).astype(np.float32)

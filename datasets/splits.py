@@ -1,0 +1,56 @@
+"""Which training images keep their labels."""
+import numpy as np
+
+from datasets.sampling import generator
+from datasets.table import DataError
+
+
+def split_labels(train_labels, num_label, num_classes, seed, stream="split"):
+    """A class-balanced choice of labeled images, from a generator of its own.
+
+    Args:
+        train_labels: (N,) class indices, an array or a tensor on the CPU.
+        num_label: a multiple of num_classes, or N for all.
+        num_classes, seed, stream: the same arguments always give the same split.
+
+    Returns:
+        labeled (num_label,) and unlabeled (N - num_label,) int64 indices, ascending, disjoint, together complete.
+
+    Raises:
+        DataError, a ValueError: if num_label cannot be split evenly, or a class has too few images.
+    """
+    labels = np.asarray(train_labels)
+    if num_label == len(labels):
+        return np.arange(num_label), np.arange(0)
+    check_num_label(num_label, num_classes, len(labels))
+    per_class = num_label // num_classes
+    rng = generator(seed, stream)
+    labeled = []
+    for k in range(num_classes):
+        members = np.flatnonzero(labels == k)
+        if len(members) < per_class:
+            raise DataError(f"{num_label} labels need {per_class} images of class {k}, which has {len(members)}: "
+                             f"use at most {num_classes * np.bincount(labels, minlength=num_classes).min()}")
+        labeled.append(rng.permutation(members)[:per_class])
+    labeled = np.sort(np.concatenate(labeled))
+    return labeled, np.setdiff1d(np.arange(len(labels)), labeled)
+
+
+def split_training(train_labels, num_label, num_val, num_classes, seed):
+    """Labeled and validation indices, both class-balanced and disjoint; the validation part is drawn first."""
+    labels = np.asarray(train_labels)
+    validation, rest = np.arange(0), np.arange(len(labels))
+    if num_val:
+        validation, rest = split_labels(labels, num_val, num_classes, seed, stream="validation")
+    labeled, _ = split_labels(labels[rest], num_label, num_classes, seed)
+    return rest[labeled], validation
+
+
+def check_num_label(num_label, num_classes, num_train):
+    """Raises DataError if num_label labels cannot be spread evenly over the classes; all images are always allowed."""
+    if not 0 < num_label <= num_train:
+        raise DataError(f"{num_label} labels of {num_train} training images: use 1 to {num_train}")
+    if num_label != num_train and num_label % num_classes:
+        lower = num_label - num_label % num_classes
+        raise DataError(f"{num_label} labels cannot be split evenly over {num_classes} classes: "
+                         f"use {f'{lower} or ' if lower else ''}{lower + num_classes}")

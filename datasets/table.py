@@ -1,0 +1,27 @@
+"""One row per data set.  Nothing else may switch on a name."""
+from typing import NamedTuple
+
+
+class DataError(ValueError):
+    """Data that is missing, damaged or contradictory; the message names the file and the remedy."""
+
+
+class Row(NamedTuple):
+    loader: str                         # key of datasets.loading.LOADERS
+    source: str | None = None           # class of torchvision.datasets
+    num_classes: int | None = None      # None: read from the data
+    num_train: int | None = None
+    mean: tuple | None = None           # per channel, of pixels in [0, 1]; None: measured on the training images
+    std: tuple | None = None
+    flip: bool = False                  # digits and house numbers are not mirror-symmetric
+
+
+DATASETS = {
+    "cifar10": Row("cifar", "CIFAR10", 10, 50_000,
+                   (.49139968, .48215841, .44653091), (.24703223, .24348513, .26158784), flip=True),
+    "cifar100": Row("cifar", "CIFAR100", 100, 50_000,
+                    (.50707516, .48654887, .44091784), (.26733429, .25643846, .27615047), flip=True),
+    "svhn": Row("svhn", "SVHN", 10, 73_257, (.4376821, .4437697, .47280442), (.19803012, .20101562, .19703614)),
+    "digits": Row("digits", None, 10, 1_297),
+    "folder": Row("folder"),
+}

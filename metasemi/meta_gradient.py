@@ -1,0 +1,165 @@
+"""The meta-gradient: how the labeled loss answers to the pseudo-labels, through a virtual SGD step.
+
+    theta    model parameters             x_l, y_l  labeled images, class indices
+    y_tilde  pseudo-labels at theta       x_u       unlabeled images
+    y_hat    improved pseudo-labels       B, K      batch size, classes
+    alpha    step size                    beta      meta step size
+    g        gradient of the mean labeled loss at theta
+    J        Jacobian of softmax(model(x_u)) with respect to theta
+    Phi      squared error ("mse") or Kullback-Leibler divergence ("kl")
+    lam      mix-up weights ~ Beta(gamma, gamma)
+
+"Line n" refers to Algorithm 2 of the paper, "eq. n" to the numbering of the authors' slides.
+
+Why the virtual step is zero and the meta-gradient is not
+---------------------------------------------------------
+Pseudo-labels start at the model's own predictions (eq. 2).  There the consistency loss is at its minimum, its
+gradient g_u (eq. 3) is exactly zero, and the virtual step theta~ = theta - alpha g_u (eq. 4) stays where it is.
+But move one pseudo-label and that minimum moves, so g_u leaves zero: its derivative with respect to y_tilde is
+-2 J / B_u for "mse".  The chain rule through eq. 4 therefore gives (eqs. 12-14)
+
+    grad y_tilde = (2 alpha / B_u) J g            "mse"
+    grad y_tilde = (  alpha / B_u) J_log g        "kl", J_log the Jacobian of log softmax
+
+one Jacobian-vector product: the speed of each prediction on x_u as theta moves along the labeled gradient.
+Stepping against it, y_hat = y_tilde - beta grad, is to first order the prediction after a labeled SGD step of
+size 2 beta.  As in Algorithm 2 the factor alpha / B_u is left to beta; the factor 2 is kept.
+"""
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch.func import functional_call, jvp
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import get_total_norm
+
+from metasemi.losses import CONSISTENCY
+
+
+class MetaGradient(NamedTuple):
+    y_tilde: torch.Tensor       # (B_u, K)
+    gradient: torch.Tensor      # (B_u, K)
+    logits_l: torch.Tensor      # (B_l, K), for telemetry
+    g_norm: torch.Tensor        # (), for telemetry
+
+
+def meta_gradient(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency="mse", dtype=None):
+    """Pseudo-labels of x_u and the gradient of the labeled loss with respect to them, alpha / B_u left out.
+
+    Everything is evaluated in evaluation mode: dropout and batch statistics would make theta and its neighbors
+    different functions.  The model is read, never written: parameters, buffers, `.grad`, training flags and random
+    number generators are afterwards what they were, bit for bit.
+
+    Args:
+        model: maps (B, C, H, W) to logits (B, K).
+        x_l, y_l: (B_l, C, H, W) float and (B_l,) int64 class indices.
+        x_u: (B_u, C, H, W) float.
+        method: "jvp", forward-mode differentiation, exact and the cheapest; "finite-difference", the central
+            difference of the paper (eqs. 15, 16); "unrolled", double backward through the virtual step (eqs. 2-5).
+        epsilon: > 0, the length in parameter space of each half-step of the finite difference.
+        consistency: "mse" or "kl", the Phi of the consistency loss.
+        dtype: computing type of the network, e.g. torch.bfloat16; default: that of the parameters.
+
+    Returns:
+        y_tilde: (B_u, K), softmax predictions.
+        gradient: (B_u, K), 2 J g for "mse" (rows sum to zero), J_log g for "kl".  Zero where g is zero.
+
+    Raises:
+        ValueError: for an unknown method or consistency.
+    """
+    return meta_gradient_with_telemetry(model, x_l, y_l, x_u, method, epsilon, consistency, dtype)[:2]
+
+
+def meta_gradient_with_telemetry(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency="mse", dtype=None):
+    """As `meta_gradient`, with the labeled logits and ||g|| that it meets on its way."""
+    if method not in METHODS:
+        raise ValueError(f"no method is named {method!r}; choose from {', '.join(METHODS)}")
+    if consistency not in CONSISTENCY:
+        raise ValueError(f"no consistency is named {consistency!r}; choose from {', '.join(CONSISTENCY)}")
+    theta = {k: w for k, w in model.named_parameters() if w.requires_grad}
+    with evaluation_mode(model), torch.enable_grad():
+        parts = METHODS[method](model, theta, x_l, y_l, x_u, epsilon, consistency, dtype)
+    return MetaGradient(*(part.detach() for part in parts))
+
+
+def by_jvp(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype):
+    g, logits_l = labeled_gradient(model, theta, x_l, y_l, dtype)
+    theta = detached(theta)
+    if consistency == "mse":
+        y_tilde, J_g = jvp(lambda t: logits(model, t, x_u, dtype).softmax(dim=1), (theta,), (g,))        # lines 3, 7
+        gradient = 2 * J_g
+    else:
+        log_y_tilde, gradient = jvp(lambda t: logits(model, t, x_u, dtype).log_softmax(dim=1), (theta,), (g,))
+        y_tilde = log_y_tilde.exp()
+    return y_tilde, gradient, logits_l, norm(g)
+
+
+def by_finite_difference(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype):
+    g, logits_l = labeled_gradient(model, theta, x_l, y_l, dtype)
+    theta, g_norm = detached(theta), norm(g)
+    half_step = epsilon / g_norm.clamp_min(torch.finfo(g_norm.dtype).tiny)          # line 6; g = 0 moves nothing
+
+    def at(sign):
+        # Moved copies: adding epsilon g in place and taking it off again changes half of all float32 weights.
+        moved = {k: w + sign * half_step * g[k] for k, w in theta.items()}
+        return logits(model, moved, x_u, dtype)
+
+    y_tilde = logits(model, theta, x_u, dtype).softmax(dim=1)                       # line 3
+    if consistency == "mse":
+        difference = at(+1).softmax(dim=1) - at(-1).softmax(dim=1)                  # line 7
+    else:
+        difference = (at(+1).log_softmax(dim=1) - at(-1).log_softmax(dim=1)) / 2
+    return y_tilde, difference * (g_norm / epsilon), logits_l, g_norm
+
+
+def by_unrolling(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype):
+    logits_u = logits(model, theta, x_u, dtype)
+    y_tilde = logits_u.softmax(dim=1).detach().requires_grad_()                     # eq. 2
+    loss_u = CONSISTENCY[consistency](logits_u, y_tilde).mean()
+    g_u = torch.autograd.grad(loss_u, list(theta.values()), create_graph=True, materialize_grads=True)   # eq. 3
+    virtual = {k: w - d for (k, w), d in zip(theta.items(), g_u)}                   # eq. 4 with alpha = 1
+    logits_l = logits(model, virtual, x_l, dtype)
+    loss_l = cross_entropy(logits_l, y_l)
+    gradient, *g = torch.autograd.grad(loss_l, [y_tilde, *virtual.values()])        # eq. 5
+    return y_tilde, len(x_u) * gradient, logits_l, get_total_norm(g)
+
+
+METHODS = {"jvp": by_jvp, "finite-difference": by_finite_difference, "unrolled": by_unrolling}
+
+
+def labeled_gradient(model, theta, x_l, y_l, dtype):
+    """g as a dict like theta, and the labeled logits (lines 4, 5).  `.grad` stays untouched."""
+    logits_l = logits(model, theta, x_l, dtype)
+    g = torch.autograd.grad(cross_entropy(logits_l, y_l), list(theta.values()), materialize_grads=True)
+    return dict(zip(theta, g)), logits_l
+
+
+def logits(model, theta, x, dtype):
+    """Logits at the parameters theta; with a dtype, from copies of the whole network in it, as float32.
+
+    Explicit copies rather than autocast: under it, forward-mode differentiation fails.
+    """
+    if dtype is None:
+        return functional_call(model, theta, (x,))
+    state = {k: v for k, v in model.named_buffers() if v.is_floating_point()} | theta
+    return functional_call(model, {k: v.to(dtype) for k, v in state.items()}, (x.to(dtype),)).float()
+
+
+@contextmanager
+def evaluation_mode(model):
+    """Puts every module in evaluation mode, and afterwards each back to what it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def detached(theta):
+    return {k: w.detach() for k, w in theta.items()}
+
+
+def norm(g):
+    return get_total_norm(list(g.values()))

@@ -1,0 +1,15 @@
+"""Learning rate and ramp as pure functions of the step.  Step n is the n-th update; step 0 is before the first."""
+
+
+def learning_rate(step, lr, warmup=0, milestones=(), gamma=0.1):
+    """Linear warm-up from 0 to `lr` over `warmup` steps, and a factor `gamma` for every milestone passed.
+
+    The step that equals a milestone is the last one before the decay.
+    """
+    passed = sum(step > milestone for milestone in milestones)
+    return ramp(step, warmup, lr) * gamma ** passed
+
+
+def ramp(step, warmup, weight=1.0):
+    """Linear from 0 at step 0 to `weight` at step `warmup`, then constant; constant if `warmup` is 0."""
+    return weight * step / warmup if step < warmup else weight

@@ -1,0 +1,92 @@
+"""One update of the weights: Algorithm 2, and the other three rows of the paper's ablation.
+
+    meta  mix-up   classification loss L_cls                 consistency loss L_cons
+    yes   yes      Phi^KL on mixed images, y_hat             Phi(f(x_u), y_hat)           Algorithm 2
+    yes   no       cross-entropy on labeled images           Phi(f(x_u), y_hat)
+    no    yes      Phi^KL on mixed images, y_tilde           none
+    no    no       cross-entropy on labeled images           none                         the supervised baseline
+
+The symbols are those of `metasemi.meta_gradient`.
+"""
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import cross_entropy, one_hot
+
+from metasemi.losses import CONSISTENCY, kl_divergence
+from metasemi.meta_gradient import evaluation_mode, logits, meta_gradient_with_telemetry
+from metasemi.pseudo_labels import cross_domain_mixup, update_pseudo_labels
+
+
+class Step(NamedTuple):
+    loss: torch.Tensor                  # (), the loss that was minimized
+    telemetry: dict                     # name -> () tensor on the device of the model
+    y_tilde: torch.Tensor | None        # (B, K), pseudo-labels before the meta step, if the row has any
+    y_hat: torch.Tensor | None          # (B, K), and after it
+
+
+def training_step(model, optimizer, x_l, y_l, x_u=None, *, alpha, beta=0.0, weight=1.0, lam=None, meta=True,
+                  method="jvp", epsilon=1e-2, consistency="mse", dtype=None):
+    """One optimizer step; the model ends in training mode.  Nothing in here waits for the device.
+
+    Args:
+        model, optimizer: the optimizer's learning rate is set to alpha.
+        x_l, y_l: (B, C, H, W) float and (B,) int64.
+        x_u: (B, C, H, W) float; only the supervised baseline does without.
+        alpha, beta, weight: learning rate, meta learning rate, weight of the consistency loss; floats.
+        lam: (B,) mix-up weights, or None for no mix-up.
+        meta: whether pseudo-labels are improved by the meta-gradient and the consistency loss is used.
+        method, epsilon, consistency, dtype: as in `meta_gradient`; with a dtype the losses are computed under
+            autocast, from float32 weights.
+    """
+    y_tilde = y_hat = None
+    telemetry = {}
+    if meta:
+        y_tilde, gradient, logits_l, g_norm = meta_gradient_with_telemetry(                  # lines 3-7
+            model, x_l, y_l, x_u, method, epsilon, consistency, dtype)
+        y_hat = update_pseudo_labels(y_tilde, gradient, beta)                                # line 8
+        telemetry = {"label-loss": cross_entropy(logits_l, y_l), "label-acc": accuracy(logits_l, y_l),
+                     "meta-shift": (y_hat - y_tilde).abs().mean(),
+                     "meta-clipped": (y_tilde < beta * gradient).float().mean(), "meta-g-norm": g_norm}
+    elif lam is not None:
+        theta = dict(model.named_parameters())
+        with evaluation_mode(model), torch.no_grad():
+            y_tilde = y_hat = logits(model, theta, x_u, dtype).softmax(dim=1)                # line 3
+
+    model.train()
+    with torch.autocast(x_l.device.type, dtype=dtype, enabled=dtype is not None):
+        # The order matters: both training-mode passes move the running statistics of batch normalization.
+        if lam is not None:
+            y_l_one_hot = one_hot(y_l, y_hat.shape[1]).to(y_hat.dtype)
+            x_in, y_in = cross_domain_mixup(x_l, y_l_one_hot, x_u, y_hat, lam)               # lines 10, 11
+            logits_in = model(x_in)
+        else:
+            logits_in = model(x_l)
+        logits_u = model(x_u) if meta else None
+    if lam is not None:
+        loss = kl_divergence(full_precision(logits_in), y_in).mean()                         # line 12
+        telemetry["interp-loss"] = loss.detach()
+    else:
+        loss = cross_entropy(full_precision(logits_in), y_l)
+        telemetry = {"label-loss": loss.detach(), "label-acc": accuracy(logits_in, y_l)} | telemetry
+    if meta:
+        loss_cons = CONSISTENCY[consistency](full_precision(logits_u), y_hat).mean()         # line 13
+        telemetry["unlabel-loss"] = loss_cons.detach()
+        loss = loss + weight * loss_cons
+
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()                                                                          # line 14
+    for group in optimizer.param_groups:
+        group["lr"] = alpha
+    optimizer.step()                                                                         # line 15
+    return Step(loss.detach(), telemetry, y_tilde, y_hat)
+
+
+def accuracy(predictions, y):
+    """Share of rows of predictions (B, K) whose largest entry is class y (B,)."""
+    return (predictions.argmax(dim=1) == y).float().mean()
+
+
+def full_precision(x):
+    """float32 for the half types, which losses are not computed in; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -1,0 +1,155 @@
+"""Command lines: types that say which value was given, which rule it breaks and what to do; one line, exit code 2.
+
+No value is evaluated, no flag may be abbreviated, and nothing here loads torch: a wrong flag answers at once.
+"""
+import argparse
+import math
+import re
+import sys
+from pathlib import Path
+
+LAST = "last"       # --resume without a path
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: {line} (usage: {self.prog} --help)\n")
+
+
+def number(kind, low=None, high=None, above=None, below=None):
+    """An argparse type: a finite number of a kind (int or float) within closed (low, high) or open bounds."""
+    rule = " and ".join(f"{words} {bound:g}" for words, bound in
+                        (("at least", low), ("at most", high), ("above", above), ("below", below)) if bound is not None)
+    noun = "a whole number" if kind is int else "a number"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}: give one {rule}") from None
+        if not (math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
+                and (above is None or value > above) and (below is None or value < below)):
+            raise argparse.ArgumentTypeError(f"{text} is out of range: give {noun} {rule}")
+        return value
+    return parse
+
+
+def parse_milestones(texts):
+    """"[300000, 350000]", "300000,350000" or ["300000", "350000"] to [300000, 350000]; evaluates nothing.
+
+    Raises ValueError unless the steps are whole, positive and ascending.
+    """
+    text = texts if isinstance(texts, str) else " ".join(texts)
+    body = text.strip()
+    if body.startswith("[") and body.endswith("]"):
+        body = body[1:-1].strip()
+    if not re.fullmatch(r"([0-9]{1,15}(\s*,\s*|\s+))*([0-9]{1,15})?", body, re.ASCII):
+        raise ValueError(f"{text[:80]!r} is not a list of steps: write \"[300000, 350000]\" or 300000,350000")
+    steps = [int(part) for part in re.findall("[0-9]+", body)]
+    if any(step == 0 for step in steps) or steps != sorted(set(steps)):
+        raise ValueError(f"{text[:80]!r} is not ascending from at least 1: write \"[300000, 350000]\"")
+    return steps
+
+
+def training_parser(datasets, networks):
+    """The flags of train_meta.py; datasets and networks are the names to choose from."""
+    parser = Parser(
+        prog="train_meta.py",
+        description="Train MetaSemi, or one of the other rows of the paper's ablation.",
+        epilog="rows of the ablation:  MetaSemi: --mix-up   meta only: (neither flag)   mix-up only: --no-meta --mix-up   "
+               "supervised: --no-meta")
+    count, positive = number(int, low=1), number(float, above=0)
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", choices=datasets, default="cifar10", help="data set (default: %(default)s)")
+    data.add_argument("--data-path", default="./data", type=Path, metavar="DIR",
+                      help="where its files lie or are downloaded to (default: ./data)")
+    data.add_argument("--num-label", default=4000, type=count, metavar="N",
+                      help="labeled images, class-balanced; as many as there are training images: all (default: %(default)s)")
+    data.add_argument("--num-val", default=0, type=number(int, low=0), metavar="N",
+                      help="training images held out to select model_best.pth; 0: the test set selects (default: 0)")
+    data.add_argument("--include-labeled", action="store_true", help="put the labeled images in the unlabeled set too")
+    data.add_argument("--image-size", default=32, type=number(int, low=16, high=1024), metavar="PIXELS",
+                      help="--dataset folder: images are resized to this square (default: %(default)s)")
+    data.add_argument("--flip", action="store_true", help="--dataset folder: random horizontal flips in training")
+    data.add_argument("--num-workers", default=4, type=number(int, low=0, high=1024), metavar="N",
+                      help="--dataset folder: processes that decode the images at the start (default: %(default)s)")
+
+    method = parser.add_argument_group("method")
+    method.add_argument("-a", "--arch", choices=networks, default="convlarge", help="network (default: %(default)s)")
+    method.add_argument("--mix-up", action="store_true", help="mix labeled and unlabeled images (lines 9-12 of Algorithm 2)")
+    method.add_argument("--alpha", default=1.0, type=positive, metavar="GAMMA",
+                        help="the paper's gamma: mix-up weights ~ Beta(gamma, gamma) (default: %(default)s)")
+    method.add_argument("--no-meta", action="store_true", help="no meta-gradient and no consistency loss")
+    method.add_argument("--meta-gradient", choices=("jvp", "finite-difference", "unrolled"), default="jvp",
+                        help="exact and fast, the paper's approximation, or double backward (default: %(default)s)")
+    method.add_argument("--epsilon", default=1e-2, type=positive, metavar="X",
+                        help="length of the half-step of finite-difference (default: %(default)s)")
+    method.add_argument("--consistency", choices=("mse", "kl"), default="mse", help="consistency loss (default: %(default)s)")
+    method.add_argument("--weight", default=1.0, type=number(float, low=0), metavar="W",
+                        help="weight of the consistency loss after its ramp over --warmup steps (default: %(default)s)")
+
+    optimization = parser.add_argument_group("optimization")
+    optimization.add_argument("--total-steps", default=400_000, type=count, metavar="N", help="updates (default: %(default)s)")
+    optimization.add_argument("--batch-size", default=128, type=number(int, low=1, high=1_000_000), metavar="B",
+                              help="labeled images a step, and as many unlabeled ones (default: %(default)s)")
+    optimization.add_argument("--lr", default=0.1, type=positive, metavar="X",
+                              help="learning rate alpha_t (default: %(default)s)")
+    optimization.add_argument("--meta-lr", default=None, type=number(float, low=0), metavar="X",
+                              help="fixed meta learning rate beta (default: beta_t is the current learning rate)")
+    optimization.add_argument("--warmup", default=4000, type=number(int, low=0), metavar="N",
+                              help="steps of linear warm-up of the learning rate and of the weight (default: %(default)s)")
+    optimization.add_argument("--milestones", default=["[300000,", "350000]"], nargs="+", metavar="STEP",
+                              help='the learning rate decays after these steps (default: "[300000, 350000]"; "[]": never)')
+    optimization.add_argument("--gamma", default=0.1, type=number(float, above=0, high=1), metavar="X",
+                              help="learning-rate decay factor; not the paper's gamma (default: %(default)s)")
+    optimization.add_argument("--momentum", default=0.9, type=number(float, low=0, below=1), metavar="X",
+                              help="momentum of SGD (default: %(default)s)")
+    optimization.add_argument("--weight-decay", default=1e-4, type=number(float, low=0), metavar="X",
+                              help="weight decay, on every parameter (default: %(default)s)")
+    optimization.add_argument("--seed", default=1234, type=number(int, low=0, high=2 ** 63 - 1), metavar="N",
+                              help="of the split, the order, the augmentation and the weights (default: %(default)s)")
+    optimization.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
+    optimization.add_argument("--precision", choices=("float32", "tf32", "bfloat16"), default="float32",
+                              help="of the network's arithmetic; weights, losses and batch statistics stay float32 "
+                                   "(default: %(default)s)")
+
+    run = parser.add_argument_group("bookkeeping")
+    run.add_argument("--save-path", default="./results/tmp", type=Path, metavar="DIR", help="run folder (default: %(default)s)")
+    run.add_argument("--resume", nargs="?", const=LAST, metavar="PATH",
+                     help="continue from this checkpoint; without PATH from the last one in --save-path, if there is one")
+    run.add_argument("--overwrite", action="store_true", help="start afresh in a folder that holds a run")
+    run.add_argument("--print-freq", default=100, type=count, metavar="N",
+                     help="steps between log lines (default: %(default)s)")
+    run.add_argument("--test-freq", default=400, type=count, metavar="N",
+                     help="steps between evaluations, each followed by a checkpoint (default: %(default)s)")
+    return parser
+
+
+def parse_training(argv, datasets, networks, check_num_label):
+    """Resolved flags of train_meta.py; `milestones` is a list of ints.  Exits with code 2 on a contradiction."""
+    parser = training_parser(datasets, networks)
+    args = parser.parse_args(argv)
+    try:
+        args.milestones = parse_milestones(args.milestones)
+    except ValueError as error:
+        parser.error(f"argument --milestones: {error}")
+    row = datasets[args.dataset]
+    if row.num_train is not None:
+        for flag, count, available in (("--num-val", args.num_val, row.num_train),
+                                       ("--num-label", args.num_label, row.num_train - args.num_val)):
+            try:
+                if count:
+                    check_num_label(count, row.num_classes, available)
+            except ValueError as error:
+                parser.error(f"argument {flag}: {args.dataset}: {error}")
+    return args
+
+
+def fail(prog, message, code):
+    """One line on standard error, then out."""
+    print(f"{prog}: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(code)

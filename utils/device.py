@@ -1,0 +1,34 @@
+"""The device a program runs on, the precision of its arithmetic, and what bitwise equality of results depends on."""
+import platform
+from importlib.metadata import version
+
+import torch
+
+
+class DeviceError(ValueError):
+    """A device or precision that is not to be had here."""
+
+
+def choose_device(name):
+    """"auto" is CUDA if there is one (CUDA_VISIBLE_DEVICES is respected), else the CPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("argument --device: cuda: no CUDA device is visible; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def set_precision(precision, device):
+    """Sets the arithmetic of float32 tensors; returns the type for autocast, or None."""
+    if precision == "tf32" and device.type != "cuda":
+        raise DeviceError("argument --precision: tf32 exists on CUDA only; use float32 or bfloat16")
+    mode = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = mode
+    torch.backends.cudnn.conv.fp32_precision = mode     # by default cuDNN would round float32 convolutions to TF32
+    torch.backends.cudnn.benchmark = True
+    return torch.bfloat16 if precision == "bfloat16" else None
+
+
+def fingerprint(device, precision):
+    """Two parts of a run are equal bit for bit only where all of these agree."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": f"{device.type}: {name}", "threads": torch.get_num_threads(), "precision": precision,
+            "python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "numpy")}}

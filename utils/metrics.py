@@ -1,0 +1,77 @@
+"""What a run measures: means over the steps between log lines, accuracy, and error rates under every selection rule."""
+import statistics
+
+import torch
+
+
+class Meter:
+    """Means of training scalars since the last `read`, summed on the device: only `read` waits for it.
+
+    It also remembers, on the device, the last step whose loss was finite and that loss.
+    """
+
+    def __init__(self):
+        self.names, self.total, self.count = None, None, 0
+        self.diverged = self.last_loss = self.last_step = None
+
+    def add(self, step, scalars):
+        """scalars: name -> () tensor, the same names at every step, "loss" among them."""
+        loss, values = scalars["loss"], torch.stack(list(scalars.values()))
+        if self.names is None:
+            self.names, self.total = list(scalars), torch.zeros_like(values)
+            self.diverged, self.last_loss, self.last_step = ~loss.isfinite(), loss, torch.full_like(loss, step - 1)
+        self.diverged = self.diverged | ~loss.isfinite()
+        self.last_loss = torch.where(self.diverged, self.last_loss, loss)
+        self.last_step = torch.where(self.diverged, self.last_step, step)
+        self.total += values
+        self.count += 1
+
+    def check(self):
+        """Raises Diverged if any loss so far was not finite."""
+        if self.diverged is not None and self.diverged.item():
+            step = int(self.last_step.item())
+            raise Diverged(f"the loss is not finite at step {step + 1}; the last finite one was "
+                           f"{self.last_loss.item():.4g} at step {step}")
+
+    def read(self):
+        """name -> mean since the last read."""
+        means = dict(zip(self.names, (self.total / self.count).tolist()))
+        self.total.zero_()
+        self.count = 0
+        return means
+
+
+class Diverged(ArithmeticError):
+    """Training left the finite numbers."""
+
+
+@torch.no_grad()
+def evaluate(model, batches, dtype=None, stop=lambda: False):
+    """Accuracy in [0, 1] over batches of (x, y), in evaluation mode; None if `stop()` became true on the way."""
+    model.eval()
+    correct, count = 0, 0
+    for x, y in batches:
+        if stop():
+            return None
+        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
+            correct = correct + (model(x).argmax(dim=1) == y).sum()
+        count += len(y)
+    return correct.item() / count
+
+
+def error_rates(evaluations):
+    """Test error rate in percent under every selection rule, from [{"step", "test", "validation"?}], accuracies in [0, 1].
+
+    "last" and "median_last_20" select nothing.  "best_validation" is the error where the held-out images were
+    classified best (None without them).  "best_test" is selected on the test set itself, and so too low.
+    """
+    def error(evaluation):
+        return round(100 * (1 - evaluation["test"]), 4)
+
+    validated = [e for e in evaluations if e.get("validation") is not None]
+    return {
+        "last": error(evaluations[-1]),
+        "median_last_20": round(statistics.median(error(e) for e in evaluations[-20:]), 4),
+        "best_validation": error(max(validated, key=lambda e: e["validation"])) if validated else None,
+        "best_test": min(error(e) for e in evaluations),
+    }
