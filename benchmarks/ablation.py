@@ -24,8 +24,8 @@ ROWS = {
 SETTINGS = {
     "digits": "--dataset digits --num-label 50 -a convsmall --batch-size 64 --total-steps 800 --warmup 80 "
               "--milestones 600,700 --print-freq 100 --test-freq 100",
-    "cifar10-jpeg": "--dataset folder --flip --num-label 4000 -a convsmall --batch-size 64 --total-steps 4000 --warmup 200 "
-                    "--milestones 3000,3500 --print-freq 100 --test-freq 250",
+    "cifar10-jpeg": "--dataset folder --flip --num-label 4000 -a convsmall --batch-size 64 --total-steps 5000 --warmup 200 "
+                    "--milestones 3750,4375 --print-freq 100 --test-freq 250",
 }
 
 

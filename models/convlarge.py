@@ -1,13 +1,11 @@
 """ConvLarge, the 13-layer network of the semi-supervised literature (Laine & Aila, 2017), at any width."""
 from torch import nn
 
+from models.layers import ConvBN
 
-def conv_bn(in_channels, out_channels, kernel_size, padding=0):
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.LeakyReLU(0.1),
-    )
+
+def conv(in_channels, out_channels, kernel_size, padding=0):
+    return nn.Sequential(ConvBN(in_channels, out_channels, kernel_size, padding=padding), nn.LeakyReLU(0.1))
 
 
 class ConvLarge(nn.Module):
@@ -20,11 +18,11 @@ class ConvLarge(nn.Module):
         super().__init__()
         w = width
         self.body = nn.Sequential(
-            conv_bn(3, w, 3, 1), conv_bn(w, w, 3, 1), conv_bn(w, w, 3, 1),
+            conv(3, w, 3, 1), conv(w, w, 3, 1), conv(w, w, 3, 1),
             nn.MaxPool2d(2), nn.Dropout2d(0.5),                             # H -> H/2
-            conv_bn(w, 2 * w, 3, 1), conv_bn(2 * w, 2 * w, 3, 1), conv_bn(2 * w, 2 * w, 3, 1),
+            conv(w, 2 * w, 3, 1), conv(2 * w, 2 * w, 3, 1), conv(2 * w, 2 * w, 3, 1),
             nn.MaxPool2d(2), nn.Dropout2d(0.5),                             # H/2 -> H/4
-            conv_bn(2 * w, 4 * w, 3), conv_bn(4 * w, 2 * w, 1), conv_bn(2 * w, w, 1),   # H/4 -> H/4 - 2
+            conv(2 * w, 4 * w, 3), conv(4 * w, 2 * w, 1), conv(2 * w, w, 1),   # H/4 -> H/4 - 2
         )
         self.classifier = nn.Linear(w, num_classes)
 

@@ -3,6 +3,8 @@ import torch
 from torch import nn
 from torch.nn.functional import pad, relu
 
+from models.layers import ConvBN
+
 
 def shake(a, b, training):
     """Mixes two branches (B, C, H, W): evenly in evaluation mode; in training mode with one random gate per image
@@ -39,20 +41,15 @@ class Block(nn.Module):
         if in_channels == out_channels:
             self.shortcut = nn.Identity()
         elif stride == 1:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False),
-                                          nn.BatchNorm2d(out_channels))
+            self.shortcut = ConvBN(in_channels, out_channels, 1)
         else:
             self.shortcut = nn.Sequential(nn.ReLU(), ShiftConv(in_channels, out_channels),
                                           nn.BatchNorm2d(out_channels))
 
     @staticmethod
     def branch(in_channels, out_channels, stride):
-        return nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out_channels),
-            nn.ReLU(),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels),
-        )
+        return nn.Sequential(nn.ReLU(), ConvBN(in_channels, out_channels, 3, stride, 1),
+                             nn.ReLU(), ConvBN(out_channels, out_channels, 3, 1, 1))
 
     def forward(self, x):
         a, b = (branch(x) for branch in self.branches)
@@ -70,7 +67,7 @@ class ShakeShake(nn.Module):
                 out_channels = width * 2 ** stage
                 blocks.append(Block(channels, out_channels, stride=2 if stage > 0 and i == 0 else 1))
                 channels = out_channels
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+        self.stem = ConvBN(3, 16, 3, 1, 1)
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(channels, num_classes)
 

@@ -3,11 +3,9 @@ LeakyReLU(0.1), batch-norm momentum 0.001, and a first block that activates befo
 from torch import nn
 from torch.nn.functional import leaky_relu
 
-SLOPE = 0.1
+from models.layers import ConvBN
 
-
-def batch_norm(channels):
-    return nn.BatchNorm2d(channels, momentum=0.001)
+SLOPE, MOMENTUM = 0.1, 0.001
 
 
 class Block(nn.Module):
@@ -15,9 +13,8 @@ class Block(nn.Module):
 
     def __init__(self, in_channels, out_channels, stride, activate_before_shortcut):
         super().__init__()
-        self.bn1 = batch_norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        self.bn2 = batch_norm(out_channels)
+        self.bn1 = nn.BatchNorm2d(in_channels, momentum=MOMENTUM)
+        self.conv1 = ConvBN(in_channels, out_channels, 3, stride, 1, momentum=MOMENTUM)     # with the second bn
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         same = in_channels == out_channels and stride == 1
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
@@ -26,9 +23,8 @@ class Block(nn.Module):
     def forward(self, x):
         out = leaky_relu(self.bn1(x), SLOPE)
         shortcut = self.shortcut(out if self.activate_before_shortcut else x)
-        out = self.conv1(out)
-        out = self.conv2(leaky_relu(self.bn2(out), SLOPE))
-        return out + shortcut
+        out = leaky_relu(self.conv1(out), SLOPE)
+        return self.conv2(out) + shortcut
 
 
 class WideResNet(nn.Module):
@@ -45,7 +41,7 @@ class WideResNet(nn.Module):
                                     activate_before_shortcut=stage == 0 and i == 0))
         self.stem = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         self.blocks = nn.Sequential(*blocks)
-        self.bn = batch_norm(channels[3])
+        self.bn = nn.BatchNorm2d(channels[3], momentum=MOMENTUM)
         self.classifier = nn.Linear(channels[3], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

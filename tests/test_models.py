@@ -1,0 +1,101 @@
+import pytest
+import torch
+from torch import nn
+from torch.func import jvp
+
+from models import NETWORKS, build_model
+from models.layers import ConvBN
+from models.shakeshake import shake
+
+
+@pytest.mark.parametrize(("name", "parameters", "width"), [
+    ("convlarge", 3_121_802, 128), ("convsmall", 49_754, 16), ("wideresnet", 1_467_610, 128), ("shakeshake", 26_192_922, 384)])
+def test_parameters_and_feature_width(name, parameters, width):
+    model = build_model(name, 10).eval()
+    assert sum(w.numel() for w in model.parameters()) == parameters
+    with torch.no_grad():
+        x = torch.randn(2, 3, 16, 16)
+        features = model.features(x)
+        assert features.shape == (2, width)
+        assert torch.equal(model(x), model.classifier(features))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 23), (32, 32), (64, 64)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_any_size_from_sixteen_up_and_any_number_of_classes(name, size):
+    with torch.no_grad():
+        assert build_model(name, 7).eval()(torch.randn(1, 3, *size)).shape == (1, 7)
+
+
+def test_convlarge_costs_731_million_multiply_adds_an_image():
+    model, count = build_model("convlarge", 10), 0
+
+    def add(module, inputs, output):
+        nonlocal count
+        weights = module.weight.numel()
+        count += weights * output[0, 0].numel() if isinstance(module, nn.Conv2d) else weights
+
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(add)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    assert round(count / 1e6) == 731
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_batch_norm_folded_into_the_convolution_equals_the_two_layers(stride):
+    torch.manual_seed(0)
+    layer = ConvBN(3, 5, 3, stride, 1, momentum=0.5).double()
+    nn.init.normal_(layer.bn.weight), nn.init.normal_(layer.bn.bias)
+    x = torch.randn(4, 3, 9, 9, dtype=torch.float64)
+    for _ in range(3):
+        assert torch.equal(layer.train()(x), layer.bn(layer.conv(x)))
+    folded = layer.eval()(x)
+    assert torch.allclose(folded, layer.bn(layer.conv(x)), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_evaluation_mode_draws_no_random_number_and_training_mode_of_a_stochastic_network_does(name):
+    model = build_model(name, 10)
+    x, state = torch.randn(2, 3, 16, 16), torch.get_rng_state()
+    with torch.no_grad():
+        first = model.eval()(x)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(model(x), first)
+        model.train()(x)
+    assert torch.equal(torch.get_rng_state(), state) == (name == "wideresnet")
+
+
+def test_wideresnet_is_initialized_and_normalized_as_specified():
+    torch.manual_seed(0)
+    model = build_model("wideresnet", 10)
+    assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.001}
+    conv = model.blocks[-1].conv2.weight                                # 128 -> 128, fan-out 1152, gain of LeakyReLU(0.1)
+    assert conv.std().item() == pytest.approx((2 / 1.01 / 1152) ** 0.5, rel=0.02)
+    assert model.classifier.weight.std().item() == pytest.approx((2 / 138) ** 0.5, rel=0.1)
+    assert [block.activate_before_shortcut for block in model.blocks] == [True] + [False] * 11
+
+
+def test_shake_uses_one_gate_for_the_value_and_another_for_every_derivative():
+    torch.manual_seed(0)
+    a, b, da, db, weight = torch.randn(5, 4, 2, 3, 3, dtype=torch.float64)
+
+    def shaken(a, b):
+        torch.manual_seed(7)
+        return shake(a, b, training=True)
+
+    value, tangent = jvp(shaken, (a, b), (da, db))
+    torch.manual_seed(7)
+    forward_gate, backward_gate = torch.rand(2, 4, 1, 1, 1).double()
+    assert torch.allclose(value, forward_gate * a + (1 - forward_gate) * b, rtol=0, atol=1e-14)
+    assert torch.allclose(tangent, backward_gate * da + (1 - backward_gate) * db, rtol=0, atol=1e-14)
+    a.requires_grad_(), b.requires_grad_()
+    to_a, to_b = torch.autograd.grad((shaken(a, b) * weight).sum(), (a, b))
+    assert torch.allclose(to_a, backward_gate * weight) and torch.allclose(to_b, (1 - backward_gate) * weight)
+    assert torch.equal(shake(a, b, training=False), (a + b) / 2)
+
+
+def test_unknown_network_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="'resnet'; choose from convlarge"):
+        build_model("resnet", 10)

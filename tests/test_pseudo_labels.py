@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from metasemi import cross_domain_mixup, kl_divergence, learning_rate, ramp, squared_error, update_pseudo_labels
+
+
+def test_meta_step_moves_clips_at_zero_and_renormalizes():
+    y_tilde = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.1, 0.0]], dtype=torch.float64)
+    gradient = torch.tensor([[1.0, -0.5, -0.5], [-0.2, 0.2, 0.0]], dtype=torch.float64)
+    expected = torch.tensor([[0.4, 0.35, 0.25], [0.92, 0.08, 0.0]], dtype=torch.float64)
+    assert torch.allclose(update_pseudo_labels(y_tilde, gradient, 0.1), expected, rtol=0, atol=1e-15)
+    # At beta = 1 the first row is (-0.5, 0.8, 0.7): clipped, then over 1.5; the second (1.1, -0.1, 0): then over 1.1.
+    expected = torch.tensor([[0, 0.8 / 1.5, 0.7 / 1.5], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    assert torch.allclose(update_pseudo_labels(y_tilde, gradient, 1.0), expected, rtol=0, atol=1e-15)
+
+
+def test_a_meta_step_of_zero_changes_nothing():
+    y_tilde = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.375, 0.5]])
+    assert torch.equal(update_pseudo_labels(y_tilde, torch.randn(2, 3), 0.0), y_tilde)
+
+
+def test_mixup_equals_an_explicit_loop():
+    torch.manual_seed(0)
+    x_l, x_u, lam = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.rand(4)
+    y_l, y_hat = torch.eye(5)[:4], torch.rand(4, 5)
+    x_in, y_in = cross_domain_mixup(x_l, y_l, x_u, y_hat, lam)
+    for i in range(4):
+        assert torch.equal(x_in[i], lam[i] * x_l[i] + (1 - lam[i]) * x_u[i])
+        assert torch.equal(y_in[i], lam[i] * y_l[i] + (1 - lam[i]) * y_hat[i])
+
+
+def test_mixup_of_weight_one_is_the_labeled_batch():
+    x_l, y_l = torch.randn(2, 3, 2, 2), torch.eye(5)[:2]
+    x_in, y_in = cross_domain_mixup(x_l, y_l, torch.randn(2, 3, 2, 2), torch.rand(2, 5), torch.ones(2))
+    assert torch.equal(x_in, x_l) and torch.equal(y_in, y_l)
+
+
+def test_losses_by_hand():
+    logits = torch.tensor([[0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    y = torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
+    assert torch.allclose(squared_error(logits, y), torch.tensor([0.5, 0.0], dtype=torch.float64))
+    assert torch.allclose(kl_divergence(logits, y), torch.tensor([2.0, 1.0], dtype=torch.float64).log())
+
+
+@pytest.mark.parametrize(("step", "rate"), [
+    (0, 0.0), (1, 0.1 / 4000), (2000, 0.05), (3999, 0.1 * 3999 / 4000), (4000, 0.1), (300_000, 0.1), (300_001, 0.01),
+    (350_000, 0.01), (350_001, 0.001), (400_000, 0.001)])
+def test_learning_rate_of_the_paper(step, rate):
+    assert learning_rate(step, 0.1, warmup=4000, milestones=[300_000, 350_000], gamma=0.1) == pytest.approx(rate, rel=1e-12)
+
+
+def test_ramp_is_linear_then_constant_and_constant_without_warmup():
+    assert [ramp(step, 4, 2.0) for step in (0, 1, 3, 4, 5)] == [0.0, 0.5, 1.5, 2.0, 2.0]
+    assert ramp(1, 0, 2.0) == 2.0
+    assert learning_rate(1, 0.1) == 0.1

@@ -1,0 +1,135 @@
+"""One whole step against a plain implementation: loops over samples, classes and weights, nothing shared with the code."""
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from metasemi import training_step
+
+LR, MOMENTUM, DECAY = 0.05, 0.9, 1e-2
+
+
+class Network(nn.Module):
+    """Batch normalization and dropout, so that modes, the order of the passes and random numbers all matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.dropout, self.linear = nn.Dropout(0.3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(self.dropout(torch.tanh(self.bn(self.conv(x))).mean(dim=(2, 3))))
+
+
+def make_model():
+    torch.manual_seed(0)
+    model = Network().double()
+    with torch.no_grad():
+        model(torch.randn(16, 3, 5, 5, dtype=torch.float64))
+    return model
+
+
+def softmax(row):
+    top = max(value.item() for value in row)
+    exponentials = [torch.exp(value - top) for value in row]
+    total = sum(exponentials)
+    return [e / total for e in exponentials]
+
+
+def plain_step(model, velocity, x_l, y_l, x_u, *, beta, weight, lam, meta):
+    """Algorithm 2 line by line.  Returns the loss; weights and velocity are changed in place."""
+    theta = list(model.parameters())
+    batch, classes = len(x_l), 3
+    y_hat = None
+    if meta or lam is not None:
+        model.eval()
+        y_hat = [[p.item() for p in softmax(row)] for row in model(x_u)]
+    if meta:
+        loss_l = sum(-torch.log(softmax(row)[y]) for row, y in zip(model(x_l), y_l)) / batch
+        g = torch.autograd.grad(loss_l, theta)
+        for i in range(batch):
+            for j in range(classes):
+                slope = torch.autograd.grad(softmax(model(x_u)[i])[j], theta)
+                y_hat[i][j] -= beta * 2 * sum((s * d).sum().item() for s, d in zip(slope, g))
+            clipped = [max(value, 0.0) for value in y_hat[i]]
+            y_hat[i] = [value / sum(clipped) for value in clipped]
+
+    model.train()
+    loss = 0
+    if lam is None:
+        for row, y in zip(model(x_l), y_l):
+            loss = loss - torch.log(softmax(row)[y]) / batch
+    else:
+        mixed = torch.stack([lam[i] * x_l[i] + (1 - lam[i]) * x_u[i] for i in range(batch)])
+        for i, row in enumerate(model(mixed)):
+            for j, p in enumerate(softmax(row)):
+                y = lam[i].item() * (1.0 if j == y_l[i] else 0.0) + (1 - lam[i].item()) * y_hat[i][j]
+                loss = loss + (y * (math.log(y) - torch.log(p)) if y > 0 else 0) / batch
+    if meta:
+        for i, row in enumerate(model(x_u)):
+            loss = loss + weight * sum((p - y) ** 2 for p, y in zip(softmax(row), y_hat[i])) / batch
+
+    gradients = torch.autograd.grad(loss, theta)
+    with torch.no_grad():
+        for w, v, d in zip(theta, velocity, gradients):
+            v.mul_(MOMENTUM).add_(d + DECAY * w)
+            w.sub_(LR * v)
+    return loss.item()
+
+
+@pytest.mark.parametrize("mix_up", [False, True])
+@pytest.mark.parametrize("meta", [False, True])
+def test_two_steps_of_every_ablation_row_equal_the_plain_implementation(meta, mix_up):
+    model, plain = make_model(), make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=MOMENTUM, weight_decay=DECAY)
+    velocity = [torch.zeros_like(w) for w in plain.parameters()]
+    for step in range(2):
+        torch.manual_seed(step)
+        x_l, x_u = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
+        y_l, lam = torch.randint(0, 3, (4,)), torch.rand(4, dtype=torch.float64) if mix_up else None
+        # beta is large, so that entries are clipped
+        options = {"beta": 2.0, "weight": 0.7, "lam": lam, "meta": meta}
+        torch.manual_seed(100 + step)
+        loss = training_step(model, optimizer, x_l, y_l, x_u, alpha=LR, **options).loss
+        torch.manual_seed(100 + step)
+        assert plain_step(plain, velocity, x_l, y_l, x_u, **options) == pytest.approx(loss.item(), abs=1e-10, rel=0)
+        for (name, value), expected in zip(model.state_dict().items(), plain.state_dict().values()):
+            if "num_batches" not in name:
+                assert torch.allclose(value, expected, rtol=0, atol=1e-10), name
+
+
+def test_the_two_training_mode_passes_move_the_running_statistics_and_the_meta_step_does_not():
+    for options, passes in (({"meta": True}, 2), ({"meta": False}, 1), ({"meta": True, "lam": torch.rand(4)}, 2),
+                            ({"meta": False, "lam": torch.rand(4)}, 1)):
+        model = Network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x_l, x_u = torch.randn(2, 4, 3, 5, 5)
+        training_step(model, optimizer, x_l, torch.tensor([0, 1, 2, 0]), x_u, alpha=0.1, beta=0.1, **options)
+        assert model.bn.num_batches_tracked == passes
+
+
+def test_kl_consistency_and_every_method_make_the_step_that_the_meta_gradient_says():
+    losses = {}
+    for consistency in ("mse", "kl"):
+        for method in ("jvp", "finite-difference", "unrolled"):
+            model = make_model()
+            torch.manual_seed(5)
+            x_l, x_u = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
+            result = training_step(model, torch.optim.SGD(model.parameters(), lr=0.1), x_l, torch.tensor([0, 1, 2, 0]),
+                                   x_u, alpha=0.1, beta=0.5, method=method, consistency=consistency)
+            losses[consistency, method] = result.loss.item()
+            assert torch.allclose(result.y_hat.sum(dim=1), torch.ones(4, dtype=torch.float64))
+    assert losses["mse", "jvp"] == pytest.approx(losses["mse", "unrolled"], rel=1e-12)
+    assert losses["kl", "jvp"] == pytest.approx(losses["kl", "unrolled"], rel=1e-12)
+    assert losses["mse", "jvp"] == pytest.approx(losses["mse", "finite-difference"], rel=1e-3)
+    assert losses["mse", "jvp"] != pytest.approx(losses["kl", "jvp"], rel=1e-3)
+
+
+def test_bfloat16_step_keeps_float32_weights_statistics_and_losses():
+    model = make_model().float()
+    x_l, x_u = torch.randn(2, 4, 3, 5, 5)
+    result = training_step(model, torch.optim.SGD(model.parameters(), lr=0.1), x_l, torch.tensor([0, 1, 2, 0]), x_u,
+                           alpha=0.1, beta=0.1, lam=torch.rand(4), dtype=torch.bfloat16)
+    assert {v.dtype for v in model.state_dict().values()} == {torch.float32, torch.int64}
+    assert result.loss.dtype == torch.float32 and result.loss.isfinite()
