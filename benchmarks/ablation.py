@@ -45,10 +45,10 @@ def main(argv=None):
         folder = root / f"{row}-{seed}"
         command = [sys.executable, ROOT / "train_meta.py", *SETTINGS[args.setting].split(), *ROWS[row][1],
                    "--seed", str(seed), "--data-path", args.data_path, "--save-path", folder, "--resume"]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}, capture_output=True,
-                              text=True)
+        shown = None if args.jobs == 1 else subprocess.DEVNULL      # the lines are in log.txt in either case
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}, stdout=shown)
         if done.returncode:
-            raise SystemExit(done.stderr.strip() or f"{folder}: exit code {done.returncode}")
+            raise SystemExit(f"{folder}: exit code {done.returncode}")
         result = json.loads((folder / "results.json").read_text())
         print(f"{ROWS[row][0]}, seed {seed}: test error {result['error_rate']['last']:.2f} %, "
               f"{result['seconds']:.0f} s, {folder}", flush=True)

@@ -1,0 +1,18 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test
+
+# Trains the supervised baseline and MetaSemi on real handwritten digits, 50 of them labeled, on the CPU.
+demo: .venv/installed
+	$(BIN)/python benchmarks/ablation.py digits --rows neither both --save-path results/demo
+
+test: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/python -m pytest
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	touch $@

@@ -1,0 +1,204 @@
+"""Wrong command lines: exit code 2, one line that names flag, value and remedy, nothing written, torch never loaded."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datasets import DATASETS
+from metasemi import METHODS
+from metasemi.losses import CONSISTENCY
+from models import NETWORKS
+from utils.cli import parse_milestones, training_parser
+
+WRONG = [       # (flags, what the line must contain)
+    (["--dataset", "mnist"], ["--dataset", "mnist", "cifar10"]),
+    (["-a", "resnet"], ["--arch", "resnet", "convlarge"]),
+    (["--meta-gradient", "newton"], ["--meta-gradient", "newton", "jvp"]),
+    (["--consistency", "l1"], ["--consistency", "l1", "mse"]),
+    (["--precision", "int8"], ["--precision", "int8", "float32"]),
+    (["--device", "tpu"], ["--device", "tpu", "cpu"]),
+    (["--lr", "nan"], ["--lr", "nan", "above 0"]),
+    (["--lr", "inf"], ["--lr", "inf", "above 0"]),
+    (["--lr", "0"], ["--lr", "0", "above 0"]),
+    (["--lr", "-0.1"], ["--lr", "-0.1", "above 0"]),
+    (["--lr", "fast"], ["--lr", "fast", "above 0"]),
+    (["--alpha", "0"], ["--alpha", "above 0"]),
+    (["--epsilon", "0"], ["--epsilon", "above 0"]),
+    (["--gamma", "1.5"], ["--gamma", "1.5", "at most 1"]),
+    (["--momentum", "1"], ["--momentum", "below 1"]),
+    (["--weight-decay", "-1"], ["--weight-decay", "at least 0"]),
+    (["--weight", "-1"], ["--weight", "at least 0"]),
+    (["--meta-lr", "-1"], ["--meta-lr", "at least 0"]),
+    (["--batch-size", "0"], ["--batch-size", "at least 1"]),
+    (["--total-steps", "0"], ["--total-steps", "at least 1"]),
+    (["--total-steps", "1e5"], ["--total-steps", "1e5", "whole number"]),
+    (["--warmup", "-1"], ["--warmup", "at least 0"]),
+    (["--print-freq", "0"], ["--print-freq", "at least 1"]),
+    (["--test-freq", "0"], ["--test-freq", "at least 1"]),
+    (["--image-size", "8"], ["--image-size", "at least 16"]),
+    (["--seed", "-1"], ["--seed", "at least 0"]),
+    (["--num-label", "0"], ["--num-label", "at least 1"]),
+    (["--num-label", "4001"], ["--num-label", "4001", "use 4000 or 4010"]),
+    (["--num-label", "60000"], ["--num-label", "60000", "50000"]),
+    (["--num-val", "7"], ["--num-val", "use 10"]),
+    (["--num-label", "45000", "--num-val", "10000"], ["--num-label", "45000", "40000"]),
+    (["--dataset", "cifar100", "--num-label", "50"], ["--num-label", "cifar100", "use 100"]),
+    (["--milestones", "[3, 2]"], ["--milestones", "[3, 2]", "ascending"]),
+    (["--milestones", "2", "2"], ["--milestones", "2 2", "ascending"]),
+    (["--milestones", "0"], ["--milestones", "ascending"]),
+    (["--milestones", "__import__('os').system('touch pwned')"], ["--milestones", "__import__", "300000,350000"]),
+    (["--milestones", "[1.5]"], ["--milestones", "1.5", "300000,350000"]),
+    (["--milestones", "[1"], ["--milestones", "[1", "300000,350000"]),
+    (["--total", "5"], ["--total"]),                            # no abbreviations
+    (["--nonsense"], ["--nonsense"]),
+    (["stray"], ["stray"]),
+    (["--seed"], ["--seed", "expected one argument"]),
+]
+
+PROBE = """
+import contextlib, io, json, sys
+import train_meta
+answers = []
+for flags in json.load(sys.stdin):
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        try:
+            train_meta.main(flags)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+    answers.append((code, error.getvalue()))
+print(json.dumps([answers, "torch" in sys.modules]))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Exit code and standard error of every wrong command line, from one process in an empty folder."""
+    folder = tmp_path_factory.mktemp("empty")
+    done = subprocess.run([sys.executable, "-c", PROBE], input=json.dumps([flags for flags, _ in WRONG]), text=True,
+                          capture_output=True, check=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    given, torch_was_loaded = json.loads(done.stdout)
+    assert not torch_was_loaded
+    assert list(folder.iterdir()) == []
+    return given
+
+
+@pytest.mark.parametrize("i", range(len(WRONG)), ids=[" ".join(flags) for flags, _ in WRONG])
+def test_a_wrong_flag_exits_with_two_and_one_line_that_names_it(answers, i):
+    code, error = answers[i]
+    assert code == 2
+    assert error.startswith("train_meta.py: ") and error.count("\n") == 1 and error.endswith("\n")
+    for part in WRONG[i][1]:
+        assert part in error
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--device", "cuda"], "--device: cuda: no CUDA device is visible; use --device cpu"),
+    (["--precision", "tf32"], "--precision: tf32 exists on CUDA only"),
+    (["--num-label", "1297"], "--num-label: 1297 leaves no unlabeled image: add --include-labeled"),
+    (["--num-label", "1290"], "class 0, which has 127: use at most 1220"),
+    (["--dataset", "folder", "--data-path", "nowhere"], "nowhere/train is not a folder"),
+    (["--resume", "missing.pth"], "missing.pth: no such checkpoint (a missing file never means a fresh start)"),
+    (["--resume", "--overwrite"], "--overwrite: it removes what --resume continues"),
+])
+def test_what_only_the_data_or_the_machine_can_refuse_writes_nothing_either(train, tmp_path, capsys, flags, message):
+    if "cuda" in message.lower() and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert train("a", *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ([], "holds a run: add --resume to continue it or --overwrite to start afresh"),
+    (["--resume", "--seed", "2"], "--seed: 2 now, 1 in the run that --resume continues: give 1"),
+    (["--resume", "--num-label", "60"], "--num-label: 60 now, 50 in the run"),
+    (["--resume", "-a", "convlarge"], "--arch: convlarge now, convsmall in the run"),
+    (["--resume", "--mix-up"], "--mix-up: True now, False in the run"),
+    (["--resume", "--milestones", "1", "5"], "--milestones: [1] now, [] in the run"),
+])
+def test_a_run_is_neither_overwritten_nor_continued_as_another_experiment(train, tmp_path, capsys, flags, message):
+    assert train("a", "--total-steps", "2") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir() if path.name != ".lock"}
+    capsys.readouterr()
+    assert train("a", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir() if path.name != ".lock"} == before
+
+
+def test_overwrite_starts_afresh_and_leaves_files_of_others(train, tmp_path):
+    train("a", "--total-steps", "3")
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    assert train("a", "--total-steps", "2", "--overwrite") == 0
+    assert torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"] == 2
+    assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "a" / "checkpoint.prev.pth").exists()
+
+
+def test_a_split_file_that_was_changed_is_refused(train, tmp_path, capsys):
+    train("a", "--total-steps", "2")
+    (tmp_path / "a" / "label_indices.txt").write_text("1\n2\n")
+    assert train("a", "--resume") == 2
+    assert "label_indices.txt is not the split that the checkpoint was trained on" in capsys.readouterr().err
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+@pytest.mark.parametrize("content", ["pickle", "text", "empty", "foreign"])
+def test_a_file_that_is_no_checkpoint_is_refused_and_not_executed(train, tmp_path, capsys, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "x.pth"
+    if content == "pickle":
+        torch.save({"step": 1, "model": Malicious(), "args": {}}, path)
+    elif content == "foreign":
+        torch.save({"weights": torch.zeros(2)}, path)
+    else:
+        path.write_text("" if content == "empty" else "hello")
+    assert train("a", "--resume", str(path)) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and error.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.pth"]
+
+
+@pytest.mark.parametrize(("text", "steps"), [
+    ("[300000, 350000]", [300000, 350000]), ("300000,350000", [300000, 350000]), (["300000", "350000"], [300000, 350000]),
+    ("[]", []), ("[7]", [7]), (" [ 1 , 2 ] ", [1, 2]), (["1,", "2"], [1, 2])])
+def test_milestones_in_every_accepted_form(text, steps):
+    assert parse_milestones(text) == steps
+
+
+@given(st.one_of(st.text(max_size=40), st.text(alphabet="[]0123456789, -_.()e", max_size=40)))
+def test_any_other_text_is_a_value_error_and_never_evaluated(text):
+    try:
+        steps = parse_milestones(text)
+    except ValueError:
+        return
+    assert steps == sorted(set(steps)) and all(step > 0 for step in steps)
+    assert set(text) - set("[]0123456789,") <= set(" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0") | {c for c in text if c.isspace()}
+
+
+def test_the_choices_of_the_flags_are_those_of_the_code():
+    actions = {option: action for action in training_parser(DATASETS, NETWORKS)._actions for option in action.option_strings}
+    assert set(actions["--meta-gradient"].choices) == set(METHODS)
+    assert set(actions["--consistency"].choices) == set(CONSISTENCY)
+
+
+def test_every_official_flag_has_its_official_default():
+    args = vars(training_parser(DATASETS, NETWORKS).parse_args([]))
+    expected = {"batch_size": 128, "epsilon": 1e-2, "gamma": 0.1, "momentum": 0.9, "num_workers": 4, "resume": None,
+                "print_freq": 100, "test_freq": 400, "seed": 1234, "num_label": 4000, "lr": 0.1, "weight": 1.0,
+                "total_steps": 400_000, "warmup": 4000, "alpha": 1.0, "weight_decay": 1e-4}
+    assert {key: args[key] for key in expected} == expected
+    assert (str(args["data_path"]), str(args["save_path"])) == ("data", "results/tmp")
+    assert parse_milestones(args["milestones"]) == [300_000, 350_000]

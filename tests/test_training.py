@@ -1,0 +1,249 @@
+"""Whole runs of train_meta.py, a few steps each."""
+import json
+import os
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHORT, differing, tensors
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_datasets import make_folder
+
+from utils.metrics import error_rates
+
+ROWS = {"neither": ["--no-meta"], "meta": [], "mix-up": ["--no-meta", "--mix-up"], "both": ["--mix-up"]}
+TAGS = {
+    "neither": {"label-acc", "label-loss"},
+    "meta": {"label-acc", "label-loss", "unlabel-acc", "unlabel-loss"},
+    "mix-up": {"interp-loss", "unlabel-acc"},
+    "both": {"label-acc", "label-loss", "unlabel-acc", "unlabel-loss", "interp-loss"},
+}
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_run_leaves_every_record_under_the_official_tags(train, tmp_path, row):
+    assert train("a", *ROWS[row]) == 0
+    folder = tmp_path / "a"
+    lines = records(folder)
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 6, 7, 7]
+    logged = {tag for line in lines for tag in line}
+    assert {f"train/{name}" for name in TAGS[row] | {"lr", "loss"}} | {"test/accuracy"} <= logged
+    assert ("train/pseudo-acc" in logged) == (row in ("meta", "both"))
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    for tag in logged - {"step"}:
+        expected = [(line["step"], line[tag]) for line in lines if tag in line]
+        assert [(e.step, e.value) for e in events.Scalars(tag)] == [(step, pytest.approx(v)) for step, v in expected]
+
+    indices = [int(line) for line in (folder / "label_indices.txt").read_text().splitlines()]
+    saved = torch.load(folder / "checkpoint.pth", weights_only=True)
+    assert saved["labeled"].tolist() == indices and saved["step"] == 7
+    assert len(json.loads((folder / "split.json").read_text())["sha256"]) == 64
+    arguments = json.loads((folder / "args.json").read_text())
+    assert arguments["args"]["num_label"] == 50 and arguments["sessions"][0]["torch"] == torch.__version__.split("+")[0]
+    log = (folder / "log.txt").read_text()
+    assert "step 6/7" in log and "images/s" in log and "left" in log and "\r" not in log
+    rates = json.loads((folder / "results.json").read_text())["error_rate"]
+    assert rates["last"] == pytest.approx(100 * (1 - lines[-1]["test/accuracy"]))
+    assert rates["best_test"] == pytest.approx(100 * (1 - max(line.get("test/accuracy", 0) for line in lines)))
+    best = torch.load(folder / "model_best.pth", weights_only=True)
+    assert 100 * (1 - best["evaluations"][-1]["test"]) == pytest.approx(rates["best_test"])
+
+
+def test_every_selection_rule_is_reported_side_by_side():
+    evaluations = [{"step": s, "test": t, "validation": v} for s, t, v in ((1, 0.5, 0.9), (2, 0.8, 0.7), (3, 0.7, 0.6))]
+    assert error_rates(evaluations) == {"last": 30.0, "median_last_20": 30.0, "best_validation": 50.0, "best_test": 20.0}
+    many = [{"step": s, "test": 0.0} for s in range(5)] + [{"step": s, "test": 0.9} for s in range(20)]
+    assert error_rates(many) == {"last": 10.0, "median_last_20": 10.0, "best_validation": None, "best_test": 10.0}
+
+
+@pytest.mark.parametrize(("row", "stops"), [("both", [1]), ("both", [3, 5]), ("neither", [4]), ("meta", [6]), ("mix-up", [3])])
+def test_interrupted_and_resumed_training_equals_uninterrupted_training_bit_for_bit(train, tmp_path, row, stops):
+    assert train("whole", *ROWS[row]) == 0
+    for step in [*stops, 7]:
+        assert train("parts", *ROWS[row], "--total-steps", str(step), "--resume") == 0
+    assert differing(tmp_path / "whole", tmp_path / "parts") == []
+    steps = [line["step"] for line in records(tmp_path / "parts")]
+    assert steps == sorted(steps)
+
+
+def test_without_the_random_state_in_the_checkpoint_the_resumed_run_would_differ(train, tmp_path):
+    train("whole", "--mix-up")
+    train("parts", "--mix-up", "--total-steps", "3")
+    path = tmp_path / "parts" / "checkpoint.pth"
+    saved = torch.load(path, weights_only=True)
+    torch.manual_seed(12345)
+    torch.save({**saved, "rng": torch.get_rng_state()}, path)
+    assert train("parts", "--mix-up", "--resume") == 0
+    assert "/model/classifier.weight" in differing(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_stops_after_the_step_saves_and_the_resumed_run_equals_the_whole_one(command, tmp_path, train):
+    flags = [*SHORT, "--mix-up", "--total-steps", "30", "--print-freq", "1", "--test-freq", "1000"]
+    process = subprocess.Popen(command("train_meta.py", *flags, "--save-path", tmp_path / "parts"),
+                               stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 143
+    assert "stopped by a signal at step" in rest
+    step = torch.load(tmp_path / "parts" / "checkpoint.pth", weights_only=True)["step"]
+    assert 3 <= step < 30
+    assert train("parts", *flags, "--resume") == train("whole", *flags) == 0
+    changed = differing(tmp_path / "whole", tmp_path / "parts")
+    assert changed == []
+
+
+def test_a_killed_evaluation_is_made_up_for_on_resume(train, tmp_path, monkeypatch):
+    import utils.metrics
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(utils.metrics, "evaluate", interrupted)
+    assert train("parts", "--total-steps", "3") == 143
+    monkeypatch.undo()
+    train("parts", "--resume"), train("whole")
+    assert [line for line in records(tmp_path / "parts") if "test/accuracy" in line] == \
+           [line for line in records(tmp_path / "whole") if "test/accuracy" in line]
+    assert differing(tmp_path / "whole", tmp_path / "parts") == []
+
+
+def test_records_after_the_checkpoint_are_taken_back_on_resume(train, tmp_path):
+    train("a", "--total-steps", "3")
+    with open(tmp_path / "a" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "train/loss": 1.0}\n{"step": 5, "tra')
+    train("a", "--resume")
+    assert [line["step"] for line in records(tmp_path / "a")] == [2, 3, 3, 4, 6, 6, 7, 7]
+
+
+def test_permuted_hidden_labels_and_test_labels_leave_the_training_bitwise_unchanged(train, tmp_path, monkeypatch):
+    import datasets.loading
+    from datasets.splits import split_training
+
+    load = datasets.loading.load_dataset
+    labels = load("digits", ".").train_labels
+    labeled, validation = split_training(labels, 50, 0, 10, 1)
+    monkeypatch.setattr("datasets.splits.split_training", lambda *args: (labeled, validation))
+
+    def permuted(*args):
+        images = load(*args)
+        hidden = np.setdiff1d(np.arange(len(labels)), labeled)
+        images.train_labels[hidden] = images.train_labels[np.random.default_rng(0).permutation(hidden)]
+        return images._replace(test_labels=images.test_labels.flip(0))
+
+    train("plain", "--mix-up")
+    monkeypatch.setattr(datasets.loading, "load_dataset", permuted)
+    train("permuted", "--mix-up")
+    assert differing(tmp_path / "plain", tmp_path / "permuted") == []
+    a, b = ([line["train/unlabel-acc"] for line in records(tmp_path / f) if "train/unlabel-acc" in line]
+            for f in ("plain", "permuted"))
+    assert a != b                                                               # the telemetry did see other labels
+
+
+def test_the_command_that_users_know_runs_as_it_stands(command, tmp_path):
+    flags = ["--dataset", "digits", "--num-label", "50", "-a", "convlarge", "--mix-up", "--alpha", "1.0",
+             "--save-path", tmp_path / "run", "--weight", "1.0", "--total-steps", "1", "--milestones", "[300000, 350000]",
+             "--lr", "0.1", "--seed", "7788", "--warmup", "4000", "--weight-decay", "1e-4"]
+    done = subprocess.run(command("train_meta.py", *flags), env={"CUDA_VISIBLE_DEVICES": "0"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "convlarge, 3,121,802 parameters" in done.stdout and "finished 1 steps" in done.stdout
+
+
+@pytest.mark.parametrize("flags", [
+    ["--meta-gradient", "finite-difference"], ["--meta-gradient", "unrolled", "--consistency", "kl"],
+    ["--mix-up", "--precision", "bfloat16"], ["--meta-lr", "0"], ["--include-labeled"], ["--warmup", "0"],
+    ["--num-label", "1297", "--no-meta"], ["--num-label", "1297", "--include-labeled", "--mix-up"]])
+def test_every_choice_trains_to_finite_weights(train, tmp_path, flags):
+    assert train("a", *flags) == 0
+    assert all(v.isfinite().all() for v in tensors(torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)).values())
+
+
+def test_the_users_own_folder_trains_with_a_validation_part_that_selects_the_best_model(train, tmp_path):
+    root = make_folder(tmp_path / "images", classes=("ant", "bee", "cow"), count=8)
+    flags = ["--dataset", "folder", "--data-path", str(root), "--image-size", "16", "--flip", "--num-label", "6",
+             "--num-val", "6", "--mix-up"]
+    assert train("a", *flags) == 0
+    saved = torch.load(tmp_path / "a" / "model_best.pth", weights_only=True)
+    assert saved["class_names"] == ["ant", "bee", "cow"] and saved["image_size"] == 16
+    assert saved["model"]["classifier.weight"].shape == (3, 16)
+    validation = json.loads((tmp_path / "a" / "split.json").read_text())["validation"]
+    assert len(validation) == 6 and not set(validation) & set(saved["labeled"].tolist())
+    lines = [line for line in records(tmp_path / "a") if "validation/accuracy" in line]
+    best = max(lines, key=lambda line: line["validation/accuracy"])
+    assert saved["step"] == best["step"]
+    rates = json.loads((tmp_path / "a" / "results.json").read_text())["error_rate"]
+    assert rates["best_validation"] == pytest.approx(100 * (1 - best["test/accuracy"]), abs=1e-3)
+
+
+def test_best_accuracy_survives_a_resume(train, tmp_path):
+    train("a", "--total-steps", "3")
+    path = tmp_path / "a" / "checkpoint.pth"
+    saved = torch.load(path, weights_only=True)
+    saved["evaluations"][0]["test"] = 1.0                                       # nothing later can be better
+    torch.save(saved, path)
+    best = (tmp_path / "a" / "model_best.pth").read_bytes()
+    assert train("a", "--resume") == 0
+    assert (tmp_path / "a" / "model_best.pth").read_bytes() == best
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["error_rate"]["best_test"] == 0.0
+
+
+def test_a_finished_run_is_left_as_it_is_and_continues_with_more_steps(train, tmp_path, capsys):
+    train("a")
+    before = {path: path.read_bytes() for path in (tmp_path / "a").iterdir() if path.name != ".lock"}
+    assert train("a", "--resume") == 0
+    assert "finished at step 7" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+    assert train("a", "--resume", "--total-steps", "9") == 0
+    assert torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"] == 9
+    assert "resumed at step 7" in (tmp_path / "a" / "log.txt").read_text()
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_ends_up_the_same(train, tmp_path, capsys):
+    train("whole"), train("a", "--total-steps", "6")
+    path = tmp_path / "a" / "checkpoint.pth"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert train("a", "--resume") == 0
+    assert "falling back to checkpoint.prev.pth" in capsys.readouterr().out
+    assert "resumed at step 3" in (tmp_path / "a" / "log.txt").read_text()
+    assert differing(tmp_path / "whole", tmp_path / "a") == []
+
+
+def test_diverging_training_stops_with_one_line_and_never_saves_what_is_not_finite(train, tmp_path, capsys):
+    train("a", "--total-steps", "3")
+    saved = torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)
+    saved["model"]["classifier.weight"][0, 0] = float("nan")
+    torch.save(saved, tmp_path / "a" / "checkpoint.pth")
+    previous = (tmp_path / "a" / "checkpoint.pth").read_bytes()
+    assert train("a", "--resume") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "the loss is not finite at step 4" in error
+    assert (tmp_path / "a" / "checkpoint.pth").read_bytes() == previous
+    assert train("b", "--no-meta", "--lr", "1e30", "--warmup", "0") == 1
+    assert "not finite" in capsys.readouterr().err
+    assert not (tmp_path / "b" / "checkpoint.pth").exists()
+
+
+def test_the_second_of_two_runs_in_one_folder_is_refused_with_the_process_of_the_first(command, tmp_path):
+    flags = [*SHORT, "--total-steps", "100000", "--print-freq", "1", "--save-path", tmp_path / "a"]
+    first = subprocess.Popen(command("train_meta.py", *flags), stdout=subprocess.PIPE, text=True)
+    try:
+        for line in first.stdout:
+            if line.startswith("step 1/"):
+                break
+        second = subprocess.run(command("train_meta.py", *flags, "--resume"), capture_output=True, text=True)
+        assert second.returncode == 2 and f"in use by process {first.pid}" in second.stderr
+    finally:
+        first.kill()
+        first.wait()
