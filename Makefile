@@ -3,9 +3,11 @@ BIN := .venv/bin
 
 .PHONY: demo test
 
-# Trains the supervised baseline and MetaSemi on real handwritten digits, 50 of them labeled, on the CPU.
+# Trains the supervised baseline and MetaSemi on real handwritten digits, 50 of them labeled, on the CPU, and draws Figure 3.
 demo: .venv/installed
 	$(BIN)/python benchmarks/ablation.py digits --rows neither both --save-path results/demo
+	$(BIN)/python plot_features.py --checkpoint-path results/demo/neither-1/checkpoint.pth results/demo/both-1/checkpoint.pth \
+		--row-label Baseline MetaSemi --mark-errors --save-path results/demo
 
 test: .venv/installed
 	$(BIN)/ruff check

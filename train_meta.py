@@ -15,14 +15,11 @@ def main(argv=None):
     args = cli.parse_training(argv, DATASETS, NETWORKS, check_num_label)
     # torch takes seconds to load: only now, so that a wrong flag answers at once.
     warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)      # raised inside torch by its own jvp
-    from utils.checkpoint import CheckpointError
-    from utils.device import DeviceError
     from utils.metrics import Diverged
-    from utils.run_folder import RunFolderError
 
     try:
         return train(args)
-    except (CheckpointError, DataError, DeviceError, RunFolderError) as error:
+    except (DataError, cli.UsageError) as error:
         cli.fail(PROG, error, 2)
     except Diverged as error:
         cli.fail(PROG, f"{error}; the checkpoints in {args.save_path} are from before", 1)

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 
+from utils.cli import UsageError
+
 NAME, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.prev.pth", "model_best.pth"
 TEMPORARY = ".tmp"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UsageError):
     """A checkpoint that is missing, damaged or not one of this program; the message names it."""
 
 

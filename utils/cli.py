@@ -11,6 +11,10 @@ from pathlib import Path
 LAST = "last"       # --resume without a path
 
 
+class UsageError(ValueError):
+    """Something given cannot be used as it is: one line with what, why and the remedy; the program exits with code 2."""
+
+
 class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
@@ -146,6 +150,56 @@ def parse_training(argv, datasets, networks, check_num_label):
                     check_num_label(count, row.num_classes, available)
             except ValueError as error:
                 parser.error(f"argument {flag}: {args.dataset}: {error}")
+    return args
+
+
+def plotting_parser(datasets):
+    """The flags of plot_features.py."""
+    parser = Parser(
+        prog="plot_features.py",
+        description="Figure 3 of the paper: the features of one or several trained networks in 2D, one row each; "
+                    "or, with --curves, the course of one or several runs.")
+    parser.add_argument("--checkpoint-path", nargs="+", type=Path, metavar="PATH",
+                        help="checkpoints of train_meta.py, one row each")
+    parser.add_argument("--row-label", nargs="+", metavar="NAME", help="names of the rows (default: of the run folders)")
+    parser.add_argument("--save-path", required=True, type=Path, metavar="DIR", help="folder for the figure and its data")
+    parser.add_argument("--dataset", choices=datasets, help="default: that of the checkpoint; another is refused")
+    parser.add_argument("--data-path", type=Path, metavar="DIR", help="where its files lie (default: as the run had it)")
+    parser.add_argument("--index-path", nargs="+", type=Path, metavar="PATH",
+                        help="label_indices.txt, one per checkpoint; must be the checkpoint's split (default: in its folder)")
+    parser.add_argument("--num-point", type=number(int, low=1), metavar="N",
+                        help="unlabeled points, and test points, that are drawn (default: 5000, or all if there are fewer)")
+    parser.add_argument("--embed-all", action="store_true", help="embed every image and sample for drawing, as the paper did; "
+                                                                 "default: sample first")
+    parser.add_argument("--method", choices=("tsne", "umap", "pca"), default="tsne", help="embedding (default: %(default)s)")
+    parser.add_argument("--backend", choices=("opentsne", "sklearn"), default="opentsne",
+                        help="of tsne (default: %(default)s)")
+    parser.add_argument("--perplexity", type=number(float, low=1), default=30.0, metavar="X",
+                        help="of tsne (default: %(default)s)")
+    parser.add_argument("--seed", type=number(int, low=0, high=2 ** 32 - 1), default=1234, metavar="N",
+                        help="of the sample and the embedding (default: %(default)s)")
+    parser.add_argument("--mark-errors", action="store_true", help="mark the test points that the network misclassifies")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
+    parser.add_argument("--num-workers", default=4, type=number(int, low=0, high=1024), metavar="N",
+                        help="processes that decode the images of a folder (default: %(default)s)")
+    parser.add_argument("--curves", nargs="+", type=Path, metavar="RUN",
+                        help="instead of features: test error and loss of these run folders; runs that differ only in their "
+                             "seed become one line with a band")
+    return parser
+
+
+def parse_plotting(argv, datasets):
+    """Resolved flags of plot_features.py.  Exits with code 2 on a contradiction."""
+    parser = plotting_parser(datasets)
+    args = parser.parse_args(argv)
+    if bool(args.curves) == bool(args.checkpoint_path):
+        parser.error("arguments --checkpoint-path and --curves: give one of them")
+    rows = len(args.checkpoint_path or ())
+    for flag, values in (("--row-label", args.row_label), ("--index-path", args.index_path)):
+        if rows and values and len(values) != rows:
+            parser.error(f"argument {flag}: {len(values)} values for {rows} checkpoints: give one for each")
+    if args.save_path.exists() and not args.save_path.is_dir():
+        parser.error(f"argument --save-path: {args.save_path} is a file: give a folder")
     return args
 
 

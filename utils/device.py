@@ -4,22 +4,20 @@ from importlib.metadata import version
 
 import torch
 
-
-class DeviceError(ValueError):
-    """A device or precision that is not to be had here."""
+from utils.cli import UsageError
 
 
 def choose_device(name):
     """"auto" is CUDA if there is one (CUDA_VISIBLE_DEVICES is respected), else the CPU."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("argument --device: cuda: no CUDA device is visible; use --device cpu")
+        raise UsageError("argument --device: cuda: no CUDA device is visible; use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def set_precision(precision, device):
     """Sets the arithmetic of float32 tensors; returns the type for autocast, or None."""
     if precision == "tf32" and device.type != "cuda":
-        raise DeviceError("argument --precision: tf32 exists on CUDA only; use float32 or bfloat16")
+        raise UsageError("argument --precision: tf32 exists on CUDA only; use float32 or bfloat16")
     mode = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = mode
     torch.backends.cudnn.conv.fp32_precision = mode     # by default cuDNN would round float32 convolutions to TF32

@@ -11,32 +11,28 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils import checkpoint
-from utils.cli import LAST
+from utils.cli import LAST, UsageError
 
 ARGS, LOG, METRICS, RESULTS = "args.json", "log.txt", "metrics.jsonl", "results.json"
 INDICES, SPLIT, LOCK = "label_indices.txt", "split.json", ".lock"
 OURS = (ARGS, LOG, METRICS, RESULTS, INDICES, SPLIT, checkpoint.NAME, checkpoint.PREVIOUS, checkpoint.BEST)
 
 
-class RunFolderError(ValueError):
-    """A folder that cannot take this run; the message says why and what to do."""
-
-
 def prepare(path, resume, overwrite):
     """What a command may continue, before anything is written: the locked folder and the checkpoint, or None for each.
 
-    resume: None, cli.LAST or the path of a checkpoint.  Raises RunFolderError for a folder that must not be touched
+    resume: None, cli.LAST or the path of a checkpoint.  Raises UsageError for a folder that must not be touched
     and CheckpointError for a checkpoint that cannot be read.
     """
     named = Path(resume) if resume not in (None, LAST) else None
     own = resume == LAST or named is not None and named.parent.resolve() == path.resolve()
     if path.exists() and not path.is_dir():
-        raise RunFolderError(f"argument --save-path: {path} is a file: give a folder")
+        raise UsageError(f"argument --save-path: {path} is a file: give a folder")
     if own and overwrite:
-        raise RunFolderError("argument --overwrite: it removes what --resume continues: give one of them")
+        raise UsageError("argument --overwrite: it removes what --resume continues: give one of them")
     found = any((path / name).exists() for name in OURS)
     if found and not own and not overwrite:
-        raise RunFolderError(f"argument --save-path: {path} holds a run: "
+        raise UsageError(f"argument --save-path: {path} holds a run: "
                              "add --resume to continue it or --overwrite to start afresh")
     folder = RunFolder(path) if found else None
     if named is not None:
@@ -61,7 +57,7 @@ def check_same_experiment(args, saved, step):
         if key == "milestones":         # those still to come may move
             value, then = ([m for m in steps if m < step] for steps in (value, then))
         if key not in FREE and value != then:
-            raise RunFolderError(f"argument --{key.replace('_', '-')}: {value} now, {then} in the run that --resume "
+            raise UsageError(f"argument --{key.replace('_', '-')}: {value} now, {then} in the run that --resume "
                                  f"continues: give {then}, or another --save-path without --resume")
 
 
@@ -79,7 +75,7 @@ class RunFolder:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.lock.seek(0)
-            raise RunFolderError(f"{self.path} is in use by process {self.lock.read().strip() or 'unknown'}") from None
+            raise UsageError(f"{self.path} is in use by process {self.lock.read().strip() or 'unknown'}") from None
         self.lock.truncate(0)
         self.lock.write(str(os.getpid()))
         self.lock.flush()
@@ -92,7 +88,7 @@ class RunFolder:
 
         indices = "".join(f"{index}\n" for index in labeled)
         if keep and (self.path / INDICES).exists() and (self.path / INDICES).read_text() != indices:
-            raise RunFolderError(f"{self.path / INDICES} is not the split that the checkpoint was trained on: restore it "
+            raise UsageError(f"{self.path / INDICES} is not the split that the checkpoint was trained on: restore it "
                                  "or remove it, and it is written again")
         for leftover in self.path.glob("*" + checkpoint.TEMPORARY):
             leftover.unlink()

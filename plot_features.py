@@ -1,0 +1,249 @@
+"""Figure 3 of the paper: learned features in 2D.  `python3 plot_features.py --help` lists the flags."""
+import sys
+import warnings
+
+from datasets import DATASETS, DataError
+from utils import cli
+
+PROG = "plot_features.py"
+MOST_POINTS = 5000          # unlabeled and test points that are drawn by default, as in the paper
+NEIGHBORS = 5
+
+
+def main(argv=None):
+    args = cli.parse_plotting(argv, DATASETS)
+    warnings.filterwarnings("ignore", category=FutureWarning)           # of the embedding libraries, about one another
+    from utils.figures import draw_curves
+
+    try:
+        paths = draw_curves(args.curves, args.save_path) if args.curves else plot(args)
+    except (DataError, cli.UsageError) as error:
+        cli.fail(PROG, error, 2)
+    except KeyboardInterrupt:
+        cli.fail(PROG, "interrupted; nothing was written", 130)
+    print("\n".join(str(path) for path in paths))
+    return 0
+
+
+def plot(args):
+    """From checkpoints to the figure; nothing is written before all of it has been computed.  Returns the paths."""
+    import json
+
+    import numpy as np
+
+    from datasets import load_dataset
+    from utils import checkpoint
+    from utils.device import choose_device
+    from utils.figures import draw_features
+
+    device = choose_device(args.device)
+    saved = [checkpoint.load(path) for path in args.checkpoint_path]
+    flags = saved[0]["args"]
+    for path, state in zip(args.checkpoint_path, saved):
+        if args.dataset not in (None, state["args"]["dataset"]):
+            raise cli.UsageError(f"argument --dataset: {args.dataset}, but {path} was trained on {state['args']['dataset']}: "
+                              "leave the flag out")
+        if state["labels_sha256"] != saved[0]["labels_sha256"]:
+            raise cli.UsageError(f"argument --checkpoint-path: {path} was trained on other data than {args.checkpoint_path[0]}")
+    images = load_dataset(flags["dataset"], args.data_path or flags["data_path"], flags["image_size"], flags["flip"],
+                          args.num_workers)
+    if images.labels_sha256 != saved[0]["labels_sha256"]:
+        raise DataError(f"argument --data-path: {args.data_path or flags['data_path']} is not what {args.checkpoint_path[0]} "
+                        "was trained on: the training labels differ")
+
+    rows = []
+    for i, (path, state) in enumerate(zip(args.checkpoint_path, saved)):
+        labeled = state["labeled"].numpy()
+        check_index_file(args.index_path[i] if args.index_path else path.parent / "label_indices.txt", labeled, images,
+                         required=bool(args.index_path))
+        unlabeled = np.setdiff1d(np.arange(len(images.train_labels)), np.concatenate([labeled, state["validation"].numpy()]))
+        label = args.row_label[i] if args.row_label else path.resolve().parent.name
+        rows.append({"label": label, "checkpoint": str(path), "step": state["step"], "arch": state["args"]["arch"],
+                     **choose_points(args, labeled, unlabeled, len(images.test_labels))})
+        part, sample = rows[-1]["part"], rows[-1]["sample"]
+        classes = np.where(part == "test", images.test_labels.numpy()[np.where(part == "test", sample, 0)],
+                           images.train_labels.numpy()[np.where(part == "test", 0, sample)])
+        rows[-1]["classes"] = classes
+    for row, path, state in zip(rows, args.checkpoint_path, saved):
+        row["features"], row["predictions"] = cached_features(path, state, images, row, device)
+        if not np.isfinite(row["features"]).all():
+            raise cli.UsageError(f"argument --checkpoint-path: the features of {path} are not finite")
+        row["knn_accuracy"], row["silhouette"] = measure(row)
+        for part, accuracy in row["knn_accuracy"].items():
+            print(f"{row['label']}, {part}: {NEIGHBORS}-nearest-neighbor accuracy {100 * accuracy:.2f} %, "
+                  f"silhouette {row['silhouette'][part]:.3f}", flush=True)
+    for row in rows:
+        row["coordinates"], row["kl_divergence"], software = embed(row["features"], args)
+
+    method = {"tsne": "t-SNE", "umap": "UMAP", "pca": "PCA"}[args.method]
+    drawn = []
+    for row in rows:
+        keep = row["drawn"]
+        drawn.append({"label": row["label"], "note": f"test kNN {100 * row['knn_accuracy']['test']:.1f} %",
+                      **{key: row[key][keep] for key in ("coordinates", "part", "classes", "predictions")}})
+    paths = draw_features(drawn, images.class_names, args.save_path,
+                          f"{method} of the features, {flags['dataset']}, {len(rows[0]['sample']):,} points", args.mark_errors)
+    arrays = {f"{key}_{i}": row[key] for i, row in enumerate(rows)
+              for key in ("coordinates", "part", "sample", "classes", "predictions", "drawn")}
+    np.savez(args.save_path / "embedding.npz", labels=[row["label"] for row in rows], **arrays)
+    summary = {"method": args.method, "software": software, "seed": args.seed,
+               "perplexity": args.perplexity if args.method == "tsne" else None,
+               "embedded": "all" if args.embed_all else "sample", "dataset": flags["dataset"], "neighbors": NEIGHBORS,
+               "rows": [{key: row[key] for key in ("label", "checkpoint", "step", "arch", "knn_accuracy", "silhouette",
+                                                   "kl_divergence")} for row in rows]}
+    (args.save_path / "embedding.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return [*paths, args.save_path / "embedding.npz", args.save_path / "embedding.json"]
+
+
+def check_index_file(path, labeled, images, required):
+    """Refuses a list of labeled images that is not the split of the checkpoint."""
+    try:
+        lines = path.read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        if not required and not path.exists():
+            return
+        raise cli.UsageError(f"argument --index-path: {path} cannot be read ({error})") from None
+    count = len(images.train_labels)
+    for line in lines:
+        if not (line.isascii() and line.isdigit() and len(line) < 16 and int(line) < count):
+            raise cli.UsageError(f"argument --index-path: {path}: {line[:40]!r} is not an index below {count}")
+    if len(set(lines)) < len(lines):
+        raise cli.UsageError(f"argument --index-path: {path} names an image twice")
+    if sorted(map(int, lines)) != sorted(labeled.tolist()):
+        raise cli.UsageError(f"argument --index-path: {path} is not the split that the checkpoint was trained on: give the "
+                          "label_indices.txt of its run folder")
+
+
+def choose_points(args, labeled, unlabeled, num_test):
+    """Which images are embedded, and which of them are drawn: arrays "part", "sample" (index in its set) and "drawn"."""
+    import numpy as np
+
+    rng = np.random.default_rng(args.seed)
+    part, sample, drawn = [], [], []
+    for name, available in (("labeled", labeled), ("unlabeled", unlabeled), ("test", np.arange(num_test))):
+        count = len(available)
+        if name != "labeled":
+            if args.num_point is not None and args.num_point > count:
+                raise cli.UsageError(f"argument --num-point: {args.num_point}, but there are {count} {name} images")
+            count = min(count, args.num_point or MOST_POINTS)
+        chosen = np.zeros(len(available), dtype=bool)
+        chosen[rng.permutation(len(available))[:count]] = True
+        if not args.embed_all:
+            available, chosen = available[chosen], chosen[chosen]
+        part.append(np.full(len(available), name))
+        sample.append(available)
+        drawn.append(chosen)
+    return {"part": np.concatenate(part), "sample": np.concatenate(sample), "drawn": np.concatenate(drawn)}
+
+
+def cached_features(path, state, images, row, device):
+    """Features (N, D) float32 and predicted classes (N,), kept beside the checkpoint until it or the sample changes."""
+    import hashlib
+    import zipfile
+
+    import numpy as np
+    import torch
+
+    from datasets import normalized_batches
+    from models import build_model
+    made_of = (path.read_bytes(), row["sample"].astype("<i8").tobytes(), "".join(row["part"]).encode(),
+               images.labels_sha256.encode())
+    key = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in made_of)).hexdigest()
+    cache = path.with_suffix(".features.npz")
+    try:
+        with np.load(cache, allow_pickle=False) as stored:
+            if str(stored["key"]) == key:
+                return stored["features"], stored["predictions"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        pass                                                            # none, or not ours: computed afresh
+    model = build_model(state["args"]["arch"], images.num_classes)
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError:
+        raise cli.UsageError(f"argument --checkpoint-path: the weights in {path} do not fit {state['args']['arch']} with "
+                          f"{images.num_classes} classes") from None
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    test = row["part"] == "test"
+    features, predictions = [], []
+    for source, index in ((images.train_images, row["sample"][~test]), (images.test_images, row["sample"][test])):
+        with torch.no_grad():
+            for x, _ in normalized_batches(source[index], torch.zeros(len(index)), state["mean"], state["std"], device, 500):
+                features.append(model.features(x))
+                predictions.append(model.classifier(features[-1]).argmax(dim=1))
+    features, predictions = torch.cat(features).cpu().numpy(), torch.cat(predictions).cpu().numpy()
+    if np.isfinite(features).all():
+        try:
+            np.savez(cache, key=key, features=features, predictions=predictions)
+        except OSError as error:
+            print(f"{cache} cannot be written ({error}); the features are computed again next time")
+    return features, predictions
+
+
+def measure(row):
+    """How well the features separate the classes: part -> accuracy of a nearest-neighbor vote of the labeled features (on
+    the labeled images themselves, of the others), and part -> silhouette, in [-1, 1], on at most 10,000 points."""
+    from sklearn.metrics import silhouette_score
+    from sklearn.neighbors import KNeighborsClassifier
+
+    features, part, classes = row["features"], row["part"], row["classes"]
+    labeled = part == "labeled"
+    vote = KNeighborsClassifier(min(NEIGHBORS, labeled.sum() - 1)).fit(features[labeled], classes[labeled])
+    accuracy, silhouette = {}, {}
+    for name in ("labeled", "unlabeled", "test"):
+        own = part == name
+        if not own.any():
+            continue                                                    # all labels: nothing is unlabeled
+        votes = vote.predict(None if name == "labeled" else features[own])
+        accuracy[name] = float((votes == classes[own]).mean())
+        silhouette[name] = float(silhouette_score(features[own], classes[own], sample_size=min(10_000, int(own.sum())),
+                                                  random_state=0))
+    return accuracy, silhouette
+
+
+def embed(features, args):
+    """Coordinates (N, 2), the final KL divergence of t-SNE (else None), and the software that made them.
+
+    The same seed gives the same coordinates whatever the number of threads: what would sum in another order runs on one.
+    """
+    from importlib.metadata import version
+
+    import numpy as np
+    from threadpoolctl import threadpool_limits
+    from tqdm import tqdm
+
+    def software(package):
+        return f"{package} {version(package)}"
+
+    with threadpool_limits(1, user_api="blas"):
+        if args.method == "pca":
+            from sklearn.decomposition import PCA
+
+            return PCA(2, svd_solver="full").fit_transform(features), None, software("scikit-learn")
+        if args.method == "umap":
+            try:
+                from umap import UMAP
+            except ImportError:
+                raise cli.UsageError("argument --method: umap needs the package umap-learn: pip install umap-learn") from None
+            return UMAP(random_state=args.seed, n_jobs=1).fit_transform(features), None, software("umap-learn")
+        if 3 * args.perplexity > len(features) - 1:
+            raise cli.UsageError(f"argument --perplexity: {args.perplexity:g} is too large for {len(features)} points: "
+                                 f"use at most {(len(features) - 1) // 3}")
+        if args.backend == "sklearn":
+            from sklearn.manifold import TSNE
+
+            tsne = TSNE(perplexity=args.perplexity, init="pca", random_state=args.seed)
+            return tsne.fit_transform(features), float(tsne.kl_divergence_), software("scikit-learn")
+        from openTSNE import TSNE
+
+        with tqdm(total=750, desc=f"t-SNE of {len(features):,} points", disable=not sys.stderr.isatty()) as bar:
+            def progress(iteration, error, embedding):
+                bar.update(50)
+                bar.set_postfix(kl=f"{error:.3f}")
+
+            embedding = TSNE(perplexity=args.perplexity, random_state=args.seed, n_jobs=-1, callbacks=progress,
+                             callbacks_every_iters=50).fit(features)
+        return np.asarray(embedding), float(embedding.kl_divergence), software("openTSNE")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Figure 3: what is embedded, measured and written, and what is refused."""
+import json
+import os
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHORT
+from PIL import Image
+from test_command_line import Malicious
+
+import plot_features
+import train_meta
+from datasets import load_dataset
+from models import build_model
+from utils.figures import style
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A supervised and a MetaSemi run of a few steps, with different splits."""
+    root = tmp_path_factory.mktemp("runs")
+    assert train_meta.main([*SHORT, "--no-meta", "--save-path", str(root / "baseline")]) == 0
+    assert train_meta.main([*SHORT, "--mix-up", "--seed", "2", "--save-path", str(root / "metasemi")]) == 0
+    return root
+
+
+def plot(*flags):
+    try:
+        return plot_features.main([str(flag) for flag in flags])
+    except SystemExit as error:
+        return error.code
+
+
+def test_two_checkpoints_make_a_figure_of_two_rows_with_their_data(runs, tmp_path, capsys):
+    paths = [runs / "baseline" / "model_best.pth", runs / "metasemi" / "model_best.pth"]
+    assert plot("--dataset", "digits", "--checkpoint-path", *paths, "--row-label", "Baseline", "MetaSemi",
+                "--save-path", tmp_path, "--num-point", 100, "--method", "pca", "--mark-errors") == 0
+    assert "MetaSemi, test: 5-nearest-neighbor accuracy" in capsys.readouterr().out
+    with Image.open(tmp_path / "features.png") as image:
+        assert image.width > 1500 and image.height > 900
+        assert len(image.convert("RGB").resize((200, 120)).getcolors(24_000)) > 50
+    assert (tmp_path / "features.pdf").read_bytes().startswith(b"%PDF")
+    images = load_dataset("digits", ".")
+    summary = json.loads((tmp_path / "embedding.json").read_text())
+    with np.load(tmp_path / "embedding.npz") as data:
+        assert data["labels"].tolist() == ["Baseline", "MetaSemi"]
+        for i, name in enumerate(("baseline", "metasemi")):
+            part, sample, classes = data[f"part_{i}"], data[f"sample_{i}"], data[f"classes_{i}"]
+            labeled = [int(line) for line in (runs / name / "label_indices.txt").read_text().split()]
+            assert sample[part == "labeled"].tolist() == labeled
+            assert not set(sample[part == "unlabeled"]) & set(labeled)
+            assert [(part == p).sum() for p in ("labeled", "unlabeled", "test")] == [50, 100, 100]
+            assert classes[part == "test"].tolist() == images.test_labels[sample[part == "test"]].tolist()
+            assert classes[part != "test"].tolist() == images.train_labels[sample[part != "test"]].tolist()
+            assert data[f"coordinates_{i}"].shape == (250, 2)
+            assert set(summary["rows"][i]["knn_accuracy"]) == {"labeled", "unlabeled", "test"}
+    assert summary["method"] == "pca" and summary["seed"] == 1234 and summary["software"].startswith("scikit-learn ")
+
+
+def test_measures_equal_a_plain_vote_of_the_features(runs, tmp_path):
+    path = runs / "metasemi" / "checkpoint.pth"
+    assert plot("--checkpoint-path", path, "--save-path", tmp_path, "--method", "pca", "--num-point", 60) == 0
+    data = np.load(tmp_path / "embedding.npz")
+    part, sample, classes = data["part_0"], data["sample_0"], data["classes_0"]
+    saved = torch.load(path, weights_only=True)
+    model = build_model("convsmall", 10).eval()
+    model.load_state_dict(saved["model"])
+    images = load_dataset("digits", ".")
+    pixels = torch.stack([(images.test_images if p == "test" else images.train_images)[i] for p, i in zip(part, sample)])
+    x = (pixels / 255 - saved["mean"].view(-1, 1, 1)) / saved["std"].view(-1, 1, 1)
+    with torch.no_grad():
+        features = model.features(x).double()
+        assert (model(x).argmax(dim=1).numpy() == data["predictions_0"]).all()
+    known = np.flatnonzero(part == "labeled")
+    right = []
+    for i in np.flatnonzero(part == "test"):
+        nearest = sorted(known, key=lambda j: (features[i] - features[j]).norm().item())[:5]
+        votes = np.bincount(classes[nearest], minlength=10)
+        right.append(votes.argmax() == classes[i])
+    accuracy = json.loads((tmp_path / "embedding.json").read_text())["rows"][0]["knn_accuracy"]["test"]
+    assert accuracy == pytest.approx(np.mean(right), abs=1e-9)
+    centered = features - features.mean(dim=0)
+    expected = centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:2].T
+    assert torch.allclose(expected.abs(), torch.from_numpy(data["coordinates_0"]).double().abs(), atol=1e-4)
+
+
+def test_same_seed_gives_the_same_coordinates_whatever_the_number_of_threads(runs, tmp_path, command):
+    coordinates = []
+    for threads in ("1", "2"):
+        checkpoint = tmp_path / threads / "model_best.pth"              # a folder of its own, so without cached features
+        checkpoint.parent.mkdir()
+        checkpoint.write_bytes((runs / "metasemi" / "model_best.pth").read_bytes())
+        subprocess.run(command("plot_features.py", "--checkpoint-path", checkpoint, "--save-path", tmp_path / f"out{threads}",
+                               "--num-point", "150", "--perplexity", "10"), check=True, capture_output=True,
+                       env={**os.environ, "OMP_NUM_THREADS": threads})
+        with np.load(tmp_path / f"out{threads}" / "embedding.npz") as data:
+            coordinates.append(data["coordinates_0"])
+    assert np.array_equal(*coordinates)
+    kl = json.loads((tmp_path / "out1" / "embedding.json").read_text())["rows"][0]["kl_divergence"]
+    assert 0 < kl < 5
+
+
+def test_embed_all_embeds_every_image_and_draws_the_sample(runs, tmp_path):
+    assert plot("--checkpoint-path", runs / "baseline" / "model_best.pth", "--save-path", tmp_path, "--method", "pca",
+                "--num-point", 100, "--embed-all") == 0
+    data = np.load(tmp_path / "embedding.npz")
+    assert len(data["coordinates_0"]) == 1297 + 500 and data["drawn_0"].sum() == 250
+
+
+def test_features_are_reused_until_the_checkpoint_or_the_sample_changes(runs, tmp_path, monkeypatch):
+    path = tmp_path / "model_best.pth"
+    path.write_bytes((runs / "baseline" / "model_best.pth").read_bytes())
+    built = []
+    monkeypatch.setattr("models.build_model", lambda *args: built.append(args) or build_model(*args))
+    flags = ["--checkpoint-path", path, "--save-path", tmp_path / "out", "--method", "pca", "--num-point", "50"]
+    for extra, expected in (([], 1), ([], 1), (["--seed", "7"], 2)):
+        assert plot(*flags, *extra) == 0
+        assert len(built) == expected
+    path.write_bytes((runs / "baseline" / "checkpoint.prev.pth").read_bytes())
+    assert plot(*flags, "--seed", "7") == 0
+    assert len(built) == 3
+    path.with_suffix(".features.npz").write_bytes(b"damaged")
+    assert plot(*flags, "--seed", "7") == 0
+    assert len(built) == 4
+
+
+def spoiled(runs, tmp_path, **changes):
+    saved = torch.load(runs / "baseline" / "model_best.pth", weights_only=True)
+    torch.save({**saved, **changes}, tmp_path / "x.pth")
+    return tmp_path / "x.pth"
+
+
+def test_bad_input_is_one_line_and_writes_nothing(runs, tmp_path, capsys):
+    good = runs / "baseline" / "model_best.pth"
+    state = torch.load(good, weights_only=True)["model"]
+    for name, text in (("text", "1\nabc\n"), ("twice", "1\n1\n"), ("range", "1\n1297\n"), ("other", "1\n2\n")):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "pickle.pth").write_bytes(b"no archive")
+    torch.save({"step": 1, "model": Malicious(), "args": {}}, tmp_path / "malicious.pth")
+    nan = {k: v * float("nan") if k == "body.0.0.conv.weight" else v for k, v in state.items()}
+    foreign = {k: v for k, v in state.items() if "classifier" not in k}
+    cases = [
+        (["--checkpoint-path", tmp_path / "missing.pth"], "missing.pth: no such checkpoint"),
+        (["--checkpoint-path", tmp_path / "pickle.pth"], "pickle.pth is not a checkpoint that can be read safely"),
+        (["--checkpoint-path", tmp_path / "malicious.pth"], "malicious.pth is not a checkpoint that can be read safely"),
+        (["--checkpoint-path", spoiled(runs, tmp_path, model=nan)], "are not finite"),
+        (["--checkpoint-path", good, "--index-path", tmp_path / "text"], "'abc' is not an index below 1297"),
+        (["--checkpoint-path", good, "--index-path", tmp_path / "twice"], "names an image twice"),
+        (["--checkpoint-path", good, "--index-path", tmp_path / "range"], "'1297' is not an index below 1297"),
+        (["--checkpoint-path", good, "--index-path", tmp_path / "other"], "is not the split that the checkpoint was"),
+        (["--checkpoint-path", good, "--index-path", tmp_path / "none"], "none cannot be read"),
+        (["--checkpoint-path", good, "--dataset", "svhn"], "--dataset: svhn, but"),
+        (["--checkpoint-path", good, "--num-point", "501"], "--num-point: 501, but there are 500 test images"),
+        (["--checkpoint-path", good, "--num-point", "20", "--perplexity", "30"], "--perplexity: 30 is too large for 90 points"),
+        (["--checkpoint-path", good, "--row-label", "a", "b"], "--row-label: 2 values for 1 checkpoints"),
+        (["--checkpoint-path", good, "--method", "lda"], "--method"),
+        (["--curves", tmp_path], "is not the folder of a run"),
+        ([], "--checkpoint-path and --curves: give one of them"),
+    ]
+    for flags, message in cases:
+        if flags and "x.pth" in str(flags[1]):
+            spoiled(runs, tmp_path, model=nan)
+        assert plot(*flags, "--save-path", tmp_path / "out") == 2, flags
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, flags
+        assert not (tmp_path / "out").exists()
+    assert plot("--checkpoint-path", spoiled(runs, tmp_path, model=foreign), "--save-path", tmp_path / "out") == 2
+    assert "do not fit convsmall" in capsys.readouterr().err
+    assert not (tmp_path / "pwned").exists() and not os.path.exists("pwned")
+
+
+def test_umap_without_its_package_is_one_line(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "umap", None)
+    assert plot("--checkpoint-path", runs / "baseline" / "model_best.pth", "--save-path", tmp_path / "o", "--method", "umap",
+                "--num-point", "20") == 2
+    assert "pip install umap-learn" in capsys.readouterr().err
+
+
+def test_curves_average_seeds_and_show_the_published_value(runs, tmp_path, monkeypatch):
+    import utils.figures
+
+    for seed, accuracies in ((1, (0.5, 0.9)), (2, (0.7, 0.8))):
+        folder = tmp_path / f"run{seed}"
+        folder.mkdir()
+        flags = {"dataset": "cifar10", "num_label": 4000, "arch": "convlarge", "mix_up": True, "no_meta": False, "seed": seed}
+        (folder / "args.json").write_text(json.dumps({"args": flags}))
+        lines = [{"step": s, "test/accuracy": a} for s, a in zip((400, 800), accuracies)] + [{"step": 100, "train/loss": 1.0}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = {}
+    monkeypatch.setattr(utils.figures, "save", lambda fig, *args: drawn.update(fig=fig) or [])
+    utils.figures.draw_curves([tmp_path / "run1", tmp_path / "run2"], tmp_path)
+    line, published = drawn["fig"].axes[0].lines
+    assert line.get_ydata() == pytest.approx([40.0, 15.0]) and published.get_ydata()[0] == 7.78
+    assert published.get_linestyle() == "--" and "n = 2" in line.get_label()
+    monkeypatch.undo()
+    assert plot("--curves", runs / "baseline", runs / "metasemi", "--save-path", tmp_path / "out") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["curves.pdf", "curves.png"]
+
+
+def test_up_to_thirty_classes_have_a_look_of_their_own():
+    assert len({style(k, 30) for k in range(30)}) == 30
+    assert len({style(k, 100) for k in range(100)}) == 100

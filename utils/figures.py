@@ -1,0 +1,133 @@
+"""Drawing: Figure 3 of the paper from embedded features, and the course of runs from their metrics.jsonl."""
+import json
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")       # no display is needed
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
+
+from utils.cli import UsageError  # noqa: E402
+
+# Petroff's ten colors, made to be told apart by color-blind readers; further classes change the marker.
+COLORS = plt.style.library["petroff10"]["axes.prop_cycle"].by_key()["color"]
+MARKERS = "o^s"
+PARTS = {"labeled": "#d62728", "unlabeled": "#1f77b4", "test": "#999999"}      # red, blue, grey, as in the paper
+# Published error rates in percent: (data set, labels) -> (mix_up, meta) -> error.
+PUBLISHED = {
+    ("svhn", 1000): {(False, False): 9.76, (False, True): 3.68, (True, False): 5.60, (True, True): 3.15},
+    ("cifar10", 4000): {(False, False): 15.43, (False, True): 11.63, (True, False): 11.10, (True, True): 7.78},
+    ("cifar100", 10000): {(False, False): 38.74, (False, True): 35.40, (True, False): 32.67, (True, True): 30.74},
+}
+ROWS = {(False, False): "supervised baseline", (False, True): "meta only", (True, False): "mix-up only",
+        (True, True): "MetaSemi"}
+
+
+def draw_features(rows, class_names, folder, title, mark_errors=False):
+    """features.png and features.pdf: a row of four panels for each of `rows`; returns their paths.
+
+    rows: dicts with "label", "note", and arrays of the drawn points: "coordinates" (N, 2), "part" (N,) of the names in
+    PARTS, "classes" (N,) class indices, "predictions" (N,).
+    """
+    fig, axes = plt.subplots(len(rows), 4, figsize=(12, 3.1 * len(rows) + 1.1), squeeze=False, layout="constrained")
+    for row, panels in zip(rows, axes):
+        xy, part, classes = row["coordinates"], row["part"], row["classes"]
+        size = float(np.clip(12000 / len(xy), 1.5, 16))
+        sizes = {"labeled": 2 * size if (part == "labeled").sum() < 500 else size, "unlabeled": size, "test": size}
+        for ax, name in zip(panels, PARTS):
+            for k in range(len(class_names)):
+                dots(ax, xy[(part == name) & (classes == k)], sizes[name], *style(k, len(class_names)))
+            if mark_errors and name == "test":
+                wrong = (part == name) & (row["predictions"] != classes)
+                ax.scatter(*xy[wrong].T, s=3 * size, color="black", marker="x", linewidths=0.6, rasterized=True)
+        for name in reversed(PARTS):            # the few labeled points on top
+            dots(panels[3], xy[part == name], sizes[name], PARTS[name], "o")
+        center, half = (xy.max(axis=0) + xy.min(axis=0)) / 2, 0.53 * (xy.max(axis=0) - xy.min(axis=0)).max()
+        for ax in panels:
+            ax.set(xlim=(center[0] - half, center[0] + half), ylim=(center[1] - half, center[1] + half), xticks=[], yticks=[],
+                   aspect="equal")
+        panels[0].set_ylabel(f"{row['label']}\n{row['note']}", fontsize=11)
+    for ax, name in zip(axes[0], ("Labeled", "Unlabeled", "Test", "All")):
+        ax.set_title(name, fontsize=12)
+    handles = []
+    if len(class_names) <= len(COLORS) * len(MARKERS):
+        handles = [handle(name, *style(k, len(class_names))) for k, name in enumerate(class_names)]
+    if mark_errors:
+        handles.append(handle("misclassified", "black", "x"))
+    handles += [handle(f"All: {name}", color, "o") for name, color in PARTS.items()]
+    fig.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7), frameon=False, fontsize=10)
+    fig.suptitle(title, fontsize=12)
+    return save(fig, folder, "features")
+
+
+def dots(ax, points, size, color, marker):
+    ax.scatter(*points.T, s=size, color=color, marker=marker, linewidths=0, rasterized=True)
+
+
+def handle(label, color, marker):
+    return Line2D([], [], linestyle="", color=color, marker=marker, label=label)
+
+
+def style(k, num_classes):
+    """Color and marker of class k; beyond thirty classes a color map, without a legend."""
+    if num_classes > len(COLORS) * len(MARKERS):
+        return plt.get_cmap("viridis")(k / (num_classes - 1)), "o"
+    return COLORS[k % len(COLORS)], MARKERS[k // len(COLORS)]
+
+
+def draw_curves(folders, save_path):
+    """curves.png and curves.pdf: test error and training loss over the steps; returns their paths.
+
+    Runs that differ only in their seed are one line, the mean, in a band from the least to the greatest.  The published
+    error of the same row, if there is one, is a dashed line.
+    """
+    groups = {}
+    for folder in map(Path, folders):
+        try:
+            flags = json.loads((folder / "args.json").read_text())["args"]
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(f"argument --curves: {folder} is not the folder of a run ({error})") from None
+        key = json.dumps({name: value for name, value in flags.items() if name not in ("seed", "data_path", "num_workers")},
+                         sort_keys=True)
+        groups.setdefault(key, []).append((flags, folder, lines))
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for i, runs in enumerate(groups.values()):
+        flags, folder, _ = runs[0]
+        row = flags["mix_up"], not flags["no_meta"]
+        label = f"{ROWS[row]}, {flags['dataset']} {flags['num_label']} labels, {flags['arch']}, n = {len(runs)}"
+        color = COLORS[i % len(COLORS)]
+        for ax, tag, value in ((left, "test/accuracy", lambda a: 100 * (1 - a)), (right, "train/loss", lambda a: a)):
+            values = {}
+            for line in (line for _, _, lines in runs for line in lines if tag in line):
+                values.setdefault(line["step"], []).append(value(line[tag]))
+            steps = sorted(step for step in values if len(values[step]) == len(runs))
+            if not steps:
+                raise UsageError(f"argument --curves: {folder} has no {tag} at a step that all its {len(runs)} seeds share")
+            ax.plot(steps, [statistics.mean(values[s]) for s in steps], color=color, label=label)
+            ax.fill_between(steps, [min(values[s]) for s in steps], [max(values[s]) for s in steps], color=color, alpha=0.2,
+                            linewidth=0)
+        published = PUBLISHED.get((flags["dataset"], flags["num_label"]), {}).get(row)
+        if published is not None:
+            left.axhline(published, color=color, linestyle="--", linewidth=1, label=f"paper: {ROWS[row]}, {published} %")
+    left.set(xlabel="step", ylabel="test error in percent", ylim=(0, None))
+    right.set(xlabel="step", ylabel="training loss", ylim=(0, None))
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return save(fig, save_path, "curves")
+
+
+def save(fig, folder, name):
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png", folder / f"{name}.pdf"]
+    fig.savefig(paths[0], dpi=160, facecolor="white", metadata={"Software": None})
+    fig.savefig(paths[1], metadata={"CreationDate": None})
+    plt.close(fig)
+    return paths
