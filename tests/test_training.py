@@ -1,8 +1,10 @@
 """Whole runs of train_meta.py, a few steps each."""
 import json
 import os
+import pty
 import signal
 import subprocess
+import termios
 
 import numpy as np
 import pytest
@@ -116,6 +118,42 @@ def test_a_killed_evaluation_is_made_up_for_on_resume(train, tmp_path, monkeypat
     assert [line for line in records(tmp_path / "parts") if "test/accuracy" in line] == \
            [line for line in records(tmp_path / "whole") if "test/accuracy" in line]
     assert differing(tmp_path / "whole", tmp_path / "parts") == []
+
+
+def test_a_checkpoint_of_another_folder_continues_in_a_new_one(train, tmp_path):
+    train("a", "--mix-up", "--total-steps", "3"), train("whole", "--mix-up")
+    before = (tmp_path / "a" / "checkpoint.pth").read_bytes()
+    assert train("b", "--mix-up", "--resume", str(tmp_path / "a" / "checkpoint.pth")) == 0
+    assert differing(tmp_path / "whole", tmp_path / "b") == []
+    assert (tmp_path / "b" / "label_indices.txt").read_text() == (tmp_path / "a" / "label_indices.txt").read_text()
+    assert (tmp_path / "a" / "checkpoint.pth").read_bytes() == before
+
+
+def test_resume_in_a_folder_without_a_checkpoint_starts_the_run(train, tmp_path):
+    train("a"), train("whole")
+    for name in ("checkpoint.pth", "checkpoint.prev.pth", "model_best.pth"):
+        (tmp_path / "a" / name).unlink()                                        # as if killed before the first save
+    assert train("a", "--resume") == 0
+    assert differing(tmp_path / "whole", tmp_path / "a") == []
+    assert [line["step"] for line in records(tmp_path / "a")] == [2, 3, 4, 6, 6, 7, 7]
+
+
+def test_a_terminal_shows_a_progress_bar_and_the_log_file_never(command, tmp_path):
+    terminal, process_side = pty.openpty()
+    termios.tcsetwinsize(process_side, (24, 80))
+    process = subprocess.Popen(command("train_meta.py", *SHORT, "--no-meta", "--save-path", tmp_path / "a"),
+                               stdout=subprocess.DEVNULL, stderr=process_side)
+    os.close(process_side)
+    shown = b""
+    try:
+        while chunk := os.read(terminal, 4096):
+            shown += chunk
+    except OSError:                                                             # the other side was closed
+        pass
+    assert process.wait() == 0
+    assert b"7/7" in shown and b"\r" in shown
+    log = (tmp_path / "a" / "log.txt").read_bytes()
+    assert b"\r" not in log and b"step/s" not in log
 
 
 def test_records_after_the_checkpoint_are_taken_back_on_resume(train, tmp_path):
