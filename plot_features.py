@@ -19,6 +19,8 @@ def main(argv=None):
         paths = draw_curves(args.curves, args.save_path) if args.curves else plot(args)
     except (DataError, cli.UsageError) as error:
         cli.fail(PROG, error, 2)
+    except OSError as error:
+        cli.fail(PROG, error, 1)
     except KeyboardInterrupt:
         cli.fail(PROG, "interrupted; nothing was written", 130)
     print("\n".join(str(path) for path in paths))
@@ -208,6 +210,7 @@ def embed(features, args):
     from importlib.metadata import version
 
     import numpy as np
+    import torch
     from threadpoolctl import threadpool_limits
     from tqdm import tqdm
 
@@ -240,8 +243,8 @@ def embed(features, args):
                 bar.update(50)
                 bar.set_postfix(kl=f"{error:.3f}")
 
-            embedding = TSNE(perplexity=args.perplexity, random_state=args.seed, n_jobs=-1, callbacks=progress,
-                             callbacks_every_iters=50).fit(features)
+            embedding = TSNE(perplexity=args.perplexity, random_state=args.seed, n_jobs=torch.get_num_threads(),
+                             callbacks=progress, callbacks_every_iters=50).fit(features)
         return np.asarray(embedding), float(embedding.kl_divergence), software("openTSNE")
 
 

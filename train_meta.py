@@ -21,6 +21,8 @@ def main(argv=None):
         return train(args)
     except (DataError, cli.UsageError) as error:
         cli.fail(PROG, error, 2)
+    except OSError as error:
+        cli.fail(PROG, error, 1)
     except Diverged as error:
         cli.fail(PROG, f"{error}; the checkpoints in {args.save_path} are from before", 1)
     except KeyboardInterrupt:
@@ -51,7 +53,8 @@ def train(args):
     folder, saved = prepare(args.save_path, args.resume, args.overwrite)
     if saved is not None:
         check_same_experiment(args, saved["args"], saved["step"])
-        if saved["step"] >= args.total_steps and folder.has_results():
+        done = folder is not None and folder.has_results()
+        if saved["step"] > args.total_steps or saved["step"] == args.total_steps and done:
             print(f"{args.save_path}: finished at step {saved['step']}; a larger --total-steps would continue it")
             return 0
 

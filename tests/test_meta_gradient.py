@@ -23,7 +23,7 @@ def networks():
     return built
 
 
-IMAGES = random_case(size=16, labeled=2, unlabeled=3, num_classes=10)
+IMAGES = random_case(size=16, labeled=1, unlabeled=2, num_classes=10)
 
 
 @pytest.mark.parametrize("consistency", ["mse", "kl"])

@@ -127,6 +127,22 @@ def test_a_checkpoint_of_another_folder_continues_in_a_new_one(train, tmp_path):
     assert differing(tmp_path / "whole", tmp_path / "b") == []
     assert (tmp_path / "b" / "label_indices.txt").read_text() == (tmp_path / "a" / "label_indices.txt").read_text()
     assert (tmp_path / "a" / "checkpoint.pth").read_bytes() == before
+    assert train("c", "--mix-up", "--total-steps", "2", "--resume", str(tmp_path / "a" / "checkpoint.pth")) == 0
+    assert not (tmp_path / "c").exists()                                        # already past its last step
+
+
+def test_results_that_a_kill_kept_from_being_written_are_written_on_resume(train, tmp_path):
+    train("a")
+    results = (tmp_path / "a" / "results.json").read_text()
+    (tmp_path / "a" / "results.json").unlink()
+    assert train("a", "--resume") == 0
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["error_rate"] == json.loads(results)["error_rate"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_and_a_fault_of_the_machine(train, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert train("file/a") == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_resume_in_a_folder_without_a_checkpoint_starts_the_run(train, tmp_path):

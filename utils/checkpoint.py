@@ -15,6 +15,8 @@ from utils.cli import UsageError
 
 NAME, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.prev.pth", "model_best.pth"
 TEMPORARY = ".tmp"
+KEYS = {"step", "model", "optimizer", "args", "sessions", "seconds", "evaluations", "labeled", "validation", "labels_sha256",
+        "class_names", "mean", "std", "image_size", "rng", "cuda_rng"}
 
 
 class CheckpointError(UsageError):
@@ -80,7 +82,7 @@ def load(path, map_location="cpu"):
     except Exception as error:          # whatever a damaged archive makes the readers raise
         reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path} is not a checkpoint that can be read safely ({reason})") from None
-    if not isinstance(state, dict) or not {"step", "model", "args"} <= state.keys():
+    if not isinstance(state, dict) or not KEYS <= state.keys():
         raise CheckpointError(f"{path} is not a checkpoint of train_meta.py")
     return state
 
