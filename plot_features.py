@@ -36,7 +36,7 @@ def plot(args):
     from datasets import load_dataset
     from utils import checkpoint
     from utils.device import choose_device
-    from utils.figures import draw_features
+    from utils.figures import data_name, draw_features
 
     device = choose_device(args.device)
     saved = [checkpoint.load(path) for path in args.checkpoint_path]
@@ -83,8 +83,8 @@ def plot(args):
         keep = row["drawn"]
         drawn.append({"label": row["label"], "note": f"test kNN {100 * row['knn_accuracy']['test']:.1f} %",
                       **{key: row[key][keep] for key in ("coordinates", "part", "classes", "predictions")}})
-    paths = draw_features(drawn, images.class_names, args.save_path,
-                          f"{method} of the features, {flags['dataset']}, {len(rows[0]['sample']):,} points", args.mark_errors)
+    title = f"{method} of the features, {data_name(flags, args.data_path)}, {len(rows[0]['sample']):,} points"
+    paths = draw_features(drawn, images.class_names, args.save_path, title, args.mark_errors)
     arrays = {f"{key}_{i}": row[key] for i, row in enumerate(rows)
               for key in ("coordinates", "part", "sample", "classes", "predictions", "drawn")}
     np.savez(args.save_path / "embedding.npz", labels=[row["label"] for row in rows], **arrays)

@@ -26,25 +26,33 @@ ROWS = {(False, False): "supervised baseline", (False, True): "meta only", (True
         (True, True): "MetaSemi"}
 
 
+def data_name(flags, data_path=None):
+    """What a figure calls the data of a run; a folder of images goes by its own name."""
+    return Path(data_path or flags["data_path"]).name if flags["dataset"] == "folder" else flags["dataset"]
+
+
 def draw_features(rows, class_names, folder, title, mark_errors=False):
     """features.png and features.pdf: a row of four panels for each of `rows`; returns their paths.
 
     rows: dicts with "label", "note", and arrays of the drawn points: "coordinates" (N, 2), "part" (N,) of the names in
     PARTS, "classes" (N,) class indices, "predictions" (N,).
     """
-    fig, axes = plt.subplots(len(rows), 4, figsize=(12, 3.1 * len(rows) + 1.1), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(len(rows), 4, figsize=(12, 2.95 * len(rows) + 0.95), squeeze=False, layout="constrained")
     for row, panels in zip(rows, axes):
         xy, part, classes = row["coordinates"], row["part"], row["classes"]
         size = float(np.clip(12000 / len(xy), 1.5, 16))
-        sizes = {"labeled": 2 * size if (part == "labeled").sum() < 500 else size, "unlabeled": size, "test": size}
+        few = (part == "labeled").sum() < 500
+        sizes = {"labeled": 2 * size if few else size, "unlabeled": size, "test": size}
         for ax, name in zip(panels, PARTS):
             for k in range(len(class_names)):
                 dots(ax, xy[(part == name) & (classes == k)], sizes[name], *style(k, len(class_names)))
             if mark_errors and name == "test":
                 wrong = (part == name) & (row["predictions"] != classes)
                 ax.scatter(*xy[wrong].T, s=3 * size, color="black", marker="x", linewidths=0.6, rasterized=True)
-        for name in reversed(PARTS):            # the few labeled points on top
-            dots(panels[3], xy[part == name], sizes[name], PARTS[name], "o")
+        order = np.random.default_rng(0).permutation(len(xy))      # so that no set hides another
+        if few:
+            order = order[np.argsort(part[order] == "labeled", kind="stable")]
+        dots(panels[3], xy[order], [sizes[p] for p in part[order]], [PARTS[p] for p in part[order]], "o")
         center, half = (xy.max(axis=0) + xy.min(axis=0)) / 2, 0.53 * (xy.max(axis=0) - xy.min(axis=0)).max()
         for ax in panels:
             ax.set(xlim=(center[0] - half, center[0] + half), ylim=(center[1] - half, center[1] + half), xticks=[], yticks=[],
@@ -99,7 +107,7 @@ def draw_curves(folders, save_path):
     for i, runs in enumerate(groups.values()):
         flags, folder, _ = runs[0]
         row = flags["mix_up"], not flags["no_meta"]
-        label = f"{ROWS[row]}, {flags['dataset']} {flags['num_label']} labels, {flags['arch']}, n = {len(runs)}"
+        label = f"{ROWS[row]}, {data_name(flags)}, {flags['num_label']} labels, {flags['arch']}, n = {len(runs)}"
         color = COLORS[i % len(COLORS)]
         for ax, tag, value in ((left, "test/accuracy", lambda a: 100 * (1 - a)), (right, "train/loss", lambda a: a)):
             values = {}
