@@ -62,11 +62,10 @@ def plot(args):
         label = args.row_label[i] if args.row_label else path.resolve().parent.name
         rows.append({"label": label, "checkpoint": str(path), "step": state["step"], "arch": state["args"]["arch"],
                      **choose_points(args, labeled, unlabeled, len(images.test_labels))})
-        part, sample = rows[-1]["part"], rows[-1]["sample"]
-        classes = np.where(part == "test", images.test_labels.numpy()[np.where(part == "test", sample, 0)],
-                           images.train_labels.numpy()[np.where(part == "test", 0, sample)])
-        rows[-1]["classes"] = classes
+        check_embedding(args, len(rows[-1]["sample"]))
+    all_labels = np.concatenate([images.train_labels.numpy(), images.test_labels.numpy()])
     for row, path, state in zip(rows, args.checkpoint_path, saved):
+        row["classes"] = all_labels[row["sample"] + (row["part"] == "test") * len(images.train_labels)]
         row["features"], row["predictions"] = cached_features(path, state, images, row, device)
         if not np.isfinite(row["features"]).all():
             raise cli.UsageError(f"argument --checkpoint-path: the features of {path} are not finite")
@@ -136,6 +135,17 @@ def choose_points(args, labeled, unlabeled, num_test):
         sample.append(available)
         drawn.append(chosen)
     return {"part": np.concatenate(part), "sample": np.concatenate(sample), "drawn": np.concatenate(drawn)}
+
+
+def check_embedding(args, count):
+    """Refuses, before anything is computed, a method that cannot embed `count` points here."""
+    from importlib.util import find_spec
+
+    if args.method == "umap" and find_spec("umap") is None:
+        raise cli.UsageError("argument --method: umap needs the package umap-learn: pip install umap-learn")
+    if args.method == "tsne" and 3 * args.perplexity > count - 1:
+        raise cli.UsageError(f"argument --perplexity: {args.perplexity:g} is too large for {count} points: "
+                             f"use at most {(count - 1) // 3}")
 
 
 def cached_features(path, state, images, row, device):
@@ -223,14 +233,9 @@ def embed(features, args):
 
             return PCA(2, svd_solver="full").fit_transform(features), None, software("scikit-learn")
         if args.method == "umap":
-            try:
-                from umap import UMAP
-            except ImportError:
-                raise cli.UsageError("argument --method: umap needs the package umap-learn: pip install umap-learn") from None
+            from umap import UMAP
+
             return UMAP(random_state=args.seed, n_jobs=1).fit_transform(features), None, software("umap-learn")
-        if 3 * args.perplexity > len(features) - 1:
-            raise cli.UsageError(f"argument --perplexity: {args.perplexity:g} is too large for {len(features)} points: "
-                                 f"use at most {(len(features) - 1) // 3}")
         if args.backend == "sklearn":
             from sklearn.manifold import TSNE
 

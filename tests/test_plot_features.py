@@ -1,4 +1,5 @@
 """Figure 3: what is embedded, measured and written, and what is refused."""
+import importlib.util
 import json
 import os
 import subprocess
@@ -133,6 +134,8 @@ def spoiled(runs, tmp_path, **changes):
 
 
 def test_bad_input_is_one_line_and_writes_nothing(runs, tmp_path, capsys):
+    for cache in runs.glob("*/*.features.npz"):
+        cache.unlink()
     good = runs / "baseline" / "model_best.pth"
     state = torch.load(good, weights_only=True)["model"]
     for name, text in (("text", "1\nabc\n"), ("twice", "1\n1\n"), ("range", "1\n1297\n"), ("other", "1\n2\n")):
@@ -168,11 +171,13 @@ def test_bad_input_is_one_line_and_writes_nothing(runs, tmp_path, capsys):
         assert not (tmp_path / "out").exists()
     assert plot("--checkpoint-path", spoiled(runs, tmp_path, model=foreign), "--save-path", tmp_path / "out") == 2
     assert "do not fit convsmall" in capsys.readouterr().err
+    assert list(runs.glob("*/*.features.npz")) == []
     assert not (tmp_path / "pwned").exists() and not os.path.exists("pwned")
 
 
 def test_umap_without_its_package_is_one_line(runs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "umap", None)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "umap" else find_spec(name))
     assert plot("--checkpoint-path", runs / "baseline" / "model_best.pth", "--save-path", tmp_path / "o", "--method", "umap",
                 "--num-point", "20") == 2
     assert "pip install umap-learn" in capsys.readouterr().err
