@@ -36,8 +36,8 @@ def training_step(model, optimizer, x_l, y_l, x_u=None, *, alpha, beta=0.0, weig
         alpha, beta, weight: learning rate, meta learning rate, weight of the consistency loss; floats.
         lam: (B,) mix-up weights, or None for no mix-up.
         meta: whether pseudo-labels are improved by the meta-gradient and the consistency loss is used.
-        method, epsilon, consistency, dtype: as in `meta_gradient`; with a dtype the losses are computed under
-            autocast, from float32 weights.
+        method, epsilon, consistency, dtype: as in `meta_gradient`; with a dtype the training-mode passes run
+            under autocast; weights and losses stay float32.
     """
     y_tilde = y_hat = None
     telemetry = {}

@@ -91,6 +91,7 @@ def test_two_steps_of_every_ablation_row_equal_the_plain_implementation(meta, mi
         # beta is large, so that entries are clipped
         options = {"beta": 2.0, "weight": 0.7, "lam": lam, "meta": meta}
         torch.manual_seed(100 + step)
+        model.eval()                                    # as an evaluation leaves it
         loss = training_step(model, optimizer, x_l, y_l, x_u, alpha=LR, **options).loss
         torch.manual_seed(100 + step)
         assert plain_step(plain, velocity, x_l, y_l, x_u, **options) == pytest.approx(loss.item(), abs=1e-10, rel=0)

@@ -127,6 +127,9 @@ def test_a_checkpoint_of_another_folder_continues_in_a_new_one(train, tmp_path):
     assert differing(tmp_path / "whole", tmp_path / "b") == []
     assert (tmp_path / "b" / "label_indices.txt").read_text() == (tmp_path / "a" / "label_indices.txt").read_text()
     assert (tmp_path / "a" / "checkpoint.pth").read_bytes() == before
+    train("d", "--seed", "3", "--total-steps", "2")
+    assert train("d", "--mix-up", "--overwrite", "--resume", str(tmp_path / "a" / "checkpoint.pth")) == 0
+    assert records(tmp_path / "d") == records(tmp_path / "b")                   # nothing of the run that was there
     assert train("c", "--mix-up", "--total-steps", "2", "--resume", str(tmp_path / "a" / "checkpoint.pth")) == 0
     assert not (tmp_path / "c").exists()                                        # already past its last step
 
@@ -285,7 +288,7 @@ def test_diverging_training_stops_with_one_line_and_never_saves_what_is_not_fini
     assert error.count("\n") == 1 and "the loss is not finite at step 4" in error
     assert (tmp_path / "a" / "checkpoint.pth").read_bytes() == previous
     assert train("b", "--no-meta", "--lr", "1e30", "--warmup", "0") == 1
-    assert "not finite" in capsys.readouterr().err
+    assert "the loss is not finite at step 2; the last finite one was" in capsys.readouterr().err
     assert not (tmp_path / "b" / "checkpoint.pth").exists()
 
 

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D  # noqa: E402
 from utils.cli import UsageError  # noqa: E402
 
 # Petroff's ten colors, made to be told apart by color-blind readers; further classes change the marker.
-COLORS = plt.style.library["petroff10"]["axes.prop_cycle"].by_key()["color"]
+COLORS = matplotlib.color_sequences["petroff10"]
 MARKERS = "o^s"
 PARTS = {"labeled": "#d62728", "unlabeled": "#1f77b4", "test": "#999999"}      # red, blue, grey, as in the paper
 # Published error rates in percent: (data set, labels) -> (mix_up, meta) -> error.

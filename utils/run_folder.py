@@ -33,8 +33,8 @@ def prepare(path, resume, overwrite):
     found = any((path / name).exists() for name in OURS)
     if found and not own and not overwrite:
         raise UsageError(f"argument --save-path: {path} holds a run: "
-                             "add --resume to continue it or --overwrite to start afresh")
-    folder = RunFolder(path) if found else None
+                         "add --resume to continue it or --overwrite to start afresh")
+    folder = RunFolder(path, overwrite) if found else None
     if named is not None:
         return folder, checkpoint.load(named)
     return folder, checkpoint.load_last(path, warn=folder.say) if found and own else None
@@ -58,17 +58,14 @@ def check_same_experiment(args, saved, step):
             value, then = ([m for m in steps if m < step] for steps in (value, then))
         if key not in FREE and value != then:
             raise UsageError(f"argument --{key.replace('_', '-')}: {value} now, {then} in the run that --resume "
-                                 f"continues: give {then}, or another --save-path without --resume")
+                             f"continues: give {then}, or another --save-path without --resume")
 
 
 class RunFolder:
-    """One run's folder, locked against a second process until `close`.
+    """One run's folder, locked against a second process until `close`; with `overwrite`, `start` clears it."""
 
-    `keep` is the last step that stays in the records (0 starts afresh and removes the files of an older run).
-    """
-
-    def __init__(self, path):
-        self.path = Path(path)
+    def __init__(self, path, overwrite=False):
+        self.path, self.overwrite = Path(path), overwrite
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / LOCK, "a+")
         try:
@@ -83,16 +80,20 @@ class RunFolder:
         self.echo = True
 
     def start(self, flags, sessions, labeled, validation, labels_sha256, keep):
-        """Writes what the run is and opens its records, with everything after step `keep` taken out of them."""
+        """Writes what the run is and opens its records, with everything after step `keep` taken out of them.
+
+        A run from step 0 first removes the files of an older one, by name; nothing else in the folder is touched.
+        """
         from tensorboardX import SummaryWriter
 
         indices = "".join(f"{index}\n" for index in labeled)
-        if keep and (self.path / INDICES).exists() and (self.path / INDICES).read_text() != indices:
+        clear = keep == 0 or self.overwrite
+        if not clear and (self.path / INDICES).exists() and (self.path / INDICES).read_text() != indices:
             raise UsageError(f"{self.path / INDICES} is not the split that the checkpoint was trained on: restore it "
-                                 "or remove it, and it is written again")
+                             "or remove it, and it is written again")
         for leftover in self.path.glob("*" + checkpoint.TEMPORARY):
             leftover.unlink()
-        if keep == 0:
+        if clear:
             for name in OURS:
                 (self.path / name).unlink(missing_ok=True)
             for events in self.path.glob("events.out.tfevents.*"):
