@@ -1,6 +1,7 @@
 """Wrong command lines: exit code 2, one line that names flag, value and remedy, nothing written, torch never loaded."""
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -11,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets import DATASETS
+from datasets.splits import check_num_label
 from metasemi import METHODS
 from metasemi.losses import CONSISTENCY
 from models import NETWORKS
-from utils.cli import parse_milestones, training_parser
+from utils.cli import parse_milestones, parse_plotting, parse_training, plotting_parser, training_parser
 
 WRONG = [       # (flags, what the line must contain)
     (["--dataset", "mnist"], ["--dataset", "mnist", "cifar10"]),
@@ -192,6 +194,24 @@ def test_the_choices_of_the_flags_are_those_of_the_code():
     actions = {option: action for action in training_parser(DATASETS, NETWORKS)._actions for option in action.option_strings}
     assert set(actions["--meta-gradient"].choices) == set(METHODS)
     assert set(actions["--consistency"].choices) == set(CONSISTENCY)
+
+
+def test_every_command_of_the_readme_is_accepted_and_every_flag_is_described():
+    text = (ROOT / "README.md").read_text()
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("    ") and "python3 " in line]
+    parsed = 0
+    for words in commands:
+        script, flags = words[words.index("python3") + 1], words[words.index("python3") + 2:]
+        if script == "train_meta.py":
+            parse_training(flags, DATASETS, NETWORKS, check_num_label)
+            parsed += 1
+        elif script == "plot_features.py":
+            parse_plotting(flags, DATASETS)
+            parsed += 1
+    assert parsed >= 11
+    for parser in (training_parser(DATASETS, NETWORKS), plotting_parser(DATASETS)):
+        for action in parser._actions:
+            assert action.dest == "help" or f"`{action.option_strings[-1]}" in text, action.option_strings
 
 
 def test_every_official_flag_has_its_official_default():
