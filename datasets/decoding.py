@@ -14,7 +14,8 @@ CHUNK = 500         # files a task: processes, not threads, since small images h
 
 
 def list_images(folder):
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    """Paths of the image files in a folder, as strings (a Path each would take as long as reading them), in order."""
+    return [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.lower().endswith(SUFFIXES)]
 
 
 def decode_files(paths, image_size, num_workers=0):
@@ -37,7 +38,8 @@ def decode_chunk(paths, image_size):
 def decode_file(path, image_size):
     try:
         with Image.open(path) as image:
-            image = image.convert("RGB")
+            if image.mode != "RGB":
+                image = image.convert("RGB")
             if image.size != (image_size, image_size):
                 image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
             return np.asarray(image).transpose(2, 0, 1)

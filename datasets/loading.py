@@ -119,7 +119,7 @@ def fetch(files, source, root, **kwargs):
 
 def load_folder(row, root, image_size, num_workers):
     """root/train/<class>/* and root/test/<class>/*, images of any size and type that Pillow reads."""
-    class_names, parts = None, []
+    class_names, files, labels, num_train = None, [], [], 0
     for split in ("train", "test"):
         folder = root / split
         if not folder.is_dir():
@@ -132,10 +132,14 @@ def load_folder(row, root, image_size, num_workers):
         if len(names) < 2:
             raise DataError(f"{folder} has {len(names)} class folders: at least 2 are needed")
         class_names = names
-        files = [(path, k) for k, name in enumerate(names) for path in list_images(folder / name)]
-        images = decode_files([path for path, _ in files], image_size, num_workers)
-        parts.append((images, np.array([k for _, k in files], dtype=np.int64)))
-    return *parts, class_names
+        for k, name in enumerate(names):
+            found = list_images(folder / name)
+            files += found
+            labels += [k] * len(found)
+        if split == "train":
+            num_train = len(files)
+    images, labels = decode_files(files, image_size, num_workers), np.array(labels, dtype=np.int64)
+    return (images[:num_train], labels[:num_train]), (images[num_train:], labels[num_train:]), class_names
 
 
 LOADERS = {"cifar": load_cifar, "svhn": load_svhn, "digits": load_digits, "folder": load_folder}
