@@ -72,7 +72,8 @@ def plot(args):
         row["knn_accuracy"], row["silhouette"] = measure(row)
         for part, accuracy in row["knn_accuracy"].items():
             print(f"{row['label']}, {part}: {NEIGHBORS}-nearest-neighbor accuracy {100 * accuracy:.2f} %, "
-                  f"silhouette {row['silhouette'][part]:.3f}", flush=True)
+                  + ("no silhouette" if row["silhouette"][part] is None else f"silhouette {row['silhouette'][part]:.3f}"),
+                  flush=True)
     for row in rows:
         row["coordinates"], row["kl_divergence"], software = embed(row["features"], args)
 
@@ -158,6 +159,7 @@ def cached_features(path, state, images, row, device):
 
     from datasets import normalized_batches
     from models import build_model
+
     made_of = (path.read_bytes(), row["sample"].astype("<i8").tobytes(), "".join(row["part"]).encode(),
                images.labels_sha256.encode())
     key = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in made_of)).hexdigest()
@@ -173,7 +175,7 @@ def cached_features(path, state, images, row, device):
         model.load_state_dict(state["model"])
     except RuntimeError:
         raise cli.UsageError(f"argument --checkpoint-path: the weights in {path} do not fit {state['args']['arch']} with "
-                          f"{images.num_classes} classes") from None
+                             f"{images.num_classes} classes") from None
     model = model.to(device, memory_format=torch.channels_last).eval()
     test = row["part"] == "test"
     features, predictions = [], []
@@ -193,7 +195,9 @@ def cached_features(path, state, images, row, device):
 
 def measure(row):
     """How well the features separate the classes: part -> accuracy of a nearest-neighbor vote of the labeled features (on
-    the labeled images themselves, of the others), and part -> silhouette, in [-1, 1], on at most 10,000 points."""
+    the labeled images themselves, of the others), and part -> silhouette, in [-1, 1], on at most 10,000
+    points, or None where it is not defined."""
+    import numpy as np
     from sklearn.metrics import silhouette_score
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -207,8 +211,11 @@ def measure(row):
             continue                                                    # all labels: nothing is unlabeled
         votes = vote.predict(None if name == "labeled" else features[own])
         accuracy[name] = float((votes == classes[own]).mean())
-        silhouette[name] = float(silhouette_score(features[own], classes[own], sample_size=min(10_000, int(own.sum())),
-                                                  random_state=0))
+        count = int(own.sum())
+        silhouette[name] = None
+        if 1 < len(np.unique(classes[own])) < count:                    # not defined with one image a class, or one class
+            silhouette[name] = float(silhouette_score(features[own], classes[own], sample_size=min(10_000, count),
+                                                      random_state=0))
     return accuracy, silhouette
 
 

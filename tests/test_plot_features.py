@@ -103,6 +103,16 @@ def test_same_seed_gives_the_same_coordinates_whatever_the_number_of_threads(run
     assert 0 < kl < 5
 
 
+def test_one_labeled_image_a_class_has_no_silhouette_and_still_makes_the_figure(tmp_path, capsys):
+    flags = [*SHORT, "--no-meta", "--num-label", "10", "--total-steps", "2"]
+    assert train_meta.main([*flags, "--save-path", str(tmp_path / "a")]) == 0
+    assert plot("--checkpoint-path", tmp_path / "a" / "checkpoint.pth", "--save-path", tmp_path, "--method", "pca",
+                "--num-point", "40") == 0
+    assert "labeled: 5-nearest-neighbor accuracy 0.00 %, no silhouette" in capsys.readouterr().out
+    silhouette = json.loads((tmp_path / "embedding.json").read_text())["rows"][0]["silhouette"]
+    assert silhouette["labeled"] is None and -1 <= silhouette["test"] <= 1
+
+
 def test_embed_all_embeds_every_image_and_draws_the_sample(runs, tmp_path):
     assert plot("--checkpoint-path", runs / "baseline" / "model_best.pth", "--save-path", tmp_path, "--method", "pca",
                 "--num-point", 100, "--embed-all") == 0

@@ -66,8 +66,11 @@ def sync(folder):
         os.close(descriptor)
 
 
-def load(path, map_location="cpu"):
-    """The dict in a checkpoint file.  Raises CheckpointError if it is missing, damaged, or holds more than plain data."""
+def load(path):
+    """The dict in a checkpoint file, on the CPU.
+
+    Raises CheckpointError if the file is missing, damaged, or holds more than tensors and plain types.
+    """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint (a missing file never means a fresh start)")
@@ -76,7 +79,7 @@ def load(path, map_location="cpu"):
             damaged = archive.testzip()
         if damaged:
             raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:          # whatever a damaged archive makes the readers raise
