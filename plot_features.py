@@ -4,6 +4,8 @@ import warnings
 
 from datasets import DATASETS, DataError
 from utils import cli
+from utils.files import replacing, write_text
+from utils.run_folder import read_split
 
 PROG = "plot_features.py"
 MOST_POINTS = 5000          # unlabeled and test points that are drawn by default, as in the paper
@@ -11,11 +13,13 @@ NEIGHBORS = 5
 
 
 def main(argv=None):
+    cli.open_standard_streams()
     args = cli.parse_plotting(argv, DATASETS)
     warnings.filterwarnings("ignore", category=FutureWarning)           # of the embedding libraries, about one another
-    from utils.figures import draw_curves
-
     try:
+        cli.check_plotting_files(args)
+        from utils.figures import draw_curves
+
         paths = draw_curves(args.curves, args.save_path) if args.curves else plot(args)
     except (DataError, cli.UsageError) as error:
         cli.fail(PROG, error, 2)
@@ -87,31 +91,26 @@ def plot(args):
     paths = draw_features(drawn, images.class_names, args.save_path, title, args.mark_errors)
     arrays = {f"{key}_{i}": row[key] for i, row in enumerate(rows)
               for key in ("coordinates", "part", "sample", "classes", "predictions", "drawn")}
-    np.savez(args.save_path / "embedding.npz", labels=[row["label"] for row in rows], **arrays)
+    with replacing(args.save_path / "embedding.npz") as file:
+        np.savez(file, labels=[row["label"] for row in rows], **arrays)
     summary = {"method": args.method, "software": software, "seed": args.seed,
                "perplexity": args.perplexity if args.method == "tsne" else None,
                "embedded": "all" if args.embed_all else "sample", "dataset": flags["dataset"], "neighbors": NEIGHBORS,
                "rows": [{key: row[key] for key in ("label", "checkpoint", "step", "arch", "knn_accuracy", "silhouette",
                                                    "kl_divergence")} for row in rows]}
-    (args.save_path / "embedding.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_text(args.save_path / "embedding.json", json.dumps(summary, indent=2) + "\n")
     return [*paths, args.save_path / "embedding.npz", args.save_path / "embedding.json"]
 
 
 def check_index_file(path, labeled, images, required):
     """Refuses a list of labeled images that is not the split of the checkpoint."""
-    try:
-        lines = path.read_text().split()
-    except (OSError, UnicodeDecodeError) as error:
-        if not required and not path.exists():
-            return
-        raise cli.UsageError(f"argument --index-path: {path} cannot be read ({error})") from None
+    if not required and not path.exists():
+        return
+    indices = read_split(path)
     count = len(images.train_labels)
-    for line in lines:
-        if not (line.isascii() and line.isdigit() and len(line) < 16 and int(line) < count):
-            raise cli.UsageError(f"argument --index-path: {path}: {line[:40]!r} is not an index below {count}")
-    if len(set(lines)) < len(lines):
-        raise cli.UsageError(f"argument --index-path: {path} names an image twice")
-    if sorted(map(int, lines)) != sorted(labeled.tolist()):
+    if max(indices, default=0) >= count:
+        raise cli.UsageError(f"argument --index-path: {path}: {max(indices)} is not an index below {count}")
+    if sorted(indices) != sorted(labeled.tolist()):
         raise cli.UsageError(f"argument --index-path: {path} is not the split that the checkpoint was trained on: give the "
                           "label_indices.txt of its run folder")
 
@@ -159,6 +158,7 @@ def cached_features(path, state, images, row, device):
 
     from datasets import normalized_batches
     from models import build_model
+    from utils.checkpoint import load_weights
 
     made_of = (path.read_bytes(), row["sample"].astype("<i8").tobytes(), "".join(row["part"]).encode(),
                images.labels_sha256.encode())
@@ -171,11 +171,7 @@ def cached_features(path, state, images, row, device):
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         pass                                                            # none, or not ours: computed afresh
     model = build_model(state["args"]["arch"], images.num_classes)
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError:
-        raise cli.UsageError(f"argument --checkpoint-path: the weights in {path} do not fit {state['args']['arch']} with "
-                             f"{images.num_classes} classes") from None
+    load_weights(state, model, f"argument --checkpoint-path: {path}")
     model = model.to(device, memory_format=torch.channels_last).eval()
     test = row["part"] == "test"
     features, predictions = [], []
@@ -187,7 +183,8 @@ def cached_features(path, state, images, row, device):
     features, predictions = torch.cat(features).cpu().numpy(), torch.cat(predictions).cpu().numpy()
     if np.isfinite(features).all():
         try:
-            np.savez(cache, key=key, features=features, predictions=predictions)
+            with replacing(cache) as file:
+                np.savez(file, key=key, features=features, predictions=predictions)
         except OSError as error:
             print(f"{cache} cannot be written ({error}); the features are computed again next time")
     return features, predictions

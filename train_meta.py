@@ -1,48 +1,61 @@
 """Train MetaSemi, or another row of the paper's ablation.  `python3 train_meta.py --help` lists the flags."""
+import os
 import sys
 import time
 import warnings
 
-from datasets import DATASETS, DataError
+from datasets import DATASETS, DataError, check_root
 from datasets.splits import check_num_label
 from models import NETWORKS
 from utils import cli
+from utils.interrupt import Interrupt, Stopped
+from utils.run_folder import check_paths
 
 PROG = "train_meta.py"
 
 
 def main(argv=None):
+    cli.open_standard_streams()
     args = cli.parse_training(argv, DATASETS, NETWORKS, check_num_label)
-    # torch takes seconds to load: only now, so that a wrong flag answers at once.
-    warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)      # raised inside torch by its own jvp
-    from utils.metrics import Diverged
+    with Interrupt() as interrupt:
+        try:
+            check_paths(args.save_path, args.resume, args.overwrite)
+            check_root(args.dataset, args.data_path)
+            # torch takes seconds to load: only now, so that a wrong flag answers at once.
+            warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)     # raised inside torch by its own jvp
+            return train(args, interrupt)
+        except (DataError, cli.UsageError) as error:
+            cli.fail(PROG, error, 2)
+        except OSError as error:
+            cli.fail(PROG, error, 1)
+        except Stopped:
+            print(f"{PROG}: stopped by a signal before the first step", file=sys.stderr, flush=True)
+            os._exit(interrupt.exit_code)       # an orderly exit could wait for workers that are still starting
+        except (ArithmeticError, MemoryError, RuntimeError) as error:
+            from utils.checkpoint import describe_last
+            from utils.device import is_out_of_memory
+            from utils.metrics import Diverged
 
-    try:
-        return train(args)
-    except (DataError, cli.UsageError) as error:
-        cli.fail(PROG, error, 2)
-    except OSError as error:
-        cli.fail(PROG, error, 1)
-    except Diverged as error:
-        cli.fail(PROG, f"{error}; the checkpoints in {args.save_path} are from before", 1)
-    except KeyboardInterrupt:
-        cli.fail(PROG, "interrupted before the first step", 130)
+            if is_out_of_memory(error):
+                error = f"out of memory with --batch-size {args.batch_size}: lower it, or take --precision bfloat16"
+            elif not isinstance(error, Diverged):
+                raise
+            cli.fail(PROG, f"{error}; {describe_last(args.save_path)}", 1)
 
 
-def train(args):
+def train(args, interrupt):
     """The whole run; returns the exit code."""
     import numpy as np
     import torch
 
     from datasets import Batches, load_dataset, normalized_batches
-    from datasets.splits import split_training
+    from datasets.splits import check_split, split_training
     from metasemi import learning_rate, ramp, training_step
     from metasemi.step import accuracy
     from models import build_model
     from utils import checkpoint
     from utils.device import choose_device, fingerprint, set_precision
-    from utils.interrupt import Interrupt
-    from utils.metrics import Diverged, Meter, error_rates, evaluate
+    from utils.metrics import Diverged, Meter, all_finite, error_rates, evaluate
     from utils.run_folder import RunFolder, check_same_experiment, experiment, git_commit, prepare
 
     device = choose_device(args.device)
@@ -50,7 +63,7 @@ def train(args):
     meta, uses_unlabeled = not args.no_meta, args.mix_up or not args.no_meta
 
     # The run so far, if there is one.  Nothing is written before every check has passed.
-    folder, saved = prepare(args.save_path, args.resume, args.overwrite)
+    folder, saved, source = prepare(args.save_path, args.resume, args.overwrite)
     if saved is not None:
         check_same_experiment(args, saved["args"], saved["step"])
         done = folder is not None and folder.has_results()
@@ -67,6 +80,7 @@ def train(args):
             raise DataError(f"argument --data-path: {args.data_path} is not what {args.save_path} was trained on: "
                             "the training labels differ")
         labeled, validation = saved["labeled"].numpy(), saved["validation"].numpy()
+        check_split(labeled, validation, len(images.train_labels), source)
     taken = validation if args.include_labeled else np.concatenate([validation, labeled])
     unlabeled = np.setdiff1d(np.arange(len(images.train_labels)), taken)
     if uses_unlabeled and len(unlabeled) == 0:
@@ -76,12 +90,13 @@ def train(args):
     # Model
     torch.manual_seed(args.seed)
     model = build_model(args.arch, images.num_classes).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    start, seconds, evaluations, sessions = 0, 0.0, [], []
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
+                                fused=True)     # so that an update can be left out without waiting for the device
+    start, seconds, evaluations, best, sessions = 0, 0.0, [], None, []
     if saved is not None:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start, seconds, evaluations, sessions = (saved[k] for k in ("step", "seconds", "evaluations", "sessions"))
+        checkpoint.restore(saved, model, optimizer, source)
+        start, seconds, evaluations, best, sessions = (
+            saved[key] for key in ("step", "seconds", "evaluations", "best", "sessions"))
     batches = Batches(images, labeled, unlabeled if uses_unlabeled else None, batch_size=args.batch_size,
                       seed=args.seed, device=device, mixup_gamma=args.alpha if args.mix_up else None)
     held_out = {"test": (images.test_images.to(device), images.test_labels)}
@@ -90,53 +105,52 @@ def train(args):
     select_by = "validation" if len(validation) else "test"
 
     # Run folder
-    folder = folder or RunFolder(args.save_path)
+    folder = folder or RunFolder(args.save_path, new=True)
     sessions = [*sessions, {"from_step": start, "commit": git_commit(), **fingerprint(device, args.precision)}]
     folder.start(experiment(args), sessions, labeled, validation, images.labels_sha256, keep=start)
-    folder.say(f"{args.dataset}: {len(images.train_labels)} training and {len(images.test_labels)} test images of "
-               f"{images.train_images.shape[-1]}x{images.train_images.shape[-1]}, {images.num_classes} classes, "
-               f"labels {images.labels_sha256[:12]}; {len(labeled)} labeled"
-               + (f", {len(unlabeled)} unlabeled" if uses_unlabeled else "")
+    folder.say(f"{images.describe()}; {len(labeled)} labeled" + (f", {len(unlabeled)} unlabeled" if uses_unlabeled else "")
                + (f", {len(validation)} for validation" if len(validation) else ""))
     folder.say(f"{args.arch}, {sum(w.numel() for w in model.parameters()):,} parameters, {sessions[-1]['device']}"
                + (" (no CUDA device is visible)" if args.device == "auto" and device.type == "cpu" else ""))
     if saved is not None:
-        folder.say(f"resumed at step {start}")
+        folder.say(f"resumed at step {start} from {source}")
         for key, value in sessions[-1].items():
             if key not in ("from_step", "commit") and value != sessions[-2].get(key):
                 folder.say(f"{key} was {sessions[-2].get(key)} and is {value}: equal to the first part only up to rounding")
 
     meter = Meter()
-    with Interrupt() as interrupt, folder.progress(start, args.total_steps) as bar:
+    interrupt.defer()
+    with folder.progress(start, args.total_steps):
         def test_and_save(step):
             """Evaluates and saves; only saves if a signal comes."""
-            nonlocal seconds, clock
+            nonlocal best, clock, seconds
             meter.check()
-            if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            if not all_finite(model.state_dict().values()):
                 raise Diverged(f"the weights are not finite at step {step}")
             accuracies = {}
             for part, (x, y) in held_out.items():
                 accuracies[part] = evaluate(model, normalized_batches(x, y, images.mean, images.std, device), dtype, interrupt)
-            best = False
+            is_best = False
             if None not in accuracies.values():
-                best = all(accuracies[select_by] > earlier[select_by] for earlier in evaluations)
+                is_best = best is None or accuracies[select_by] > best
                 evaluations.append({"step": step, **accuracies})
                 folder.record(step, {f"{part}/accuracy": value for part, value in accuracies.items()})
                 folder.say(f"step {step}/{args.total_steps}  " + "  ".join(
                     f"{part} error {100 * (1 - value):.2f} %" for part, value in accuracies.items()))
             now = time.perf_counter()
             seconds, clock = seconds + now - clock, now
-            checkpoint.save({
+            state = {
                 "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "args": experiment(args), "sessions": sessions, "seconds": seconds, "evaluations": evaluations,
+                "best": accuracies[select_by] if is_best else best,
                 "labeled": torch.from_numpy(labeled), "validation": torch.from_numpy(validation),
                 "labels_sha256": images.labels_sha256, "class_names": list(images.class_names),
                 "mean": images.mean, "std": images.std, "image_size": images.train_images.shape[-1],
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-            }, folder.path)
-            if best:
-                checkpoint.save_best(folder.path)
+            }
+            if folder.save(state, is_best, last=step == args.total_steps or interrupt()):
+                best = state["best"]
 
         if saved is not None:
             torch.set_rng_state(saved["rng"])
@@ -162,8 +176,8 @@ def train(args):
                 telemetry["unlabel-acc"] = accuracy(result.y_tilde, hidden)
             if meta:
                 telemetry["pseudo-acc"] = accuracy(result.y_hat, hidden)
-            meter.add(step, telemetry)
-            bar.update()
+            meter.add(step, result.finite, telemetry)
+            folder.advance()
 
             last = step == args.total_steps
             if step % args.print_freq == 0 or last:

@@ -1,8 +1,10 @@
 """Image files to pixels.  Worker processes import this file, so it does not load torch."""
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 
 import numpy as np
 from PIL import Image
@@ -10,6 +12,7 @@ from PIL import Image
 from datasets.table import DataError
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 CHUNK = 500         # files a task: processes, not threads, since small images hold the interpreter lock
 
 
@@ -26,9 +29,26 @@ def decode_files(paths, image_size, num_workers=0):
     if workers < 2:
         parts = list(map(decode, chunks))
     else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            parts = list(pool.map(decode, chunks))
+        # Workers are born deaf to the signals that stop a run: one to the whole group must not break the pool.
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+        try:
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
+                signal.pthread_sigmask(signal.SIG_BLOCK, STOP)          # again: the first pool of a process lifts it
+                parts = pool.map(decode, chunks)
+                signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+                parts = list(parts)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
     return np.concatenate([np.empty((0, 3, image_size, image_size), np.uint8), *parts])
+
+
+def end_with_parent():
+    """Ends this worker process once its parent is gone, however that ended."""
+    def wait():
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def decode_chunk(paths, image_size):

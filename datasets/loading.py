@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from datasets.decoding import decode_files, list_images
-from datasets.table import DATASETS, DataError
+from datasets.table import DATASETS, DataError, check_root
 
 
 class Images(NamedTuple):
@@ -31,6 +31,16 @@ class Images(NamedTuple):
         """Of the training labels as little-endian int64: the data set that a split's indices speak of."""
         return hashlib.sha256(self.train_labels.numpy().astype("<i8").tobytes()).hexdigest()
 
+    def describe(self):
+        """One line: name, numbers of images, in all and a class, their size, and the sum of the label array."""
+        def count(labels):
+            least, most = np.unique(np.bincount(labels))[[0, -1]].tolist()
+            return f"{len(labels):,} ({least:,}{f' to {most:,}' if most > least else ''} a class)"
+
+        return (f"{self.name}: {count(self.train_labels)} training and {count(self.test_labels)} test images of "
+                f"{self.train_images.shape[-1]}x{self.train_images.shape[-1]}, {self.num_classes} classes, "
+                f"SHA-256 of the labels {self.labels_sha256}")
+
 
 def load_dataset(name, root, image_size=32, flip=False, num_workers=0):
     """The whole data set in memory, on the CPU.
@@ -51,16 +61,31 @@ def load_dataset(name, root, image_size=32, flip=False, num_workers=0):
     train, test, class_names = LOADERS[row.loader](row, Path(root), image_size, num_workers)
     train_images, train_labels, test_images, test_labels = (torch.from_numpy(np.ascontiguousarray(part))
                                                             for part in (*train, *test))
-    for split, labels in (("training", train_labels), ("test", test_labels)):
-        missing = set(range(len(class_names))) - set(labels.tolist())
-        if missing:
-            raise DataError(f"{name}: no {split} image of class {class_names[min(missing)]}")
+    for split, images, labels in (("training", train_images, train_labels), ("test", test_images, test_labels)):
+        fault = find_fault(images, labels, class_names)
+        if fault:
+            raise DataError(f"{name} under {root}: {split} set: {fault}")
     if row.mean is None:
         mean, std = measure(train_images)
     else:
         mean, std = torch.tensor(row.mean), torch.tensor(row.std)
     return Images(name, train_images, train_labels, test_images, test_labels, tuple(class_names), mean, std,
                   flip if name == "folder" else row.flip)
+
+
+def find_fault(images, labels, class_names):
+    """What keeps images and labels from being trained on, or None."""
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+        return f"its images are {images.dtype} of shape {tuple(images.shape)}: expected uint8 (N, 3, H, H)"
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        return f"{len(labels)} labels of type {labels.dtype} for {len(images)} images"
+    odd = labels[(labels < 0) | (labels >= len(class_names))]
+    if len(odd):
+        return f"the label {odd[0]} is not one of {len(class_names)} classes"
+    empty = (torch.bincount(labels, minlength=len(class_names)) == 0).nonzero().flatten().tolist()
+    if empty:
+        return f"no image of class {class_names[empty[0]]}"
+    return None
 
 
 def measure(images):
@@ -119,12 +144,10 @@ def fetch(files, source, root, **kwargs):
 
 def load_folder(row, root, image_size, num_workers):
     """root/train/<class>/* and root/test/<class>/*, images of any size and type that Pillow reads."""
+    check_root("folder", root)
     class_names, files, labels, num_train = None, [], [], 0
-    for split in ("train", "test"):
+    for split in row.parts:
         folder = root / split
-        if not folder.is_dir():
-            raise DataError(f"{folder} is not a folder: --dataset folder reads train/<class>/* and test/<class>/* "
-                            "under --data-path")
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
         if class_names is not None and names != class_names:
             odd = sorted(set(names) ^ set(class_names))

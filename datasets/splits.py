@@ -54,3 +54,10 @@ def check_num_label(num_label, num_classes, num_train):
         lower = num_label - num_label % num_classes
         raise DataError(f"{num_label} labels cannot be split evenly over {num_classes} classes: "
                          f"use {f'{lower} or ' if lower else ''}{lower + num_classes}")
+
+
+def check_split(labeled, validation, num_train, source):
+    """Raises DataError, naming where they come from, unless two index sets are disjoint and of num_train images."""
+    both = np.concatenate([labeled, validation])
+    if len(np.unique(both)) < len(both) or both.min() < 0 or both.max() >= num_train:
+        raise DataError(f"{source}: its labeled and validation images are not different ones of {num_train}")

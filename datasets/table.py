@@ -13,6 +13,7 @@ class Row(NamedTuple):
     num_train: int | None = None
     mean: tuple | None = None           # per channel, of pixels in [0, 1]; None: measured on the training images
     std: tuple | None = None
+    parts: tuple = ()                   # folders that must lie under the root
     flip: bool = False                  # digits and house numbers are not mirror-symmetric
 
 
@@ -23,5 +24,13 @@ DATASETS = {
                     (.50707516, .48654887, .44091784), (.26733429, .25643846, .27615047), flip=True),
     "svhn": Row("svhn", "SVHN", 10, 73_257, (.4376821, .4437697, .47280442), (.19803012, .20101562, .19703614)),
     "digits": Row("digits", None, 10, 1_297),
-    "folder": Row("folder"),
+    "folder": Row("folder", parts=("train", "test")),
 }
+
+
+def check_root(name, root):
+    """Raises DataError unless the folders that a data set is read from are there."""
+    for part in DATASETS[name].parts:
+        if not (root / part).is_dir():
+            raise DataError(f"argument --data-path: {root / part} is not a folder: --dataset {name} reads train/<class>/* and "
+                            "test/<class>/* under it")

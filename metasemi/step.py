@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.utils import get_total_norm
 
 from metasemi.losses import CONSISTENCY, kl_divergence
 from metasemi.meta_gradient import evaluation_mode, logits, meta_gradient_with_telemetry
@@ -23,11 +24,14 @@ class Step(NamedTuple):
     telemetry: dict                     # name -> () tensor on the device of the model
     y_tilde: torch.Tensor | None        # (B, K), pseudo-labels before the meta step, if the row has any
     y_hat: torch.Tensor | None          # (B, K), and after it
+    finite: torch.Tensor                # () bool, whether loss and gradient were; if not, the update was left out
 
 
 def training_step(model, optimizer, x_l, y_l, x_u=None, *, alpha, beta=0.0, weight=1.0, lam=None, meta=True,
                   method="jvp", epsilon=1e-2, consistency="mse", dtype=None):
-    """One optimizer step; the model ends in training mode.  Nothing in here waits for the device.
+    """One optimizer step; the model ends in training mode.  With a fused optimizer nothing in here waits for the device.
+
+    An update whose loss or gradient is not finite is left out: weights and momenta stay as they are.
 
     Args:
         model, optimizer: the optimizer's learning rate is set to alpha.
@@ -76,10 +80,21 @@ def training_step(model, optimizer, x_l, y_l, x_u=None, *, alpha, beta=0.0, weig
 
     optimizer.zero_grad(set_to_none=True)
     loss.backward()                                                                          # line 14
+    finite = loss.detach().isfinite() & get_total_norm([w.grad for w in model.parameters() if w.grad is not None]).isfinite()
     for group in optimizer.param_groups:
         group["lr"] = alpha
-    optimizer.step()                                                                         # line 15
-    return Step(loss.detach(), telemetry, y_tilde, y_hat)
+    update_if(finite, optimizer)                                                             # line 15
+    return Step(loss.detach(), telemetry, y_tilde, y_hat, finite)
+
+
+def update_if(finite, optimizer):
+    """`optimizer.step()` if finite, a () bool tensor, is true.  A fused optimizer decides that on the device; for another
+    the host waits."""
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
+    elif finite:
+        optimizer.step()
 
 
 def accuracy(predictions, y):

@@ -149,7 +149,7 @@ def test_a_split_file_that_was_changed_is_refused(train, tmp_path, capsys):
     train("a", "--total-steps", "2")
     (tmp_path / "a" / "label_indices.txt").write_text("1\n2\n")
     assert train("a", "--resume") == 2
-    assert "label_indices.txt is not the split that the checkpoint was trained on" in capsys.readouterr().err
+    assert "label_indices.txt is not the split whose SHA-256 is in split.json" in capsys.readouterr().err
 
 
 class Malicious:

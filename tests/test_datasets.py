@@ -195,7 +195,7 @@ def test_folders_that_cannot_be_trained_on_are_refused(tmp_path):
     with pytest.raises(DataError, match="only one has cow"):
         load_dataset("folder", root)
     (root / "test" / "cow").mkdir()
-    with pytest.raises(DataError, match="no training image of class cow"):
+    with pytest.raises(DataError, match="training set: no image of class cow"):
         load_dataset("folder", root)
     (root / "train" / "bee" / "00.png").write_bytes(b"broken")
     with pytest.raises(DataError, match="00.png cannot be read as an image"):

@@ -155,15 +155,15 @@ def test_bad_input_is_one_line_and_writes_nothing(runs, tmp_path, capsys):
     nan = {k: v * float("nan") if k == "body.0.0.conv.weight" else v for k, v in state.items()}
     foreign = {k: v for k, v in state.items() if "classifier" not in k}
     cases = [
-        (["--checkpoint-path", tmp_path / "missing.pth"], "missing.pth: no such checkpoint"),
+        (["--checkpoint-path", tmp_path / "missing.pth"], "missing.pth does not exist"),
         (["--checkpoint-path", tmp_path / "pickle.pth"], "pickle.pth is not a checkpoint that can be read safely"),
         (["--checkpoint-path", tmp_path / "malicious.pth"], "malicious.pth is not a checkpoint that can be read safely"),
         (["--checkpoint-path", spoiled(runs, tmp_path, model=nan)], "are not finite"),
-        (["--checkpoint-path", good, "--index-path", tmp_path / "text"], "'abc' is not an index below 1297"),
+        (["--checkpoint-path", good, "--index-path", tmp_path / "text"], "'abc' is not the index of an image"),
         (["--checkpoint-path", good, "--index-path", tmp_path / "twice"], "names an image twice"),
-        (["--checkpoint-path", good, "--index-path", tmp_path / "range"], "'1297' is not an index below 1297"),
+        (["--checkpoint-path", good, "--index-path", tmp_path / "range"], "1297 is not an index below 1297"),
         (["--checkpoint-path", good, "--index-path", tmp_path / "other"], "is not the split that the checkpoint was"),
-        (["--checkpoint-path", good, "--index-path", tmp_path / "none"], "none cannot be read"),
+        (["--checkpoint-path", good, "--index-path", tmp_path / "none"], "none does not exist"),
         (["--checkpoint-path", good, "--dataset", "svhn"], "--dataset: svhn, but"),
         (["--checkpoint-path", good, "--num-point", "501"], "--num-point: 501, but there are 500 test images"),
         (["--checkpoint-path", good, "--num-point", "20", "--perplexity", "30"], "--perplexity: 30 is too large for 90 points"),

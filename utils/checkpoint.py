@@ -3,20 +3,21 @@
 A save writes a temporary file, syncs it and renames it; the generation before stays as `checkpoint.prev.pth`.
 A load checks every byte against the sums of the archive, then reads tensors and plain types only.
 """
-import os
-import shutil
+import json
+import pickle
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from utils.cli import UsageError
+from utils.files import BEST, CHECKPOINT, PREVIOUS, link, replacing, sync
 
-NAME, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.prev.pth", "model_best.pth"
-TEMPORARY = ".tmp"
-KEYS = {"step", "model", "optimizer", "args", "sessions", "seconds", "evaluations", "labeled", "validation", "labels_sha256",
-        "class_names", "mean", "std", "image_size", "rng", "cuda_rng"}
+TYPES = {"step": int, "model": dict, "optimizer": dict, "args": dict, "sessions": list, "seconds": float, "evaluations": list,
+         "best": (float, type(None)),
+         "labeled": torch.Tensor, "validation": torch.Tensor, "labels_sha256": str, "class_names": list, "mean": torch.Tensor,
+         "std": torch.Tensor, "image_size": int, "rng": torch.Tensor, "cuda_rng": (torch.Tensor, type(None))}
+ARGS = {"dataset": str, "data_path": str, "arch": str, "image_size": int, "flip": bool, "milestones": list}
 
 
 class CheckpointError(UsageError):
@@ -24,46 +25,15 @@ class CheckpointError(UsageError):
 
 
 def save(state, folder):
-    """Replaces the last checkpoint of a run folder by `state`, a dict of tensors and plain types."""
-    path, temporary = Path(folder, NAME), Path(folder, NAME + TEMPORARY)
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    if path.exists():
-        link(path, Path(folder, PREVIOUS))
-    os.replace(temporary, path)
-    sync(folder)
+    """Replaces the last checkpoint of a run folder by `state`, a dict of tensors and plain types; keeps the one before."""
+    with replacing(Path(folder, CHECKPOINT), keep=Path(folder, PREVIOUS)) as file:
+        torch.save(state, file)
 
 
-def save_best(folder):
-    """Makes the last checkpoint the best one too."""
-    link(Path(folder, NAME), Path(folder, BEST))
-    sync(folder)
-
-
-def link(source, target):
-    """Points target at the content of source, in one step for a reader."""
-    temporary = target.with_name(target.name + TEMPORARY)
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:                     # a file system without hard links
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
-
-
-def sync(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def save_best(path):
+    """Makes the checkpoint at path the best one of its folder too."""
+    link(path, path.with_name(BEST))
+    sync(path.parent)
 
 
 def load(path):
@@ -72,9 +42,9 @@ def load(path):
     Raises CheckpointError if the file is missing, damaged, or holds more than tensors and plain types.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint (a missing file never means a fresh start)")
     try:
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such checkpoint (a missing file never means a fresh start)")
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
@@ -82,25 +52,110 @@ def load(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{path} is not a checkpoint that can be read safely: it holds more than tensors and "
+                              "plain types, which could run code") from None
     except Exception as error:          # whatever a damaged archive makes the readers raise
-        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} is not a checkpoint that can be read safely ({reason})") from None
-    if not isinstance(state, dict) or not KEYS <= state.keys():
-        raise CheckpointError(f"{path} is not a checkpoint of train_meta.py")
+        raise CheckpointError(f"{path} is not a checkpoint that can be read safely ({first_line(error)})") from None
+    fault = find_fault(state)
+    if fault:
+        raise CheckpointError(f"{path} is not a checkpoint of train_meta.py: {fault}")
     return state
 
 
-def load_last(folder, warn):
-    """The newest readable checkpoint of a run folder, or None if it has none.
+def find_fault(state):
+    """What keeps a loaded value from being the state of a run, or None."""
+    if not isinstance(state, dict):
+        return f"it holds a {type(state).__name__}"
+    for key, kind in TYPES.items():
+        if key not in state:
+            return f"it has no {key}"
+        if not isinstance(state[key], kind):
+            return f"its {key} is a {type(state[key]).__name__}"
+    try:
+        json.dumps([state["args"], state["sessions"], state["evaluations"], state["class_names"]], allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return "its args, sessions or evaluations are not plain"
+    for key, kind in ARGS.items():
+        if not isinstance(state["args"].get(key), kind):
+            return f"its args have no {key}"
+    if not all(isinstance(step, int) for step in state["args"]["milestones"]):
+        return "its milestones are not steps"
+    for key in ("labeled", "validation"):
+        index = state[key]
+        if index.dtype != torch.int64 or index.dim() != 1 or len(index.unique()) < len(index) or (index < 0).any():
+            return f"its {key} is not a list of different indices"
+    if len(state["labeled"]) == 0:
+        return "it has no labeled image"
+    if not all(isinstance(w, torch.Tensor) for w in state["model"].values()):
+        return "its model is not a state dict"
+    if any(state[key].shape != (3,) or not state[key].is_floating_point() for key in ("mean", "std")):
+        return "its mean and std are not of three channels"
+    if not all(isinstance(e, dict) and isinstance(e.get("step"), int) and isinstance(e.get("test"), float)
+               and isinstance(e.get("validation", 0.0), float) for e in state["evaluations"]):
+        return "its evaluations are not accuracies"
+    if not state["sessions"] or not all(isinstance(session, dict) for session in state["sessions"]):
+        return "it does not say where it was trained"
+    if state["step"] < 0 or state["rng"].dtype != torch.uint8 or state["rng"].shape != torch.get_rng_state().shape:
+        return "its step or its random state is impossible"
+    return None
+
+
+def load_last(folder, warn=lambda message: None):
+    """The newest readable checkpoint of a run folder and why it was taken, or None if the folder has none.
 
     A damaged last checkpoint falls back to the one before, with a line to `warn`; if both are, CheckpointError.
     """
-    paths = [path for path in (Path(folder, NAME), Path(folder, PREVIOUS)) if path.exists()]
+    paths = [path for path in (Path(folder, CHECKPOINT), Path(folder, PREVIOUS)) if path.exists()]
     for i, path in enumerate(paths):
         try:
-            return load(path)
+            state = load(path)
         except CheckpointError as error:
             if i + 1 == len(paths):
                 raise
             warn(f"{error}; falling back to {paths[i + 1].name}")
+        else:
+            why = f"{path.name}, the newest generation" if i == 0 else f"{path.name}, since {CHECKPOINT} is damaged"
+            return state, path, why
     return None
+
+
+def restore(state, model, optimizer, source):
+    """Puts a run's weights and momenta back; learning rate and the like are this run's.
+
+    Raises CheckpointError, naming the file `source`, if they do not fit the model.
+    """
+    load_weights(state, model, source)
+    try:
+        shapes = [w.shape for group in optimizer.param_groups for w in group["params"]]
+        for i, values in state["optimizer"]["state"].items():
+            momentum = values["momentum_buffer"]
+            if momentum is not None and momentum.shape != shapes[i]:
+                raise ValueError(f"momentum {i} has shape {tuple(momentum.shape)}")
+        optimizer.load_state_dict({"state": state["optimizer"]["state"],
+                                   "param_groups": optimizer.state_dict()["param_groups"]})
+    except Exception as error:
+        raise CheckpointError(f"{source}: its optimizer state does not fit this network ({first_line(error)})") from None
+
+
+def load_weights(state, model, source):
+    """As `restore`, of the weights alone."""
+    try:
+        model.load_state_dict(state["model"])
+    except Exception as error:          # torch reports a mismatch by many types
+        raise CheckpointError(f"{source}: its weights do not fit {state['args']['arch']} ({first_line(error)})") from None
+
+
+def first_line(error):
+    """What an error says, in at most 100 characters."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:100] if lines else type(error).__name__
+
+
+def describe_last(folder):
+    """For the last line of a run that failed: what it can continue from."""
+    try:
+        last = load_last(folder)
+    except CheckpointError as error:
+        return str(error)
+    return "no checkpoint was saved before" if last is None else f"{last[1]} of step {last[0]['step']} is intact"

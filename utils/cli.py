@@ -4,6 +4,7 @@ No value is evaluated, no flag may be abbreviated, and nothing here loads torch:
 """
 import argparse
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -201,6 +202,27 @@ def parse_plotting(argv, datasets):
     if args.save_path.exists() and not args.save_path.is_dir():
         parser.error(f"argument --save-path: {args.save_path} is a file: give a folder")
     return args
+
+
+def check_plotting_files(args):
+    """Raises UsageError for a file or folder of the command line that is not there."""
+    for flag, paths in (("--checkpoint-path", args.checkpoint_path), ("--index-path", args.index_path)):
+        for path in paths or ():
+            if not path.exists():
+                raise UsageError(f"argument {flag}: {path} does not exist: give a file that a run has left")
+    for path in args.curves or ():
+        if not path.is_dir():
+            raise UsageError(f"argument --curves: {path} is not a folder: give run folders")
+
+
+def open_standard_streams():
+    """Puts the null device where standard input, output or error was closed: else the next file would take its place."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)                              # takes the lowest free number: this one
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def fail(prog, message, code):

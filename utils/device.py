@@ -25,8 +25,16 @@ def set_precision(precision, device):
     return torch.bfloat16 if precision == "bfloat16" else None
 
 
+def is_out_of_memory(error):
+    """Whether an exception says that the device or the machine has no memory left."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
 def fingerprint(device, precision):
     """Two parts of a run are equal bit for bit only where all of these agree."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": f"{device.type}: {name}", "threads": torch.get_num_threads(), "precision": precision,
-            "python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "numpy")}}
+    if device.type == "cuda":
+        name = f"cuda: {torch.cuda.get_device_name(device)}, cuDNN {torch.backends.cudnn.version()}"
+    else:
+        name = f"cpu: {platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": name, "threads": torch.get_num_threads(), "precision": precision, "python": platform.python_version(),
+            "torch": str(torch.__version__), **{package: version(package) for package in ("torchvision", "numpy")}}

@@ -11,6 +11,7 @@ import numpy as np  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
 from utils.cli import UsageError  # noqa: E402
+from utils.files import replacing  # noqa: E402
 
 # Petroff's ten colors, made to be told apart by color-blind readers; further classes change the marker.
 COLORS = matplotlib.color_sequences["petroff10"]
@@ -135,7 +136,9 @@ def save(fig, folder, name):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.pdf"]
-    fig.savefig(paths[0], dpi=160, facecolor="white", metadata={"Software": None})
-    fig.savefig(paths[1], metadata={"CreationDate": None})
+    with replacing(paths[0]) as file:
+        fig.savefig(file, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+    with replacing(paths[1]) as file:
+        fig.savefig(file, format="pdf", metadata={"CreationDate": None})
     plt.close(fig)
     return paths

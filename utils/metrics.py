@@ -5,33 +5,35 @@ import torch
 
 
 class Meter:
-    """Means of training scalars since the last `read`, summed on the device: only `read` waits for it.
+    """Means of training scalars since the last `read`, summed on the device: only `read` and `check` wait for it.
 
-    It also remembers, on the device, the last step whose loss was finite and that loss.
+    It also remembers, on the device, the last step that was finite and its loss.
     """
 
     def __init__(self):
         self.names, self.total, self.count = None, None, 0
-        self.diverged = self.last_loss = self.last_step = None
+        self.finite = self.last_loss = self.last_step = None
 
-    def add(self, step, scalars):
-        """scalars: name -> () tensor, the same names at every step, "loss" among them."""
+    def add(self, step, finite, scalars):
+        """finite: () bool tensor.  scalars: name -> () tensor, the same names at every step, "loss" among them."""
         loss, values = scalars["loss"], torch.stack(list(scalars.values()))
         if self.names is None:
             self.names, self.total = list(scalars), torch.zeros_like(values)
-            self.diverged, self.last_loss, self.last_step = ~loss.isfinite(), loss, torch.full_like(loss, step - 1)
-        self.diverged = self.diverged | ~loss.isfinite()
-        self.last_loss = torch.where(self.diverged, self.last_loss, loss)
-        self.last_step = torch.where(self.diverged, self.last_step, step)
+            self.finite = finite
+            self.last_loss, self.last_step = torch.full_like(loss, torch.nan), torch.full_like(loss, step - 1)
+        self.finite = self.finite & finite
+        self.last_loss = torch.where(self.finite, loss, self.last_loss)
+        self.last_step = torch.where(self.finite, step, self.last_step)
         self.total += values
         self.count += 1
 
     def check(self):
-        """Raises Diverged if any loss so far was not finite."""
-        if self.diverged is not None and self.diverged.item():
-            step = int(self.last_step.item())
-            raise Diverged(f"the loss is not finite at step {step + 1}; the last finite one was "
-                           f"{self.last_loss.item():.4g} at step {step}")
+        """Raises Diverged if any step so far was not finite."""
+        if self.finite is not None and not self.finite.item():
+            step, loss = int(self.last_step.item()), self.last_loss.item()
+            raise Diverged(f"the loss or its gradient is not finite at step {step + 1}, whose update was left out; "
+                           + (f"the last finite loss was {loss:.4g} at step {step}" if loss == loss
+                              else "none was finite before"))
 
     def read(self):
         """name -> mean since the last read."""
@@ -43,6 +45,11 @@ class Meter:
 
 class Diverged(ArithmeticError):
     """Training left the finite numbers."""
+
+
+def all_finite(tensors):
+    """Whether every entry of some tensors is finite; waits for the device once."""
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
 @torch.no_grad()

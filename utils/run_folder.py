@@ -2,42 +2,68 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import checkpoint
 from utils.cli import LAST, UsageError
+from utils.files import BEST, CHECKPOINT, PREVIOUS, Appender, link, remove_leftovers, write_text
 
 ARGS, LOG, METRICS, RESULTS = "args.json", "log.txt", "metrics.jsonl", "results.json"
 INDICES, SPLIT, LOCK = "label_indices.txt", "split.json", ".lock"
-OURS = (ARGS, LOG, METRICS, RESULTS, INDICES, SPLIT, checkpoint.NAME, checkpoint.PREVIOUS, checkpoint.BEST)
+OURS = (ARGS, LOG, METRICS, RESULTS, INDICES, SPLIT, CHECKPOINT, PREVIOUS, BEST)
+
+
+def check_paths(path, resume, overwrite):
+    """Raises UsageError for a run folder that a command must not touch, or a checkpoint that is missing; needs no torch.
+
+    resume: None, cli.LAST or the path of a checkpoint.
+    """
+    if resume not in (None, LAST) and not os.path.exists(resume):
+        raise UsageError(f"argument --resume: {resume}: no such checkpoint (a missing file never means a fresh start)")
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"argument --save-path: {path} is a file: give a folder")
+    if continues(path, resume):
+        if overwrite:
+            raise UsageError("argument --overwrite: it removes what --resume continues: give one of them")
+    elif holds_run(path) and not overwrite:
+        raise UsageError(f"argument --save-path: {path} holds a run: "
+                         "add --resume to continue it or --overwrite to start afresh")
 
 
 def prepare(path, resume, overwrite):
-    """What a command may continue, before anything is written: the locked folder and the checkpoint, or None for each.
+    """What a command that `check_paths` let pass may continue: (folder, saved, source).
 
-    resume: None, cli.LAST or the path of a checkpoint.  Raises UsageError for a folder that must not be touched
-    and CheckpointError for a checkpoint that cannot be read.
+    folder is the locked run folder, saved the state of a run and source the file it came from and why that one; None
+    for what there is not.  Writes nothing but the lock.  Raises UsageError for a folder in use and CheckpointError
+    for a checkpoint that cannot be read.
     """
-    named = Path(resume) if resume not in (None, LAST) else None
-    own = resume == LAST or named is not None and named.parent.resolve() == path.resolve()
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"argument --save-path: {path} is a file: give a folder")
-    if own and overwrite:
-        raise UsageError("argument --overwrite: it removes what --resume continues: give one of them")
-    found = any((path / name).exists() for name in OURS)
-    if found and not own and not overwrite:
-        raise UsageError(f"argument --save-path: {path} holds a run: "
-                         "add --resume to continue it or --overwrite to start afresh")
-    folder = RunFolder(path, overwrite) if found else None
-    if named is not None:
-        return folder, checkpoint.load(named)
-    return folder, checkpoint.load_last(path, warn=folder.say) if found and own else None
+    from utils import checkpoint
+
+    folder = RunFolder(path, overwrite) if holds_run(path) else None
+    if resume not in (None, LAST):
+        return folder, checkpoint.load(resume), f"{resume}, as --resume says"
+    last = checkpoint.load_last(path, warn=folder.say) if folder and resume else None
+    if last is None:
+        return folder, None, None
+    saved, folder.source, why = last
+    return folder, saved, why
+
+
+def holds_run(path):
+    return any((path / name).exists() for name in OURS)
+
+
+def continues(path, resume):
+    """Whether --resume means the run in the folder itself."""
+    return resume == LAST or resume is not None and Path(resume).parent.resolve() == path.resolve()
 
 
 # Flags that may differ between the parts of a resumed run.  All others define the experiment.
@@ -64,7 +90,8 @@ def check_same_experiment(args, saved, step):
 class RunFolder:
     """One run's folder, locked against a second process until `close`; with `overwrite`, `start` clears it."""
 
-    def __init__(self, path, overwrite=False):
+    def __init__(self, path, overwrite=False, new=False):
+        """new: raises UsageError if another process has left a run here by now."""
         self.path, self.overwrite = Path(path), overwrite
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.path / LOCK, "a+")
@@ -73,59 +100,87 @@ class RunFolder:
         except BlockingIOError:
             self.lock.seek(0)
             raise UsageError(f"{self.path} is in use by process {self.lock.read().strip() or 'unknown'}") from None
+        if new and holds_run(self.path):
+            raise UsageError(f"argument --save-path: {self.path} holds a run that began after this command: give another")
         self.lock.truncate(0)
         self.lock.write(str(os.getpid()))
         self.lock.flush()
-        self.log_file = self.metrics_file = self.events = None
-        self.echo = True
+        self.log_file = self.metrics = self.events = None
+        self.source = self.bar = None
+        self.failing = set()            # files that a full disk refuses at the moment
 
     def start(self, flags, sessions, labeled, validation, labels_sha256, keep):
         """Writes what the run is and opens its records, with everything after step `keep` taken out of them.
 
         A run from step 0 first removes the files of an older one, by name; nothing else in the folder is touched.
         """
-        from tensorboardX import SummaryWriter
-
-        indices = "".join(f"{index}\n" for index in labeled)
         clear = keep == 0 or self.overwrite
-        if not clear and (self.path / INDICES).exists() and (self.path / INDICES).read_text() != indices:
+        if not clear and (self.path / INDICES).exists() and read_split(self.path / INDICES) != labeled.tolist():
             raise UsageError(f"{self.path / INDICES} is not the split that the checkpoint was trained on: restore it "
                              "or remove it, and it is written again")
-        for leftover in self.path.glob("*" + checkpoint.TEMPORARY):
-            leftover.unlink()
+        remove_leftovers(self.path)
         if clear:
             for name in OURS:
                 (self.path / name).unlink(missing_ok=True)
             for events in self.path.glob("events.out.tfevents.*"):
                 events.unlink()
+        if self.source and self.source.name == PREVIOUS:    # so that the next save does not keep the damaged one
+            link(self.source, self.path / CHECKPOINT)
         (self.path / RESULTS).unlink(missing_ok=True)
-        metrics = self.path / METRICS
-        if metrics.exists():
-            write(metrics, "".join(line for line in whole_lines(metrics) if json.loads(line)["step"] <= keep))
-        write(self.path / INDICES, indices)
+        take_back(self.path / METRICS, keep, step_of_record)
+        take_back(self.path / LOG, keep, step_of_line)
+        indices = "".join(f"{index}\n" for index in labeled)
+        write_text(self.path / INDICES, indices)
         self.write_json(SPLIT, {"sha256": hashlib.sha256(indices.encode()).hexdigest(), "dataset": flags["dataset"],
                                 "labels_sha256": labels_sha256, "num_label": len(labeled), "seed": flags["seed"],
                                 "validation": validation.tolist()})
         self.write_json(ARGS, {"args": flags, "sessions": sessions})
-        self.log_file = open(self.path / LOG, "a", encoding="utf-8", buffering=1)
-        self.metrics_file = open(metrics, "a", encoding="utf-8")
-        self.events = SummaryWriter(str(self.path), purge_step=keep + 1 if keep else None)
+        self.log_file, self.metrics = Appender(self.path / LOG), Appender(self.path / METRICS)
+        self.events = event_writer(self.path, keep)
 
     def say(self, message):
         """One line to log.txt and to standard output, above the progress bar if there is one."""
         if self.log_file:
-            self.log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
-        if self.echo:
-            try:
-                tqdm.write(message)
-                sys.stdout.flush()
-            except OSError:             # nobody reads any more; the run goes on
-                self.echo = False
+            self.append(self.log_file, f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
+        try:
+            tqdm.write(message)
+            sys.stdout.flush()
+        except OSError:                 # nobody reads any more; the run goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def append(self, file, text):
+        file.write(text)
+        if file.error and file.path not in self.failing:
+            self.failing.add(file.path)
+            self.say(f"{file.path} cannot be written ({file.error}): its lines are kept in memory until it can")
+        elif not file.error:
+            self.failing.discard(file.path)
+
+    def save(self, state, best, last):
+        """Saves a checkpoint, as the best one too if it is one; returns whether that worked.
+
+        A failure is a warning, and OSError if it is the last save.
+        """
+        from utils import checkpoint
+
+        try:
+            os.fsync(self.metrics.file.fileno())
+            checkpoint.save(state, self.path)
+            if best:
+                checkpoint.save_best(self.path / CHECKPOINT)
+            if last and self.metrics.error:
+                raise self.metrics.error
+        except OSError as error:
+            if last:
+                raise
+            self.say(f"step {state['step']} could not be saved ({error}): training goes on; "
+                     + checkpoint.describe_last(self.path))
+            return False
+        return True
 
     def record(self, step, scalars):
         """tag -> value at a step, to metrics.jsonl and TensorBoard."""
-        self.metrics_file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self.metrics_file.flush()
+        self.append(self.metrics, json.dumps({"step": step, **scalars}) + "\n")
         for tag, value in scalars.items():
             self.events.add_scalar(tag, value, step)
 
@@ -150,33 +205,97 @@ class RunFolder:
     def has_results(self):
         return (self.path / RESULTS).exists()
 
+    @contextmanager
     def progress(self, start, total_steps):
-        """A progress bar on a terminal, nothing elsewhere."""
-        return tqdm(initial=start, total=total_steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        """A progress bar on a terminal, nothing elsewhere; `advance` moves it."""
+        self.bar = tqdm(initial=start, total=total_steps, unit="step", disable=None, dynamic_ncols=True)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                self.bar.close()
+
+    def advance(self):
+        try:
+            self.bar.update()
+        except OSError:                 # the terminal is gone; the run goes on
+            self.bar.disable = True
 
     def write_json(self, name, content):
-        write(self.path / name, json.dumps(content, indent=2) + "\n")
+        write_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def close(self):
-        for file in (self.events, self.metrics_file, self.log_file, self.lock):
+        for file in (self.events, self.metrics, self.log_file, self.lock):
             if file:
                 file.close()
 
 
-def write(path, text):
-    """Replaces a text file in one step."""
-    temporary = path.with_name(path.name + checkpoint.TEMPORARY)
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def event_writer(path, keep):
+    """A tensorboardX writer of a run folder, in which later points replace those after step `keep`.
+
+    tensorboardX writes in a thread, which a full disk would end and the next points would wait for: so it writes to
+    an Appender, by its own register of places to write to.
+    """
+    from tensorboardX import SummaryWriter
+    from tensorboardX.record_writer import register_writer_factory
+
+    class Place:
+        def open(self, name):
+            return Appender(name.removeprefix("run:"))
+
+        def directory_check(self, name):
+            pass
+
+    register_writer_factory("run", Place())
+    return SummaryWriter(f"run:{path}", purge_step=keep + 1 if keep else None)
 
 
-def whole_lines(path):
-    """The lines of a file that were written to their end."""
-    with open(path, encoding="utf-8") as file:
-        return [line for line in file if line.endswith("\n")]
+def read_split(path):
+    """The indices in a label_indices.txt, a list of ints; checked against the split.json beside it, if there is one.
+
+    Raises UsageError, which names the file, for anything that is not a list of different indices, one a line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({error})") from None
+    lines = text.split()
+    for line in lines:
+        if not (line.isascii() and line.isdigit() and len(line) < 16):
+            raise UsageError(f"{path}: {line[:40]!r} is not the index of an image")
+    if len(set(map(int, lines))) < len(lines):
+        raise UsageError(f"{path} names an image twice")
+    split = path.with_name(SPLIT)
+    if split.exists():
+        try:
+            expected = json.loads(split.read_text(encoding="utf-8"))["sha256"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise UsageError(f"{split} is damaged: restore it or remove it") from None
+        if expected != hashlib.sha256(text.encode()).hexdigest():
+            raise UsageError(f"{path} is not the split whose SHA-256 is in {split.name}: restore it")
+    return [int(line) for line in lines]
+
+
+def take_back(path, keep, step_of):
+    """Removes from a file of lines those of steps after `keep`, and a last one that was not written to its end."""
+    if path.exists():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = [line for line in file if line.endswith("\n")]
+        write_text(path, "".join(line for line in lines if step_of(line) <= keep))
+
+
+def step_of_record(line):
+    """Of a line of metrics.jsonl; infinite if it is none."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+
+
+def step_of_line(line):
+    """Of a line of log.txt; 0 if it is of no step."""
+    match = re.match(r"\S+ \S+  step (\d+)/", line)
+    return int(match[1]) if match else 0
 
 
 def duration(seconds):

@@ -1,0 +1,93 @@
+"""Files that a kill cannot break and a full disk cannot take away."""
+import os
+import shutil
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+TEMPORARY = ".tmp"
+CHECKPOINT, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.prev.pth", "model_best.pth"
+
+
+@contextmanager
+def replacing(path, keep=None):
+    """A binary file to write to, which takes the place of `path` in one step once the block has ended.
+
+    A kill at any moment leaves the old file or the new one; an exception, such as a full disk, leaves the old one.
+    keep: where the old file stays, if there is one.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            link(path, keep)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    sync(path.parent)
+
+
+def write_text(path, text):
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def link(source, target):
+    """Points target at the content of source, in one step for a reader."""
+    temporary = target.with_name(target.name + TEMPORARY)
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:                     # a file system without hard links
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def sync(folder):
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder):
+    """Removes what a kill left of files that were being written."""
+    for leftover in Path(folder).glob("*" + TEMPORARY):
+        leftover.unlink()
+
+
+class Appender:
+    """A file that grows.  What a full disk refuses is kept in memory and written when there is room again."""
+
+    def __init__(self, path):
+        self.path, self.file, self.pending = Path(path), open(path, "ab", buffering=0), b""
+        self.error = None               # why the last attempt failed, or None
+
+    def write(self, data):
+        """data: bytes or text."""
+        self.pending += data.encode() if isinstance(data, str) else data
+        try:
+            while self.pending:
+                self.pending = self.pending[self.file.write(self.pending):]
+            self.error = None
+        except OSError as error:
+            self.error = error
+
+    def flush(self):
+        self.write(b"")
+
+    def close(self):
+        self.flush()
+        self.file.close()
