@@ -2,7 +2,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--dataset", "digits", "--num-label", "50", "-a", "convsmall", "--batch-size", "8", "--total-steps", "7",
@@ -26,18 +25,3 @@ def train(tmp_path):
 def command():
     """The start of a command line that runs a script of this checkout in a process of its own."""
     return lambda script, *flags: [sys.executable, str(ROOT / script), *map(str, flags)]
-
-
-def tensors(value, path=""):
-    """path -> tensor, of everything in a checkpoint."""
-    if isinstance(value, torch.Tensor):
-        return {path: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return {k: v for key, item in items for k, v in tensors(item, f"{path}/{key}").items()}
-
-
-def differing(folder, other, name="checkpoint.pth"):
-    """Names of the tensors in which the checkpoints of two run folders differ."""
-    a, b = (tensors(torch.load(f / name, weights_only=True)) for f in (folder, other))
-    assert a.keys() == b.keys() and len(a) > 80
-    return [key for key in a if not torch.equal(a[key], b[key])]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHORT
+from injections import Malicious
 from PIL import Image
-from test_command_line import Malicious
 
 import plot_features
 import train_meta

@@ -6,10 +6,10 @@ import signal
 import subprocess
 import termios
 
-import numpy as np
 import pytest
 import torch
-from conftest import SHORT, differing, tensors
+from conftest import SHORT
+from injections import differing, records, tensors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_datasets import make_folder
 
@@ -22,10 +22,6 @@ TAGS = {
     "mix-up": {"interp-loss", "unlabel-acc"},
     "both": {"label-acc", "label-loss", "unlabel-acc", "unlabel-loss", "interp-loss"},
 }
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -74,35 +70,6 @@ def test_interrupted_and_resumed_training_equals_uninterrupted_training_bit_for_
     assert differing(tmp_path / "whole", tmp_path / "parts") == []
     steps = [line["step"] for line in records(tmp_path / "parts")]
     assert steps == sorted(steps)
-
-
-def test_without_the_random_state_in_the_checkpoint_the_resumed_run_would_differ(train, tmp_path):
-    train("whole", "--mix-up")
-    train("parts", "--mix-up", "--total-steps", "3")
-    path = tmp_path / "parts" / "checkpoint.pth"
-    saved = torch.load(path, weights_only=True)
-    torch.manual_seed(12345)
-    torch.save({**saved, "rng": torch.get_rng_state()}, path)
-    assert train("parts", "--mix-up", "--resume") == 0
-    assert "/model/classifier.weight" in differing(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_a_signal_stops_after_the_step_saves_and_the_resumed_run_equals_the_whole_one(command, tmp_path, train):
-    flags = [*SHORT, "--mix-up", "--total-steps", "30", "--print-freq", "1", "--test-freq", "1000"]
-    process = subprocess.Popen(command("train_meta.py", *flags, "--save-path", tmp_path / "parts"),
-                               stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == 143
-    assert "stopped by a signal at step" in rest
-    step = torch.load(tmp_path / "parts" / "checkpoint.pth", weights_only=True)["step"]
-    assert 3 <= step < 30
-    assert train("parts", *flags, "--resume") == train("whole", *flags) == 0
-    changed = differing(tmp_path / "whole", tmp_path / "parts")
-    assert changed == []
 
 
 def test_a_killed_evaluation_is_made_up_for_on_resume(train, tmp_path, monkeypatch):
@@ -181,30 +148,6 @@ def test_records_after_the_checkpoint_are_taken_back_on_resume(train, tmp_path):
         file.write('{"step": 4, "train/loss": 1.0}\n{"step": 5, "tra')
     train("a", "--resume")
     assert [line["step"] for line in records(tmp_path / "a")] == [2, 3, 3, 4, 6, 6, 7, 7]
-
-
-def test_permuted_hidden_labels_and_test_labels_leave_the_training_bitwise_unchanged(train, tmp_path, monkeypatch):
-    import datasets.loading
-    from datasets.splits import split_training
-
-    load = datasets.loading.load_dataset
-    labels = load("digits", ".").train_labels
-    labeled, validation = split_training(labels, 50, 0, 10, 1)
-    monkeypatch.setattr("datasets.splits.split_training", lambda *args: (labeled, validation))
-
-    def permuted(*args):
-        images = load(*args)
-        hidden = np.setdiff1d(np.arange(len(labels)), labeled)
-        images.train_labels[hidden] = images.train_labels[np.random.default_rng(0).permutation(hidden)]
-        return images._replace(test_labels=images.test_labels.flip(0))
-
-    train("plain", "--mix-up")
-    monkeypatch.setattr(datasets.loading, "load_dataset", permuted)
-    train("permuted", "--mix-up")
-    assert differing(tmp_path / "plain", tmp_path / "permuted") == []
-    a, b = ([line["train/unlabel-acc"] for line in records(tmp_path / f) if "train/unlabel-acc" in line]
-            for f in ("plain", "permuted"))
-    assert a != b                                                               # the telemetry did see other labels
 
 
 def test_the_command_that_users_know_runs_as_it_stands(command, tmp_path):
@@ -290,17 +233,3 @@ def test_diverging_training_stops_with_one_line_and_never_saves_what_is_not_fini
     assert train("b", "--no-meta", "--lr", "1e30", "--warmup", "0") == 1
     assert "not finite at step 2, whose update was left out; the last finite loss was" in capsys.readouterr().err
     assert not (tmp_path / "b" / "checkpoint.pth").exists()
-
-
-def test_the_second_of_two_runs_in_one_folder_is_refused_with_the_process_of_the_first(command, tmp_path):
-    flags = [*SHORT, "--total-steps", "100000", "--print-freq", "1", "--save-path", tmp_path / "a"]
-    first = subprocess.Popen(command("train_meta.py", *flags), stdout=subprocess.PIPE, text=True)
-    try:
-        for line in first.stdout:
-            if line.startswith("step 1/"):
-                break
-        second = subprocess.run(command("train_meta.py", *flags, "--resume"), capture_output=True, text=True)
-        assert second.returncode == 2 and f"in use by process {first.pid}" in second.stderr
-    finally:
-        first.kill()
-        first.wait()

@@ -27,7 +27,10 @@ class CheckpointError(UsageError):
 def save(state, folder):
     """Replaces the last checkpoint of a run folder by `state`, a dict of tensors and plain types; keeps the one before."""
     with replacing(Path(folder, CHECKPOINT), keep=Path(folder, PREVIOUS)) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:       # torch closing the archive, after a write that the disk refused
+            raise error.__context__ or error from None
 
 
 def save_best(path):

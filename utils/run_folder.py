@@ -207,10 +207,13 @@ class RunFolder:
 
     @contextmanager
     def progress(self, start, total_steps):
-        """A progress bar on a terminal, nothing elsewhere; `advance` moves it."""
+        """A progress bar on a terminal, nothing elsewhere; `advance` moves it.  An exception closes the folder's files."""
         self.bar = tqdm(initial=start, total=total_steps, unit="step", disable=None, dynamic_ncols=True)
         try:
             yield
+        except BaseException:
+            self.close()                # ends the thread of tensorboardX, which would speak at the exit of the program
+            raise
         finally:
             with suppress(OSError):
                 self.bar.close()

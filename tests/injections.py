@@ -1,0 +1,810 @@
+"""Faults injected into runs of the two scripts, F1 to F15: short forms in the test suite, all of them by `make torture`.
+
+Each injection is a generator `inject(folder, tries, rng, patch)`: it yields, for each try, None if the run survived or
+what was lost.  `patch` is None, or a function that takes one protection away in the process under test: then something
+must be lost, or the injection proves nothing.  Runs are processes of their own, forked from a server that has already
+loaded torch, and really killed.
+"""
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from functools import partial
+from multiprocessing import get_context, resource_tracker
+from pathlib import Path
+from typing import NamedTuple
+from urllib.error import URLError
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+FLAGS = ["--dataset", "digits", "--num-label", "50", "-a", "convsmall", "--batch-size", "8", "--warmup", "2", "--seed", "1",
+         "--milestones", "5", "--mix-up", "--print-freq", "1"]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+SERVER = get_context("forkserver")
+SERVER.set_forkserver_preload(["injections", "train_meta", "plot_features", "torch", "torch._dynamo", "tensorboardX",
+                               "sklearn.datasets", "datasets.batches", "datasets.loading", "metasemi", "models.convlarge",
+                               "utils.checkpoint", "utils.device", "utils.metrics"])
+
+
+# Runs
+
+def start(flags, *patches, script="train_meta", output=None):
+    """A process, in a process group of its own, that applies the patches and then runs a script's main(flags)."""
+    process = SERVER.Process(target=child, args=([str(flag) for flag in flags], patches, script, output), daemon=False)
+    process.start()
+    with contextlib.suppress(ProcessLookupError):
+        while os.getpgid(process.pid) != process.pid:
+            time.sleep(0.001)
+    return process
+
+
+def child(flags, patches, script, output):
+    os.setpgid(0, 0)
+    resource_tracker.register = resource_tracker.unregister = lambda *args: None      # it would name what the killed leave
+    if output:
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    torch.set_num_threads(1)
+    for patch in filter(None, patches):
+        patch()
+    sys.exit(__import__(script).main(flags))
+
+
+def run(folder, flags, *patches, script="train_meta"):
+    """Runs to the end; returns exit code, standard output and standard error."""
+    output = folder / "output"
+    process = start(flags, *patches, script=script, output=output)
+    code = finish(process)
+    return code, Path(f"{output}.out").read_text(), Path(f"{output}.err").read_text()
+
+
+def finish(process, seconds=120):
+    """The exit code; a process that does not end is killed, and named."""
+    process.join(seconds)
+    if process.exitcode is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        return "it did not end"
+    return process.exitcode
+
+
+def one_line(code, expected, error, *parts):
+    """What is wrong with the end of a failed run, or None."""
+    if code != expected or error.count("\n") != 1:
+        return f"exit code {code}: {error[-300:]!r}"
+    return next((f"{part!r} is not in {error!r}" for part in parts if part not in error), None)
+
+
+def state_of(folder):
+    return torch.load(folder / "checkpoint.pth", weights_only=True)
+
+
+def tensors(value, path=""):
+    """path -> tensor, of everything in a checkpoint."""
+    if isinstance(value, torch.Tensor):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return {k: v for key, item in items for k, v in tensors(item, f"{path}/{key}").items()}
+
+
+def differing(folder, other, name="checkpoint.pth"):
+    """Names of the tensors in which the checkpoints of two run folders differ."""
+    a, b = (tensors(torch.load(f / name, weights_only=True)) for f in (folder, other))
+    assert a.keys() == b.keys() and len(a) > 80
+    return [key for key in a if not torch.equal(a[key], b[key])]
+
+
+def unequal(folder, other):
+    changed = differing(folder, other)
+    return f"{len(changed)} tensors differ from the uninterrupted run" if changed else None
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def slow_disk(pause=0.02, chunks=8):
+    """Saving takes 160 ms, so that a random moment often falls into it."""
+    save = torch.save
+
+    def slow(state, file):
+        buffer = io.BytesIO()
+        save(state, buffer)
+        data = buffer.getvalue()
+        with contextlib.ExitStack() as stack:
+            out = file if hasattr(file, "write") else stack.enter_context(open(file, "wb"))
+            for i in range(0, len(data), len(data) // chunks):
+                out.write(data[i:i + len(data) // chunks])
+                out.flush()
+                time.sleep(pause)
+    torch.save = slow
+
+
+# F1, F2, F3, F14: kills and resumes
+
+def killed(folder, tries, rng, patch=None):
+    """SIGKILL at random moments while saving at every step, then --resume."""
+    flags = [*FLAGS, "--test-freq", "1", "--total-steps", str(6 * tries)]
+    code, _, error = run(folder, [*flags, "--save-path", folder / "whole"])
+    assert code == 0, error
+    parts, reached = folder / "parts", 0
+    for i in range(tries):
+        process = start([*flags, "--save-path", parts, "--resume"], slow_disk, patch, output=folder / "killed")
+        if i % 5:                           # one in five in start-up
+            wait_for(folder / "killed.out", "  loss ")
+        time.sleep(rng.uniform(0, 0.8))
+        process.kill()
+        process.join()
+        last = readable(parts)
+        if process.exitcode not in (0, -signal.SIGKILL) or isinstance(last, str) or last < reached:
+            yield f"exit code {process.exitcode} after step {reached}, then: {last}"
+            return
+        reached = last
+        yield None
+    code, _, error = run(folder, [*flags, "--save-path", parts, "--resume"], patch)
+    yield error if code else unequal(folder / "whole", parts)
+
+
+def readable(folder):
+    """The step that a resume would start from, or why it could not."""
+    from utils import checkpoint
+
+    try:
+        last = checkpoint.load_last(folder)
+    except checkpoint.CheckpointError as error:
+        return str(error)
+    return 0 if last is None else last[0]["step"]
+
+
+def bare_save():
+    from utils import checkpoint
+
+    def save(state, folder):
+        with open(Path(folder, "checkpoint.pth"), "wb") as file:
+            torch.save(state, file)
+            os.fsync(file.fileno())
+    checkpoint.save = save
+
+
+def dead_between_calls(folder, tries, rng, patch=None):
+    """Death before and after each system call of a save."""
+    code, _, error = run(folder, [*FLAGS, "--total-steps", "3", "--test-freq", "1", "--save-path", folder / "run"])
+    assert code == 0, error
+    names = ("checkpoint.pth", "checkpoint.prev.pth")
+    before = {name: (folder / "run" / name).read_bytes() for name in names}
+    for point in range(tries):
+        for file in (folder / "run").iterdir():
+            file.unlink()
+        for name in names:
+            (folder / "run" / name).write_bytes(before[name])
+        process = SERVER.Process(target=save_and_die, args=(folder / "run", point, patch))
+        process.start()
+        process.join()
+        last = readable(folder / "run")
+        yield None if last in (3, 4) and process.exitcode in (0, 9) else f"at call {point}: {last}"
+        if process.exitcode == 0:
+            return
+
+
+def save_and_die(folder, point, patch):
+    """Saves step 4; dies before the system call number point // 2, or after it if point is odd."""
+    from utils import checkpoint
+
+    if patch:
+        patch()
+    state, calls = {**checkpoint.load(folder / "checkpoint.pth"), "step": 4}, [0]
+
+    def mortal(call):
+        def wrapped(*args, **kwargs):
+            number = calls[0]
+            calls[0] += 1
+            if 2 * number == point:
+                os._exit(9)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                if 2 * number + 1 == point:
+                    os._exit(9)
+        return wrapped
+
+    def in_two_halves(state, file):
+        buffer = io.BytesIO()
+        save(state, buffer)
+        data = buffer.getvalue()
+        for half in (data[:len(data) // 2], data[len(data) // 2:]):
+            mortal(file.write)(half)
+
+    save, torch.save = torch.save, in_two_halves
+    for name in ("open", "fsync", "link", "unlink", "replace"):
+        setattr(os, name, mortal(getattr(os, name)))
+    checkpoint.save(state, folder)
+
+
+def resumed(folder, tries, rng, patch=None):
+    """Bitwise resume at k in {1, middle, a save, a save + 1, N - 1}, with and without mix-up, then a second resume."""
+    flags = [*FLAGS, "--test-freq", "3", "--total-steps"]
+    plain = [flag for flag in flags if flag != "--mix-up"]
+    cases = [(row, k) for k in (3, 1, 4, 5, 6) for row in (flags, plain)]
+    for row, k in cases[:tries]:
+        whole, parts = (folder / f"{name}{len(row)}" for name in ("whole", f"parts{k}-"))
+        if not whole.exists():
+            run(folder, [*row, "7", "--save-path", whole])
+        for steps in (k, min(k + 2, 6), 7):
+            code, _, error = run(folder, [*row, steps, "--save-path", parts, "--resume"], patch)
+            if code:
+                break
+        yield f"k = {k}: {error}" if code else unequal(whole, parts)
+
+
+def no_rng():
+    torch.set_rng_state = lambda state: None
+
+
+def logged(folder, tries, rng, patch=None):
+    """log.txt and metrics.jsonl over three kills and resumes."""
+    flags = [*FLAGS, "--test-freq", "4", "--total-steps", "40"]
+    for i in range(tries):
+        path = folder / str(i)
+        for _ in range(3):
+            process = start([*flags, "--save-path", path, "--resume"], slow_disk, patch, output=folder / "output")
+            time.sleep(rng.uniform(0.6, 1.1))
+            process.kill()
+            process.join()
+        code, _, error = run(folder, [*flags, "--save-path", path, "--resume"], patch)
+        if code:
+            yield error
+            continue
+        lines = (path / "metrics.jsonl").read_text().splitlines()
+        in_log = re.findall(r"^\S+ \S+  step (\d+)/40  loss", (path / "log.txt").read_text(), re.MULTILINE)
+        try:
+            in_metrics = [record["step"] for record in map(json.loads, lines) if "train/loss" in record]
+        except ValueError as error:
+            yield str(error)
+            continue
+        steps = list(range(1, 41))
+        yield None if in_metrics == steps == list(map(int, in_log)) else f"{in_metrics} in metrics, {in_log} in the log"
+
+
+def no_take_back():
+    import utils.run_folder
+
+    utils.run_folder.take_back = lambda *args: None
+
+
+# F4, F11, F12: files that are not what they were
+
+def damaged(folder, tries, rng, patch=None):
+    """Single-bit flips, one truncation to five flips, and files that are none; the generation before takes over."""
+    if patch:
+        check = zipfile.ZipFile.testzip
+        patch()
+    try:
+        yield from damages(folder, tries, rng)
+    finally:
+        if patch:
+            zipfile.ZipFile.testzip = check
+
+
+def damages(folder, tries, rng):
+    from utils import checkpoint
+
+    code, _, error = run(folder, [*FLAGS, "--total-steps", "2", "--test-freq", "1", "--save-path", folder / "run"])
+    assert code == 0, error
+    path = folder / "run" / "checkpoint.pth"
+    data, good = path.read_bytes(), tensors(checkpoint.load(path))
+    for i in range(tries):
+        wrong = bytearray(data)
+        if i % 6 == 5:
+            del wrong[int(rng.integers(len(data))):]
+        else:
+            wrong[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+        path.unlink()
+        path.write_bytes(wrong)
+        state, source, _ = checkpoint.load_last(folder / "run")
+        same = source == path and all(torch.equal(good[key], value) for key, value in tensors(state).items())
+        yield None if same or source != path else f"try {i}: a change was not seen"     # a name or padding may change unseen
+    for content in (b"", b"hello", "folder", "unreadable"):
+        path.unlink()
+        if content == "folder":
+            path.mkdir()
+        else:
+            path.write_bytes(data if content == "unreadable" else content)
+        user = os.geteuid()
+        if content == "unreadable":
+            path.chmod(0)
+            os.seteuid(user or 65534)       # root reads everything
+        try:
+            checkpoint.load(path)
+            yield f"{content!r} was read"
+        except checkpoint.CheckpointError as error:
+            yield None if str(path) in str(error) else str(error)
+        finally:
+            os.seteuid(user)
+        if content == "folder":
+            path.rmdir()
+            path.write_bytes(b"")
+
+
+def no_testzip():
+    zipfile.ZipFile.testzip = lambda archive: None
+
+
+class Malicious:
+    """Unpickled, it writes a file named pwned in the working folder."""
+
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def malicious(folder, tries, rng, patch=None):
+    """A pickle that runs a command, as --resume and as --checkpoint-path."""
+    path = folder / "x.pth"
+    torch.save({"step": 1, "model": Malicious(), "args": {}}, path)
+    for i in range(tries):
+        if i % 2:
+            flags, script = ["--checkpoint-path", path, "--save-path", folder / "figure"], "plot_features"
+        else:
+            flags, script = [*FLAGS, "--save-path", folder / "run", "--resume", path], "train_meta"
+        code, _, error = run(folder, flags, partial(os.chdir, folder), patch, script=script)
+        fault = one_line(code, 2, error, str(path), "could run code")
+        left = sorted(file.name for file in folder.iterdir() if not file.name.startswith("output"))
+        yield fault or (None if left == ["x.pth"] else f"it left {left}")
+
+
+def any_pickle():
+    load = torch.load
+    torch.load = lambda path, **kwargs: load(path, map_location="cpu", weights_only=False)
+
+
+def tiny_cifar(root):
+    """50 training and 10 test images in the format of CIFAR-10, its sums entered in torchvision's table."""
+    from torchvision.datasets import CIFAR10
+
+    base = root / CIFAR10.base_folder
+    base.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    sums = {}
+    for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list):
+        content = {"data": rng.integers(0, 256, (10, 3072), dtype=np.uint8), "labels": list(range(10))}
+        (base / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((base / name).read_bytes()).hexdigest()
+    (base / CIFAR10.meta["filename"]).write_bytes(pickle.dumps({"label_names": [f"class {k}" for k in range(10)]}))
+    sums[CIFAR10.meta["filename"]] = hashlib.md5((base / CIFAR10.meta["filename"]).read_bytes()).hexdigest()
+    return sums
+
+
+def other_sums(sums):
+    """CIFAR-10 is now the files with these sums, and there is no network."""
+    from torchvision.datasets import CIFAR10, utils
+
+    def no_network(*args, **kwargs):
+        raise URLError("no network")
+
+    CIFAR10.train_list = [[name, sums[name]] for name, _ in CIFAR10.train_list]
+    CIFAR10.test_list = [[name, sums[name]] for name, _ in CIFAR10.test_list]
+    CIFAR10.meta = {**CIFAR10.meta, "md5": sums[CIFAR10.meta["filename"]]}
+    utils._urlretrieve = no_network
+
+
+def data_file(folder, tries, rng, patch=None):
+    """A data set file flipped, truncated, missing, without a network; digits always works."""
+    sums = tiny_cifar(folder)
+    flags = [*FLAGS, "--total-steps", "1", "--save-path", folder / "run"]
+    cifar = [*flags, "--dataset", "cifar10", "--num-label", "10", "--data-path", folder]
+    path = folder / "cifar-10-batches-py" / "data_batch_3"
+    data = path.read_bytes()
+    for i in range(tries):
+        wrong = bytearray(data)
+        if i % 3 == 0:
+            wrong[-int(rng.integers(200, 3000))] ^= 1 << int(rng.integers(8))       # a pixel
+        path.write_bytes(wrong[:int(rng.integers(len(data)))] if i % 3 == 1 else wrong)
+        if i % 3 == 2:
+            path.unlink()
+        code, _, error = run(folder, cifar, partial(other_sums, sums), patch)
+        yield one_line(code, 2, error, str(path), sums[path.name]) or (
+            "it wrote something" if (folder / "run").exists() else None)
+    path.write_bytes(data)
+    for intact in (cifar, flags):
+        code, _, error = run(folder, [*intact, "--overwrite"], partial(other_sums, sums), patch)
+        yield error if code else None
+
+
+def no_sums():
+    from torchvision.datasets import CIFAR10
+
+    CIFAR10._check_integrity = lambda self: True
+
+
+# F5: disk full
+
+def disk_full(folder, tries, rng, patch=None):
+    """A file-size limit that fails every write over a while of the run; lifted again, or not before the last save."""
+    flags = [*FLAGS, "--total-steps", "6", "--test-freq", "1"]
+    run(folder, [*flags, "--save-path", folder / "whole"])
+    for i in range(tries):
+        path, limit, last = folder / str(i), int(rng.choice([0, 500, 3000, 100_000])), i % 2 == 1
+        code, out, error = run(folder, [*flags, "--save-path", path], partial(limited, limit, 2, 99 if last else 5), patch)
+        left = [file.name for file in path.iterdir() if file.name.endswith(".tmp")]
+        kept = readable(path)
+        if left or kept != (2 if last else 6) or "step 3 could not be saved" not in out:
+            yield f"limit {limit}: {left} left, step {kept} kept, exit code {code}: {error}"
+            continue
+        if last:
+            fault = one_line(code, 1, error)
+            code, _, error = run(folder, [*flags, "--save-path", path, "--resume"], patch)
+            if fault or code:
+                yield fault or error
+                continue
+        same = records(path) == records(folder / "whole")
+        yield unequal(folder / "whole", path) or (None if same else "records are missing")
+
+
+def limited(limit, first, last):
+    """After `first` saves no file grows beyond `limit` bytes, until after `last` attempts to save."""
+    from utils.run_folder import RunFolder
+
+    save, attempts = RunFolder.save, [0]
+
+    def counted(self, *args, **kwargs):
+        try:
+            return save(self, *args, **kwargs)
+        finally:
+            attempts[0] += 1
+            if attempts[0] == first:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            elif attempts[0] == last:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    RunFolder.save = counted
+
+
+def every_failure_ends():
+    from utils import run_folder
+
+    save = run_folder.RunFolder.save
+    run_folder.RunFolder.save = lambda self, state, best, last: save(self, state, best, last=True)
+
+
+# F6: signals
+
+def signaled(folder, tries, rng, patch=None):
+    """SIGTERM, SIGINT or SIGUSR1 to the process or its group at random moments, also in start-up, evaluation and a save."""
+    images = folder_of_digits(folder / "images")
+    flags = [*FLAGS, "--test-freq", "3", "--total-steps", "60"]
+    for i in range(tries):
+        path, row = folder / str(i), flags
+        number = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[i % 3]
+        if i % 5 == 4:                      # while worker processes decode
+            row = [*flags, "--dataset", "folder", "--data-path", images, "--image-size", "16", "--num-workers", "2"]
+        process = start([*row, "--save-path", path], slow_disk, slow_evaluation, patch, output=folder / "output")
+        time.sleep(rng.uniform(0.05, 2.0))
+        (os.killpg if i % 2 else os.kill)(process.pid, number)
+        code = finish(process)
+        error, out = (Path(folder, f"output.{name}").read_text() for name in ("err", "out"))
+        stopped = re.search(r"stopped by a signal at step (\d+)/60", out)
+        fault = None
+        if code != (130 if number == signal.SIGINT else 143):
+            fault = f"{number.name}: exit code {code}: {error}"
+        elif stopped and (error or readable(path) != int(stopped[1])):
+            fault = f"{number.name}: stopped at step {stopped[1]}, kept {readable(path)}: {error}"
+        elif not stopped and one_line(1, 1, error, "stopped by a signal before the first step"):
+            fault = error or out
+        yield fault or orphans(process.pid)
+
+
+def slow_evaluation():
+    from utils import metrics
+
+    evaluate = metrics.evaluate
+
+    def slow(model, batches, dtype, stop):
+        def paused():
+            for batch in batches:
+                for part in zip(*(tensor.split(50) for tensor in batch)):
+                    time.sleep(0.01)
+                    yield part
+        return evaluate(model, paused(), dtype, stop)
+    metrics.evaluate = slow
+
+
+def default_signals():
+    from utils.interrupt import Interrupt
+
+    Interrupt.__enter__ = lambda self: self
+    Interrupt.__exit__ = lambda self, *exception: None
+
+
+def orphans(group, seconds=10):
+    """What is left of a process group after a while, or None."""
+    deadline = time.monotonic() + seconds
+    while True:
+        left = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _, its_group = stat.read_text().rsplit(")", 1)[1].split()[:3]
+                if int(its_group) == group and state != "Z":
+                    left.append(stat.parent.name)
+        if not left or time.monotonic() > deadline:
+            return f"processes {left} are left" if left else None
+        time.sleep(0.05)
+
+
+def folder_of_digits(root):
+    """The digits as image files, 1,797 of them, for --dataset folder."""
+    from PIL import Image
+
+    from datasets import load_dataset
+
+    data = load_dataset("digits", ".")
+    for split, images, labels in (("train", data.train_images, data.train_labels),
+                                  ("test", data.test_images, data.test_labels)):
+        for k in range(10):
+            (root / split / str(k)).mkdir(parents=True)
+        for i, (image, label) in enumerate(zip(images.permute(0, 2, 3, 1).numpy(), labels.tolist())):
+            Image.fromarray(image).save(root / split / str(label) / f"{i}.png")
+    return root
+
+
+# F7, F13: numbers
+
+def not_finite(folder, tries, rng, patch=None):
+    """NaN or infinity in the input, the weights, the loss or the gradient alone."""
+    flags = [*FLAGS, "--test-freq", "2", "--print-freq", "3", "--total-steps", "9"]
+    run(folder, [*flags, "--total-steps", "4", "--save-path", folder / "whole"])
+    for i in range(tries):
+        kind, value = ("gradient", "input", "weights", "loss")[i % 4], (float("nan"), float("inf"))[i // 4 % 2]
+        path = folder / str(i)
+        code, _, error = run(folder, [*flags, "--save-path", path], partial(spoiled, kind, value), patch)
+        finite = all(w.isfinite().all() for w in tensors(state_of(path)).values() if w.is_floating_point())
+        yield one_line(code, 1, error, "not finite at step 5", "at step 4", "checkpoint.pth of step 4 is intact") or (
+            unequal(folder / "whole", path) if finite else "the last file is not finite")
+
+
+def spoiled(kind, value):
+    """At step 5, one number is `value`; an update after that would end the run in another way."""
+    import metasemi
+
+    step, calls = metasemi.training_step, [0]
+
+    def spoiling(model, optimizer, x_l, y_l, x_u, **options):
+        calls[0] += 1
+        if calls[0] > 5:
+            return step(model, optimizer, x_l, y_l, x_u, **options)
+        weight = next(model.parameters())
+        before = weight.detach().clone()
+        if calls[0] == 5:
+            if kind == "input":
+                x_l = x_l.index_fill(0, torch.tensor([0]), value)
+            elif kind == "weights":
+                weight.data[0] = value
+            elif kind == "loss":
+                options["weight"] = value
+            else:
+                weight.register_hook(lambda g: g + value)
+        result = step(model, optimizer, x_l, y_l, x_u, **options)
+        if calls[0] == 5 and kind != "weights" and not torch.equal(before, weight):
+            os._exit(7)                     # the update was not left out
+        return result
+    metasemi.training_step = spoiling
+
+
+def no_finite_check():
+    from utils import metrics
+
+    metrics.Meter.check = lambda self: None
+    metrics.all_finite = lambda tensors: True
+
+
+def permuted(folder, tries, rng, patch=None):
+    """The hidden labels and the test set permuted: the training must not notice."""
+    flags = [*FLAGS, "--total-steps", "5", "--test-freq", "9"]
+    run(folder, [*flags, "--save-path", folder / "plain"], patch)
+    seen = [record.get("train/unlabel-acc") for record in records(folder / "plain")]
+    for i in range(tries):
+        path = folder / str(i)
+        code, _, error = run(folder, [*flags, "--save-path", path], partial(other_labels, int(rng.integers(2 ** 31))), patch)
+        if code:
+            yield error
+            continue
+        assert seen != [record.get("train/unlabel-acc") for record in records(path)]        # the telemetry does notice
+        a, b = (tensors({key: state_of(f)[key] for key in ("model", "optimizer", "rng")}) for f in (folder / "plain", path))
+        yield None if all(torch.equal(a[key], b[key]) for key in a) else "the weights differ"
+
+
+def other_labels(seed):
+    from datasets import loading, splits
+
+    load = loading.load_dataset
+    labels = load("digits", ".").train_labels
+    labeled, validation = splits.split_training(labels, 50, 0, 10, 1)
+    splits.split_training = lambda *args: (labeled, validation)
+    rng = np.random.default_rng(seed)
+
+    def load_permuted(*args):
+        images = load(*args)
+        hidden = np.setdiff1d(np.arange(len(labels)), labeled)
+        images.train_labels[hidden] = images.train_labels[rng.permutation(hidden)]
+        order = torch.from_numpy(rng.permutation(len(images.test_labels)))
+        return images._replace(test_images=images.test_images[order])
+    loading.load_dataset = load_permuted
+
+
+def leaking_labels():
+    from datasets import batches
+
+    call = batches.Batches.__call__
+
+    def leaking(self, step):
+        batch = call(self, step)
+        return batch._replace(x_u=batch.x_u + 1e-3 * batch.hidden[:, None, None, None])
+    batches.Batches.__call__ = leaking
+
+
+# F8, F9, F10, F15: commands
+
+def wrong_lines(folder, tries, rng, patch=None):
+    """Wrong command lines over both scripts, each in a process of its own, from the shell's point of view."""
+    from test_command_line import WRONG, make_files
+
+    make_files(folder)
+    before = sorted(folder.rglob("*"))
+    chosen = WRONG if tries >= len(WRONG) else [WRONG[i] for i in rng.permutation(len(WRONG))[:tries]]
+    for script, flags, parts in chosen:
+        if patch:
+            with contextlib.chdir(folder):
+                code, _, error = run(folder.parent, flags, patch, script=script)
+            seconds = 0.0
+        else:
+            begin = time.perf_counter()
+            done = subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], cwd=folder, capture_output=True, text=True)
+            seconds = time.perf_counter() - begin
+            code, error = done.returncode, done.stderr
+        fault = one_line(code, 2, error, *parts) or (None if sorted(folder.rglob("*")) == before else "it wrote something")
+        yield fault or (None if seconds < 1 else f"{flags}: it took {seconds:.1f} s")
+
+
+def lines_of_argparse():
+    import argparse
+
+    from utils.cli import Parser
+
+    Parser.error = argparse.ArgumentParser.error
+
+
+def random_milestones(folder, tries, rng, patch=None):
+    """Random strings to the milestone parser."""
+    from utils import cli
+
+    parse = patch or cli.parse_milestones
+    alphabet = list("[](){}0123456789,,,   -+._eExX'\"#\n\t\x00abcdef__import__os.system²٣")
+    for _ in range(tries):
+        text = "".join(rng.choice(alphabet, size=int(rng.integers(0, 30))))
+        try:
+            steps = parse(text)
+        except ValueError:
+            yield None
+            continue
+        except Exception as error:
+            yield f"{text!r}: {error!r}"
+            continue
+        good = all(type(step) is int and step > 0 for step in steps) and steps == sorted(set(steps))
+        yield None if good else f"{text!r}: {steps}"
+
+
+def parse_carelessly(text):
+    return [int(part) for part in text.strip("[]").replace(",", " ").split()]
+
+
+def two_runs(folder, tries, rng, patch=None):
+    """Two processes on one folder, and the same command again on the finished run."""
+    flags = [*FLAGS, "--test-freq", "5", "--total-steps", "10"]
+    for i in range(tries):
+        path = folder / str(i)
+        flags_here = [*flags, "--save-path", path, *(["--resume"] if i % 2 else [])]
+        first = start(flags_here, slow_disk, slow_evaluation, patch, output=folder / "first")
+        wait_for(folder / "first.out", "parameters")
+        code, _, error = run(folder, flags_here, patch)
+        first_code = finish(first)
+        fault = one_line(code, 2, error, *([f"in use by process {first.pid}"] if i % 2 else ["holds a run"]))
+        if fault or first_code:
+            yield fault or f"the first run ended with {first_code}"
+            continue
+        before = {file.name: file.read_bytes() for file in path.iterdir()}
+        code, _, error = run(folder, [*flags, "--save-path", path])
+        unchanged = before == {file.name: file.read_bytes() for file in path.iterdir()}
+        yield one_line(code, 2, error, "holds a run") or (None if unchanged else "files changed")
+
+
+def wait_for(path, text, seconds=60):
+    """Until a process has said so."""
+    deadline = time.monotonic() + seconds
+    while not (path.exists() and text in path.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def no_lock():
+    import fcntl
+
+    fcntl.flock = lambda *args: None
+
+
+def odd_places(folder, tries, rng, patch=None):
+    """Paths with spaces, unicode and %, a symlinked run folder, closed or broken standard streams."""
+    flags = [*FLAGS, "--total-steps", "3", "--test-freq", "2"]
+    code, _, error = run(folder, [*flags, "--save-path", folder / "whole"])
+    assert code == 0, error
+    (folder / "elsewhere").mkdir()
+    (folder / "link").symlink_to(folder / "elsewhere")
+    places = [("closed", (0, 1, 2)), ("broken", "pipe"), ("closed too", (1,)), ("with space", ()), ("ünï ☃", ()),
+              ("100 % {x} $HOME", ()), ("link", ()), ("a:b", ()), ("run:x", ())]
+    for name, streams in places[:tries]:
+        path = folder / name
+        for steps in (2, 3):
+            process = start([*flags, "--total-steps", steps, "--save-path", path, "--resume"], partial(without, streams), patch,
+                            output=folder / "output")
+            code = finish(process)
+            if code:
+                break
+        fault = f"{name}: exit code {code}" if code else unequal(folder / "whole", path)
+        if not fault and records(path) != records(folder / "whole"):
+            fault = f"{name}: the records differ"
+        yield fault
+    for name in ("ünï ☃", "100 % {x} $HOME")[:max(0, tries - 6)]:
+        flags = ["--checkpoint-path", folder / name / "checkpoint.pth", "--save-path", folder / f"figure {name}",
+                 "--method", "pca", "--num-point", "50"]
+        code, _, error = run(folder, flags, script="plot_features")
+        yield error if code else None
+
+
+def without(streams):
+    """Closes standard streams, or makes standard output a pipe that nobody reads."""
+    if streams == "pipe":
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.close(reader)
+        return
+    for number in streams:
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+
+
+def no_streams():
+    from utils import cli
+
+    cli.open_standard_streams = lambda: None
+
+
+class Injection(NamedTuple):
+    inject: object
+    without: object         # the protection taken away
+    short: int              # tries in the test suite
+    full: int               # and by `make torture`
+
+
+INJECTIONS = {
+    "F1": Injection(killed, bare_save, 5, 50),
+    "F2": Injection(dead_between_calls, bare_save, 99, 99),
+    "F3": Injection(resumed, no_rng, 2, 10),
+    "F4": Injection(damaged, no_testzip, 60, 360),
+    "F5": Injection(disk_full, every_failure_ends, 2, 20),
+    "F6": Injection(signaled, default_signals, 5, 60),
+    "F7": Injection(not_finite, no_finite_check, 4, 16),
+    "F8": Injection(wrong_lines, lines_of_argparse, 4, 1000),
+    "F9": Injection(random_milestones, parse_carelessly, 2000, 10_000),
+    "F10": Injection(two_runs, no_lock, 2, 20),
+    "F11": Injection(malicious, any_pickle, 2, 10),
+    "F12": Injection(data_file, no_sums, 3, 30),
+    "F13": Injection(permuted, leaking_labels, 1, 10),
+    "F14": Injection(logged, no_take_back, 1, 10),
+    "F15": Injection(odd_places, no_streams, 5, 9),
+}
