@@ -117,6 +117,8 @@ def train(args, interrupt):
         for key, value in sessions[-1].items():
             if key not in ("from_step", "commit") and value != sessions[-2].get(key):
                 folder.say(f"{key} was {sessions[-2].get(key)} and is {value}: equal to the first part only up to rounding")
+        if folder.source and evaluations and max(evaluations, key=lambda e: e[select_by])["step"] == start:
+            checkpoint.save_best(folder.source)     # a kill may have come between the checkpoint and this
 
     meter = Meter()
     interrupt.defer()

@@ -1,7 +1,31 @@
 """What a run survives: the short forms of the injections, and what they do not reach."""
+import math
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
-from injections import INJECTIONS
+import torch
+from conftest import ROOT, SHORT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from injections import FLAGS, INJECTIONS, differing, one_line, run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import metasemi.step as step_module
+from datasets import DATASETS
+from datasets.splits import check_num_label
+from models import NETWORKS
+from utils import checkpoint
+from utils.cli import UsageError, parse_plotting, parse_training, plotting_parser, training_parser
+from utils.run_folder import read_split
 
 
 def lost(name, folder, tries, patch=None):
@@ -16,3 +40,194 @@ def test_nothing_is_lost(tmp_path, name):
 @pytest.mark.parametrize("name", INJECTIONS)
 def test_without_its_protection_something_is_lost(tmp_path, name):
     assert lost(name, tmp_path, INJECTIONS[name].short, INJECTIONS[name].without) != []
+
+
+def test_a_kill_between_a_checkpoint_and_its_copy_as_the_best_one_loses_nothing(train, tmp_path):
+    train("whole")
+    train("a", "--total-steps", "3")
+    (tmp_path / "a" / "model_best.pth").unlink()
+    train("a", "--resume")
+    assert differing(tmp_path / "whole", tmp_path / "a", "model_best.pth") == []
+
+
+def test_nothing_waits_for_the_device_between_log_lines(train, monkeypatch):
+    reads = []
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"):
+        call = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *args, call=call, name=name: reads.append(name) or call(*args))
+
+    class Dispatched(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                reads.append(str(operator))
+            return operator(*args, **(kwargs or {}))
+
+    # torch's one_hot looks at its input on the CPU, and only there
+    monkeypatch.setattr(step_module, "one_hot", lambda y, K: (y[:, None] == torch.arange(K)).long())
+    counts = []
+    for steps in ("6", "12"):
+        reads.clear()
+        with Dispatched():
+            assert train(steps, "--mix-up", "--total-steps", steps, "--print-freq", "99", "--test-freq", "99") == 0
+        counts.append(sorted(reads))
+    assert counts[0] == counts[1] and "item" in counts[0]
+
+
+def test_out_of_memory_is_one_line_with_the_flag_that_helps_and_the_checkpoint_stays(tmp_path):
+    flags = [*FLAGS, "--total-steps", "9", "--test-freq", "2", "--save-path", tmp_path / "a"]
+    code, _, error = run(tmp_path, flags, no_memory_after_a_save)
+    assert one_line(code, 1, error, "out of memory with --batch-size 8: lower it", "checkpoint.pth of step 2 is intact") is None
+    assert run(tmp_path, [*flags, "--resume"])[0] == 0
+
+
+def no_memory_after_a_save():
+    import metasemi
+    from utils import checkpoint
+
+    save, step, bytes_wanted = checkpoint.save, metasemi.training_step, [1]
+
+    def greedy(*args, **options):
+        torch.empty(bytes_wanted[0], dtype=torch.uint8)
+        return step(*args, **options)
+
+    def saving(*args):
+        save(*args)
+        bytes_wanted[0] = 2 ** 46           # more than there is anywhere
+    metasemi.training_step, checkpoint.save = greedy, saving
+
+
+def test_a_run_goes_on_when_its_terminal_is_gone(command, tmp_path):
+    terminal, process_side = pty.openpty()
+    process = subprocess.Popen(command("train_meta.py", *SHORT, "--save-path", tmp_path / "a"), stdout=process_side,
+                               stderr=process_side)
+    os.close(process_side)
+    os.read(terminal, 1)
+    os.close(terminal)
+    assert process.wait() == 0
+    assert (tmp_path / "a" / "results.json").exists()
+
+
+def test_a_resume_says_what_changed_and_that_equality_ends(train, tmp_path):
+    train("a", "--total-steps", "3")
+    path = tmp_path / "a" / "checkpoint.pth"
+    saved = torch.load(path, weights_only=True)
+    saved["sessions"][0] |= {"torch": "1.0", "threads": 77}
+    torch.save(saved, path)
+    train("a", "--resume")
+    log = (tmp_path / "a" / "log.txt").read_text()
+    assert "resumed at step 3 from checkpoint.pth, the newest generation" in log
+    assert f"torch was 1.0 and is {torch.__version__}: equal to the first part only up to rounding" in log
+    assert log.count("was 77 and is") == 1 and log.count("up to rounding") == 2
+
+
+@pytest.mark.parametrize("flags", [["--momentum", "0"], ["--no-meta"]])
+def test_a_run_resumes_equal_with_every_kind_of_optimizer_state(train, tmp_path, flags):
+    train("whole", *flags)
+    train("a", *flags, "--total-steps", "4"), train("a", *flags, "--resume")
+    assert differing(tmp_path / "whole", tmp_path / "a") == []
+
+
+def test_the_batch_script_of_the_readme_trains_and_asks_for_a_requeue(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    script = next(block for block in re.findall(r"((?:^    .*\n|^\n)+)", text, re.MULTILINE) if "#SBATCH" in block)
+    (tmp_path / "job.sh").write_text(textwrap.dedent(script))
+    digits = "--dataset digits --num-label 50 -a convsmall --batch-size 8 --total-steps 100000 --test-freq 5 --device cpu"
+    stubs = {"srun": f'#!/bin/sh\nexec "$@" {digits}\n', "scontrol": '#!/bin/sh\necho "$@" > requeued\n',
+             "python3": f'#!/bin/sh\nexec {sys.executable} "$@"\n'}
+    (tmp_path / "bin").mkdir()
+    for name, content in stubs.items():
+        (tmp_path / "bin" / name).write_text(content)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "train_meta.py").symlink_to(ROOT / "train_meta.py")
+    reached = []
+    for _ in range(2):
+        job = subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL,
+                               env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"})
+        saved = next((tmp_path / "results").glob("*/checkpoint.pth"), None)
+        before, deadline = saved and saved.stat().st_mtime_ns, time.monotonic() + 60
+        while time.monotonic() < deadline:
+            saved = next((tmp_path / "results").glob("*/checkpoint.pth"), None)
+            if saved and saved.stat().st_mtime_ns != before:
+                break
+            time.sleep(0.05)
+        for child in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGUSR1)         # the scheduler sends it to the step, not to the script
+        assert job.wait(60) == 0
+        assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+        (tmp_path / "requeued").unlink()
+        reached.append(torch.load(saved, weights_only=True)["step"])
+    assert reached[0] < reached[1]
+
+
+state = st.deferred(lambda: st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.integers(0, 3).map(torch.zeros),
+    st.lists(state, max_size=2), st.dictionaries(st.text(max_size=5), state, max_size=2)))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    assert run(folder, [*FLAGS, "--total-steps", "1", "--save-path", folder / "run"])[0] == 0
+    return folder / "run"
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.tuples(st.sampled_from(sorted(checkpoint.TYPES)), st.booleans(), state), min_size=1, max_size=2))
+def test_a_checkpoint_of_any_content_is_read_or_refused_in_one_line(saved, changes):
+    from train_meta import main
+
+    content = torch.load(saved / "checkpoint.pth", weights_only=True)
+    for key, inside, value in changes:
+        if inside and isinstance(content[key], dict):
+            content[key][next(iter(content[key]))] = value
+        else:
+            content[key] = value
+    path = saved / "changed.pth"
+    torch.save(content, path)
+    try:
+        loaded = checkpoint.load(path)
+    except checkpoint.CheckpointError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+        return
+    try:
+        code = main([*FLAGS, "--total-steps", "1", "--save-path", str(saved.parent / "other"), "--resume", str(path)])
+    except SystemExit as error:
+        code = error.code
+    assert code in (0, 2), loaded
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.binary(max_size=60), st.text(alphabet="0123456789\n -x²", max_size=60).map(str.encode)),
+       st.one_of(st.none(), st.binary(max_size=60), st.text(alphabet='{}[]"sha256:,0 n', max_size=60).map(str.encode)))
+def test_a_split_file_of_any_content_is_a_list_of_indices_or_refused_in_one_line(tmp_path, indices, split):
+    (tmp_path / "label_indices.txt").write_bytes(indices)
+    if split is None:
+        (tmp_path / "split.json").unlink(missing_ok=True)
+    else:
+        (tmp_path / "split.json").write_bytes(split)
+    try:
+        labeled = read_split(tmp_path / "label_indices.txt")
+    except UsageError as error:
+        assert str(tmp_path) in str(error) and "\n" not in str(error)
+        return
+    assert split is None and indices.split() == [line for line in indices.split() if int(line) in labeled]
+    assert len(set(labeled)) == len(labeled) and min(labeled, default=0) >= 0
+
+
+options = [*training_parser(DATASETS, NETWORKS)._option_string_actions, *plotting_parser(DATASETS)._option_string_actions]
+words = st.one_of(st.sampled_from(sorted(set(options))), st.text(max_size=8),
+                  st.sampled_from(["1", "0", "-1", "nan", "inf", "1e3", "digits", "cifar10", "convsmall", "[1, 2]", "="]))
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(words, max_size=6), st.booleans())
+def test_any_command_line_is_resolved_or_refused_in_one_line(capsys, line, training):
+    try:
+        args = (parse_training(line, DATASETS, NETWORKS, check_num_label) if training
+                else parse_plotting(line, DATASETS))
+    except SystemExit as error:
+        out = capsys.readouterr()
+        assert error.code == 2 and out.err.count("\n") == 1 or error.code == 0 and "usage" in out.out
+        return
+    numbers = [value for value in vars(args).values() if isinstance(value, float)]
+    assert all(math.isfinite(value) for value in numbers)
