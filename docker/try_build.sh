@@ -1,7 +1,7 @@
 #!/bin/sh
-# Builds docker/Dockerfile and uses the image on the CPU, without an engine and without a registry of images: buildah, on a Debian
-# base with torch 2.11.0 from pip.  Needs root, Linux, buildah, debootstrap, 25 GB under TMPDIR.  Options are those that
-# `buildah run` and `buildah build` share, such as -v /etc/pip.conf:/etc/pip.conf:ro.
+# Builds docker/Dockerfile and uses the image on the CPU, without an engine and without a registry of images: buildah, on a
+# Debian base with torch 2.11.0 from pip.  Needs root, Linux, buildah, debootstrap, 25 GB under TMPDIR and 5 minutes or more.
+# Options are those that `buildah run` and `buildah build` share, such as -v /etc/pip.conf:/etc/pip.conf:ro.
 set -eu
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
