@@ -310,9 +310,9 @@ def duration(seconds):
 
 
 def git_commit():
-    """The commit of this checkout, with "-dirty" if it was changed; None outside a checkout."""
+    """The commit of this checkout, with "-dirty" if it was changed; elsewhere METASEMI_COMMIT, as in the image, or None."""
     try:
         return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], check=True,
                               capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("METASEMI_COMMIT") or None
