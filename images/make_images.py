@@ -20,7 +20,7 @@ INK, BLUE, RED, GREY = "#1a1a1a", "#1f5f99", "#b3261e", "#666666"
 ALGORITHM = [
     ("1-2", r"sample $B$ labeled $(x^l, y)$ and $B$ unlabeled $x^u$", "train_meta.py",
      "x_l, y_l, x_u, hidden, lam = batches(step)"),
-    ("3", r"$\tilde{y} = f(x^u; \theta)$", "metasemi/meta_gradient.py", "y_tilde, J_g = jvp("),
+    ("3", r"$\tilde{y} = f(x^u; \theta)$", "metasemi/meta_gradient.py", "y_tilde, J_g = forward_ad"),
     ("4", r"$L^l = \frac{1}{B} \sum_k \Phi^{KL}(f(x^l_k; \theta),\, y_k)$", "metasemi/meta_gradient.py",
      "logits_l = logits(model, theta, x_l"),
     ("5", r"$g = \nabla_\theta\, L^l$", "metasemi/meta_gradient.py", "g = torch.autograd.grad(cross_entropy"),

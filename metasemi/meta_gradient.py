@@ -29,7 +29,8 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch.func import functional_call, jvp
+from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import get_total_norm
 
@@ -84,13 +85,16 @@ def meta_gradient_with_telemetry(model, x_l, y_l, x_u, method="jvp", epsilon=1e-
 
 def by_jvp(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype):
     g, logits_l = labeled_gradient(model, theta, x_l, y_l, dtype)
-    theta = detached(theta)
-    if consistency == "mse":
-        y_tilde, J_g = jvp(lambda t: logits(model, t, x_u, dtype).softmax(dim=1), (theta,), (g,))        # lines 3, 7
-        gradient = 2 * J_g
-    else:
-        log_y_tilde, gradient = jvp(lambda t: logits(model, t, x_u, dtype).log_softmax(dim=1), (theta,), (g,))
-        y_tilde = log_y_tilde.exp()
+    # Dual numbers w + g dt, rather than torch.func.jvp: bit for bit the same, without its cost per operation.
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = {k: forward_ad.make_dual(w, g[k]) for k, w in detached(theta).items()}
+        logits_u = logits(model, dual, x_u, dtype)
+        if consistency == "mse":
+            y_tilde, J_g = forward_ad.unpack_dual(logits_u.softmax(dim=1))              # lines 3, 7
+            gradient = 2 * J_g
+        else:
+            log_y_tilde, gradient = forward_ad.unpack_dual(logits_u.log_softmax(dim=1))
+            y_tilde = log_y_tilde.exp()
     return y_tilde, gradient, logits_l, norm(g)
 
 
