@@ -26,7 +26,7 @@ ALGORITHM = [
     ("5", r"$g = \nabla_\theta\, L^l$", "metasemi/meta_gradient.py", "g = torch.autograd.grad(cross_entropy"),
     ("6", r"$\epsilon = 0.01 \,/\, \|g\|_2$   (finite difference only)", "metasemi/meta_gradient.py", "half_step = epsilon"),
     ("7", r"$\nabla\tilde{y} = 2\, J g$   (exact; the paper: a central difference)",
-     "metasemi/meta_gradient.py", "gradient = 2 * J_g"),
+     "metasemi/meta_gradient.py", "return y_tilde, 2 * J_g"),
     ("8", r"$\hat{y} = \tilde{y} - \beta\, \nabla\tilde{y}$, clipped at 0, rows over their sum",
      "metasemi/pseudo_labels.py", "y_hat = (y_tilde - beta"),
     ("9", r"$\lambda \sim \mathrm{Beta}(\gamma, \gamma)$, one per sample",
