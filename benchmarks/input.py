@@ -15,7 +15,7 @@ from itertools import count, islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-IMAGES, WORKERS, LABELED = 50_000, 4, 4_000
+IMAGES, LABELED, WORKERS, SAMPLES = 50_000, 4_000, 4, 20_000
 
 
 def main(argv=None):
@@ -39,7 +39,7 @@ def main(argv=None):
     images = Images("random", pixels, labels, pixels[:1], labels[:1], tuple("0123456789"), mean, std, flip=True)
     batches = Batches(images, np.arange(LABELED), np.arange(LABELED, IMAGES), batch_size=args.batch_size, seed=0,
                       device=args.device, mixup_gamma=1.0)
-    loader = per_image(pixels, labels, mean, std, args.batch_size, samples=20_000, device=args.device)
+    loader = per_image(pixels, labels, mean, std, args.batch_size, device=args.device)
     steps = count(1)
 
     def whole_batches():
@@ -50,7 +50,7 @@ def main(argv=None):
     def per_image_transforms():
         for x, _ in loader:
             x.to(args.device, non_blocking=True)
-        return 20_000
+        return SAMPLES
 
     rates = {whole_batches: [], per_image_transforms: []}
     for _ in range(args.repeats + 1):                                           # the first turn starts the workers
@@ -69,7 +69,7 @@ def main(argv=None):
     print(f"| datasets.Batches | {statistics.median(ours):,.0f} | {statistics.median(ratios):.1f} |")
 
 
-def per_image(pixels, labels, mean, std, batch_size, samples, device):
+def per_image(pixels, labels, mean, std, batch_size, device):
     """The usual road: PIL images, torchvision's transforms one by one, batches collated by worker processes."""
     from PIL import Image
     from torch.utils.data import DataLoader, Dataset, RandomSampler
@@ -87,7 +87,7 @@ def per_image(pixels, labels, mean, std, batch_size, samples, device):
             return self.transform(Image.fromarray(self.arrays[i])), labels[i]
 
     data = PerImage()
-    return DataLoader(data, batch_size, sampler=RandomSampler(data, num_samples=samples), num_workers=WORKERS,
+    return DataLoader(data, batch_size, sampler=RandomSampler(data, num_samples=SAMPLES), num_workers=WORKERS,
                       persistent_workers=True, pin_memory=device.startswith("cuda"))
 
 

@@ -21,7 +21,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from memory import peak_memory
@@ -29,21 +28,20 @@ from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from metasemi import METHODS, cross_domain_mixup, kl_divergence, squared_error, training_step, update_pseudo_labels  # noqa: E402
-from metasemi.meta_gradient import by_jvp, meta_gradient_with_telemetry  # noqa: E402
+from metasemi import cross_domain_mixup, kl_divergence, squared_error, training_step, update_pseudo_labels  # noqa: E402
+from metasemi.meta_gradient import compiled_jvp, meta_gradient_with_telemetry  # noqa: E402
 from models import NETWORKS, build_model  # noqa: E402
 from models.layers import ConvBN  # noqa: E402
 from utils.device import set_precision  # noqa: E402
 
-VARIANTS = {                                        # name -> options; "ours" is metasemi.training_step
+VARIANTS = {                    # name -> options; "ours" is train_meta.py's way: metasemi.training_step with all that follows
     "plain recipe": "", "channels-last": "channels-last", "jvp": "jvp", "bfloat16": "bfloat16", "tf32": "tf32",
-    "SGD fused": "fused", "no host reads": "no-reads", "batch norm folded": "folded",
-    "training passes compiled": "compiled", "as train_meta.py": "ours channels-last",
-    "all": "ours channels-last fused", "all, tf32": "ours channels-last fused tf32",
-    "all, bfloat16": "ours channels-last fused bfloat16", "all, compiled": "ours channels-last fused compiled",
-    "all, bfloat16, compiled": "ours channels-last fused bfloat16 compiled",
-    "all, CUDA graph": "ours channels-last fused graph",
-    "all, bfloat16, CUDA graph": "ours channels-last fused bfloat16 graph",
+    "SGD fused": "fused", "no host reads": "no-reads", "batch norm folded": "folded", "in-place activations": "in-place",
+    "training passes compiled": "compiled-model", "all": "ours", "all, tf32": "ours tf32", "all, bfloat16": "ours bfloat16",
+    "all, compiled": "ours compiled-jvp", "all, bfloat16, compiled": "ours bfloat16 compiled-jvp",
+    "all, compiled, training passes too": "ours compiled-jvp compiled-model",
+    "all, bfloat16, compiled, training passes too": "ours bfloat16 compiled-jvp compiled-model",
+    "all, CUDA graph": "ours graph", "all, bfloat16, CUDA graph": "ours bfloat16 graph",
 }
 
 
@@ -63,7 +61,6 @@ def main(argv=None):
 
     NETWORKS.update({f"convlarge-{width}": ("models.convlarge", "ConvLarge", {"width": width}) for width in (32, 64)})
     torch._inductor.config.fallback_random = True               # compiled dropout draws as the eager one does
-    torch._dynamo.config.trace_autograd_ops = True              # autograd.grad inside a compiled function
     print(f"{args.arch}, {args.batch_size} + {args.batch_size} images of {args.image_size}x{args.image_size}, "
           f"{args.num_classes} classes, {args.device}, {torch.get_num_threads()} threads\n" if not args.one else "")
     print(one(args) if args.one else growth(args) if args.growth else comparison(args))
@@ -72,8 +69,8 @@ def main(argv=None):
 def comparison(args):
     variants, updates, gradients, failures = {}, {}, {}, {}
     for name, options in VARIANTS.items():
-        if args.device.type != "cuda" and ("tf32" in options or "graph" in options):
-            failures[name] = "skipped: CUDA only"
+        if args.device.type != "cuda" and any(word in name for word in ("tf32", "CUDA", "too")):
+            failures[name] = "for CUDA"
             continue
         try:
             variant = Variant(options, args)
@@ -106,9 +103,10 @@ def comparison(args):
             continue
         faster = statistics.median(turn["plain recipe"] / turn[name] for turn in turns)
         share = flop / median[name] / peak[precision(options)]
-        compiler = "compiled" in options and args.device.type == "cpu"          # its memory would be measured, not the step's
+        # On the CPU the compiler's memory would be measured, not the step's.
+        memory = "-" if "compiled" in options and args.device.type == "cpu" else f"{alone(args, name, repeats=1)[1]:.0f}"
         lines.append(f"| {name} | {median[name] * 1000:.4g} | {faster:.2f} | {2 * args.batch_size / median[name]:.4g} "
-                     f"| {flop / median[name] / 1e12:.3g} | {share:.0%} | {'-' if compiler else f'{alone(args, name)[1]:.0f}'} "
+                     f"| {flop / median[name] / 1e12:.3g} | {share:.0%} | {memory} "
                      f"| {relative(gradients[name], exact):.1e} | {relative(updates[name], updates['plain recipe']):.1e} |")
     return "\n".join(lines)
 
@@ -154,7 +152,8 @@ class Variant:
     """A model, its optimizer and its way to take one step on one batch; every variant starts from the same weights."""
 
     def __init__(self, options, args):
-        self.options, self.device, B, size = options, args.device, args.batch_size, args.image_size
+        options = options.replace("ours", "ours channels-last jvp fused folded in-place")
+        self.options, self.device, B, size = options.split(), args.device, args.batch_size, args.image_size
         self.dtype = torch.bfloat16 if "bfloat16" in options else None
         torch.manual_seed(0)
         self.model = build_model(args.arch, args.num_classes)
@@ -165,18 +164,16 @@ class Variant:
             self.model(x_l)                                                         # running statistics
         self.model.to(self.device, memory_format=torch.channels_last if "channels-last" in options else torch.preserve_format)
         self.start = {k: v.clone() for k, v in self.model.state_dict().items()}
-        # torch's own choice, a loop on the CPU and foreach on CUDA, is train_meta.py's
-        kind = {"fused": True} if "fused" in options else {} if "ours" in options else {"foreach": False}
+        kind = {"fused": True} if "fused" in options else {"foreach": False}
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, **kind)
         for layer in self.model.modules():
-            if isinstance(layer, ConvBN) and "ours" not in options and "folded" not in options:
+            if isinstance(layer, ConvBN) and "folded" not in options:
                 layer.forward = lambda x, layer=layer: layer.bn(layer.conv(x))
-        self.trained = torch.compile(self.model) if options == "compiled" else self.model
-        self.methods = {}
-        if "ours" in options and "compiled" in options:
+            if isinstance(layer, torch.nn.LeakyReLU):
+                layer.inplace = "in-place" in options
+        if "compiled-model" in options:
             self.model.compile()
-            # Forward mode has to lie inside the compiled function.
-            self.methods["jvp"] = torch.compile(lambda *a: [part.detach() for part in by_jvp(*a)], fullgraph=True)
+        self.method = compiled_jvp() if "compiled-jvp" in options else "jvp"
         self.alpha = torch.tensor(0.1, device=self.device) if "graph" in options else 0.1
         self.step = self.ours if "ours" in options else self.plain
         if "graph" in options:
@@ -184,9 +181,8 @@ class Variant:
 
     def ours(self):
         set_precision(precision(self.options), self.device)
-        with patch.dict(METHODS, self.methods):
-            training_step(self.model, self.optimizer, *self.batch[:3], alpha=self.alpha, beta=self.alpha, lam=self.batch[3],
-                          dtype=self.dtype)
+        training_step(self.model, self.optimizer, *self.batch[:3], alpha=self.alpha, beta=self.alpha, lam=self.batch[3],
+                      method=self.method, dtype=self.dtype)
 
     def capture(self):
         """From here on a step is the replay of one CUDA graph; a schedule would write into alpha."""
@@ -209,8 +205,8 @@ class Variant:
         self.model.train()
         x_in, y_in = cross_domain_mixup(x_l, one_hot(y_l, y_hat.shape[1]).to(y_hat.dtype), x_u, y_hat, lam)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            logits_in = self.trained(x_in)
-            logits_u = self.trained(x_u)
+            logits_in = self.model(x_in)
+            logits_u = self.model(x_u)
         loss_in, loss_u = kl_divergence(logits_in.float(), y_in).mean(), squared_error(logits_u.float(), y_hat).mean()
         self.optimizer.zero_grad()
         (loss_in + loss_u).backward()
@@ -222,11 +218,9 @@ class Variant:
     def meta(self):
         """y_tilde, the meta-gradient and the labeled logits; the finite difference by moving the weights and back."""
         x_l, y_l, x_u, *_ = self.batch
-        exact = "ours" in self.options or "jvp" in self.options
-        if exact or self.dtype:
-            method = "jvp" if exact else "finite-difference"
-            with patch.dict(METHODS, self.methods):
-                return meta_gradient_with_telemetry(self.model, x_l, y_l, x_u, method, dtype=self.dtype)[:3]
+        if "jvp" in self.options or self.dtype:
+            method = self.method if "jvp" in self.options else "finite-difference"
+            return meta_gradient_with_telemetry(self.model, x_l, y_l, x_u, method, dtype=self.dtype)[:3]
         self.model.eval()
         logits_l, theta = self.model(x_l), list(self.model.parameters())
         g = torch.autograd.grad(cross_entropy(logits_l, y_l), theta)

@@ -43,5 +43,6 @@ def fingerprint(device, precision, compiled):
         name = f"cuda: {torch.cuda.get_device_name(device)}, cuDNN {torch.backends.cudnn.version()}"
     else:
         name = f"cpu: {platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    return {"device": name, "threads": torch.get_num_threads(),
-            "precision": precision + ", compiled" * compiled, "python": platform.python_version(), "torch": str(torch.__version__), **{package: version(package) for package in ("torchvision", "numpy")}}
+    return {"device": name, "threads": torch.get_num_threads(), "precision": precision + ", compiled" * compiled,
+            "python": platform.python_version(), "torch": str(torch.__version__),
+            **{package: version(package) for package in ("torchvision", "numpy")}}
