@@ -141,7 +141,7 @@ def logits(model, theta, x, dtype):
     """
     if dtype is None:
         return functional_call(model, theta, (x,))
-    state = {k: v for k, v in model.named_buffers() if v.is_floating_point()} | theta
+    state = {k: v for k, v in (*model.named_parameters(), *model.named_buffers()) if v.is_floating_point()} | theta
     return functional_call(model, {k: v.to(dtype) for k, v in state.items()}, (x.to(dtype),)).float()
 
 
