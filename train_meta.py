@@ -88,6 +88,8 @@ def train(args, given, interrupt):
     folder, saved, source = prepare(args.save_path, args.resume, args.overwrite)
     if saved is not None:
         check_same_experiment(args, saved["args"], saved["step"])
+        if given not in (None, saved["labeled"].tolist()):
+            raise cli.UsageError(f"argument --split: {args.split} is not the split of the run that --resume continues")
         done = folder is not None and folder.has_results()
         if saved["step"] > args.total_steps or saved["step"] == args.total_steps and done:
             print(f"{args.save_path}: finished at step {saved['step']}; a larger --total-steps would continue it")
@@ -104,8 +106,6 @@ def train(args, given, interrupt):
                             "the training labels differ")
         labeled, validation = saved["labeled"].numpy(), saved["validation"].numpy()
         check_split(labeled, validation, len(images.train_labels), source)
-        if given not in (None, labeled.tolist()):
-            raise cli.UsageError(f"argument --split: {args.split} is not the split of the run that --resume continues")
     taken = validation if args.include_labeled else np.concatenate([validation, labeled])
     unlabeled = np.setdiff1d(np.arange(len(images.train_labels)), taken)
     if uses_unlabeled and len(unlabeled) == 0:

@@ -120,7 +120,7 @@ def by_unrolling(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype):
     virtual = {k: w - d for (k, w), d in zip(theta.items(), g_u)}                   # eq. 4 with alpha = 1
     logits_l = logits(model, virtual, x_l, dtype)
     loss_l = cross_entropy(logits_l, y_l)
-    gradient, *g = torch.autograd.grad(loss_l, [y_tilde, *virtual.values()])        # eq. 5
+    gradient, *g = torch.autograd.grad(loss_l, [y_tilde, *virtual.values()], materialize_grads=True)    # eq. 5
     return y_tilde, len(x_u) * gradient, logits_l, get_total_norm(g)
 
 

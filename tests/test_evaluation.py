@@ -96,8 +96,8 @@ def test_a_bare_state_dict_is_normalized_as_the_data_set_is_and_gives_the_same(r
 
 def test_a_folder_of_the_users_own_names_its_files_and_classes(train, tmp_path, capsys):
     root = make_folder(tmp_path / "images", classes=("ant", "bée, or not"), count=4)
-    flags = ["--dataset", "folder", "--data-path", str(root), "--image-size", "16", "--num-label", "4", "--precision", "bfloat16"]
-    assert train("a", *flags) == 0
+    flags = ["--dataset", "folder", "--data-path", str(root), "--image-size", "16", "--num-label", "4"]
+    assert train("a", *flags, "--precision", "bfloat16") == 0
     root = root.rename(tmp_path / "moved")
     capsys.readouterr()
     assert evaluate(tmp_path / "a" / "checkpoint.pth", "--data-path", root, "--predictions", tmp_path / "p.csv") == 0
