@@ -21,6 +21,7 @@ class Images(NamedTuple):
     mean: torch.Tensor                  # (3,) of pixels in [0, 1]
     std: torch.Tensor                   # (3,)
     flip: bool                          # whether training flips images at random
+    test_files: tuple = ()              # M paths, for "folder"
 
     @property
     def num_classes(self):
@@ -58,7 +59,7 @@ def load_dataset(name, root, image_size=32, flip=False, num_workers=0):
     if name not in DATASETS:
         raise DataError(f"no data set is named {name!r}; choose from {', '.join(DATASETS)}")
     row = DATASETS[name]
-    train, test, class_names = LOADERS[row.loader](row, Path(root), image_size, num_workers)
+    train, test, class_names, *test_files = LOADERS[row.loader](row, Path(root), image_size, num_workers)
     train_images, train_labels, test_images, test_labels = (torch.from_numpy(np.ascontiguousarray(part))
                                                             for part in (*train, *test))
     for split, images, labels in (("training", train_images, train_labels), ("test", test_images, test_labels)):
@@ -70,7 +71,7 @@ def load_dataset(name, root, image_size=32, flip=False, num_workers=0):
     else:
         mean, std = torch.tensor(row.mean), torch.tensor(row.std)
     return Images(name, train_images, train_labels, test_images, test_labels, tuple(class_names), mean, std,
-                  flip if name == "folder" else row.flip)
+                  flip if name == "folder" else row.flip, *map(tuple, test_files))
 
 
 def find_fault(images, labels, class_names):
@@ -162,7 +163,7 @@ def load_folder(row, root, image_size, num_workers):
         if split == "train":
             num_train = len(files)
     images, labels = decode_files(files, image_size, num_workers), np.array(labels, dtype=np.int64)
-    return (images[:num_train], labels[:num_train]), (images[num_train:], labels[num_train:]), class_names
+    return (images[:num_train], labels[:num_train]), (images[num_train:], labels[num_train:]), class_names, files[num_train:]
 
 
 LOADERS = {"cifar": load_cifar, "svhn": load_svhn, "digits": load_digits, "folder": load_folder}
