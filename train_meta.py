@@ -73,15 +73,18 @@ def train(args, given, interrupt):
     from datasets import Batches, load_dataset, normalized_batches
     from datasets.splits import check_split, split_training
     from metasemi import learning_rate, meta_gradient, ramp, training_step
+    from metasemi.meta_gradient import compiled_jvp
     from metasemi.step import accuracy
     from models import build_model, rehearse
     from utils import checkpoint
-    from utils.device import choose_device, fingerprint, set_precision
+    from utils.device import check_compiler, choose_device, fingerprint, set_precision
     from utils.metrics import Diverged, Meter, all_finite, error_rates, evaluate
     from utils.run_folder import RunFolder, check_same_experiment, experiment, git_commit, prepare
 
     device = choose_device(args.device)
     dtype = set_precision(args.precision, device)
+    if args.compile:
+        check_compiler()
     meta, uses_unlabeled = not args.no_meta, args.mix_up or not args.no_meta
 
     # The run so far, if there is one.  Nothing is written before every check has passed.
@@ -133,7 +136,7 @@ def train(args, given, interrupt):
 
     # Run folder
     folder = folder or RunFolder(args.save_path, new=True)
-    sessions = [*sessions, {"from_step": start, "commit": git_commit(), **fingerprint(device, args.precision)}]
+    sessions = [*sessions, {"from_step": start, "commit": git_commit(), **fingerprint(device, args.precision, args.compile)}]
     folder.start(experiment(args), sessions, labeled, validation, images.labels_sha256, keep=start)
     folder.say(f"{images.describe()}; {len(labeled)} labeled" + (f", {len(unlabeled)} unlabeled" if uses_unlabeled else "")
                + (f", {len(validation)} for validation" if len(validation) else ""))
@@ -147,6 +150,7 @@ def train(args, given, interrupt):
         if folder.source and evaluations and max(evaluations, key=lambda e: e[select_by])["step"] == start:
             checkpoint.save_best(folder.source)     # a kill may have come between the checkpoint and this
 
+    method = compiled_jvp() if args.compile else args.meta_gradient
     meter = Meter()
     interrupt.defer()
     with folder.progress(start, args.total_steps):
@@ -197,7 +201,7 @@ def train(args, given, interrupt):
             beta = alpha if args.meta_lr is None else args.meta_lr
             result = training_step(                                                     # lines 3-8, 10-15
                 model, optimizer, x_l, y_l, x_u, alpha=alpha, beta=beta, weight=ramp(step, args.warmup, args.weight),
-                lam=lam, meta=meta, method=args.meta_gradient, epsilon=args.epsilon, consistency=args.consistency,
+                lam=lam, meta=meta, method=method, epsilon=args.epsilon, consistency=args.consistency,
                 dtype=dtype)
 
             telemetry = {"loss": result.loss, **result.telemetry}

@@ -9,10 +9,12 @@ def crop_and_flip(images, choices, padding):
     images: (B, C, H, W), any type.  choices: (B, 3) int64 on the same device, from `sampling.crop_and_flip_choices`.
     """
     height, width = images.shape[2:]
-    rows, columns, flips = choices.unbind(dim=1)
-    windows = pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2p+1, 2p+1, H, W), a view
-    cropped = windows[torch.arange(len(images), device=images.device), :, rows, columns]    # (B, C, H, W)
-    return torch.where(flips.bool().view(-1, 1, 1, 1), cropped.flip(3), cropped)
+    rows, columns, flips = choices[:, :, None].unbind(dim=1)                                        # (B, 1)
+    row, column = (torch.arange(size, device=images.device) for size in (height, width))
+    column = columns + torch.where(flips.bool(), width - 1 - column, column)                        # (B, W)
+    place = (rows + row)[:, :, None] * (width + 2 * padding) + column[:, None]                      # (B, H, W)
+    padded = pad(images, (padding,) * 4).flatten(2)
+    return padded.gather(2, place.flatten(1)[:, None].expand(-1, images.shape[1], -1)).view(images.shape)
 
 
 def normalize(images, mean, std):

@@ -5,7 +5,7 @@ from models.layers import ConvBN
 
 
 def conv(in_channels, out_channels, kernel_size, padding=0):
-    return nn.Sequential(ConvBN(in_channels, out_channels, kernel_size, padding=padding), nn.LeakyReLU(0.1))
+    return nn.Sequential(ConvBN(in_channels, out_channels, kernel_size, padding=padding), nn.LeakyReLU(0.1, inplace=True))
 
 
 class ConvLarge(nn.Module):

@@ -21,9 +21,9 @@ class Block(nn.Module):
         self.activate_before_shortcut = activate_before_shortcut
 
     def forward(self, x):
-        out = leaky_relu(self.bn1(x), SLOPE)
+        out = leaky_relu(self.bn1(x), SLOPE, inplace=True)
         shortcut = self.shortcut(out if self.activate_before_shortcut else x)
-        out = leaky_relu(self.conv1(out), SLOPE)
+        out = leaky_relu(self.conv1(out), SLOPE, inplace=True)
         return self.conv2(out) + shortcut
 
 

@@ -57,6 +57,8 @@ TRAINING = [       # (flags, what the line must contain)
     (["--milestones", "__import__('os').system('touch pwned')"], ["--milestones", "__import__", "300000,350000"]),
     (["--milestones", "[1.5]"], ["--milestones", "1.5", "300000,350000"]),
     (["--milestones", "[1"], ["--milestones", "[1", "300000,350000"]),
+    (["--compile", "--meta-gradient", "unrolled"], ["--compile", "jvp"]),
+    (["--compile", "--no-meta"], ["--compile", "leave it out"]),
     (["--total", "5"], ["--total"]),                            # no abbreviations
     (["--nonsense"], ["--nonsense"]),
     (["stray"], ["stray"]),

@@ -1,11 +1,15 @@
 """The meta-gradient against double backward through the virtual step, in float64."""
+import shutil
+
 import pytest
 import torch
 from oracle import double_backward, exact_gradient, random_case, relative_error, smooth_network
 from torch import nn
 
 from metasemi import METHODS, meta_gradient, update_pseudo_labels
+from metasemi.meta_gradient import compiled_jvp
 from models import NETWORKS, build_model
+from models.layers import ConvBN
 
 EPSILON = 1e-2          # of the paper
 
@@ -88,6 +92,33 @@ def test_the_virtual_step_is_exactly_zero_and_its_derivative_is_not():
     _, gradient, g_u = double_backward(smooth_network().eval(), *random_case())
     assert all(torch.equal(d, torch.zeros_like(d)) for d in g_u)
     assert gradient.abs().max() > 1e-4
+
+
+def test_torch_func_jvp_says_the_same_bit_for_bit(networks):
+    x_l, y_l, x_u = IMAGES
+    for model in networks.values():
+        theta = dict(model.named_parameters())
+        g = dict(zip(theta, torch.autograd.grad(nn.functional.cross_entropy(model(x_l), y_l), list(theta.values()))))
+        y, J_g = torch.func.jvp(lambda t, model=model: torch.func.functional_call(model, t, (x_u,)).softmax(dim=1),
+                                ({k: w.detach() for k, w in theta.items()},), (g,))
+        y_tilde, gradient = meta_gradient(model, x_l, y_l, x_u)
+        assert torch.equal(y_tilde, y) and torch.equal(gradient, 2 * J_g)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("consistency", ["mse", "kl"])
+def test_the_compiled_jvp_equals_double_backward_and_leaves_the_model_as_it_was(consistency):
+    torch.manual_seed(2)
+    model = nn.Sequential(ConvBN(3, 4, 3), nn.LeakyReLU(0.1, inplace=True), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5))
+    model, case = model.double(), random_case()
+    model(case[0])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    method = compiled_jvp()
+    for _ in range(2):
+        y_tilde, gradient = meta_gradient(model, *case, method=method, consistency=consistency)
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    y, exact = exact_gradient(model.eval(), *case, consistency=consistency)
+    assert torch.allclose(y_tilde, y, rtol=0, atol=1e-12) and relative_error(gradient, exact) < 1e-9
 
 
 def test_rows_of_the_gradient_sum_to_zero():

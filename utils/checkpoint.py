@@ -17,6 +17,7 @@ TYPES = {"step": int, "model": dict, "optimizer": dict, "args": dict, "sessions"
          "best": (float, type(None)),
          "labeled": torch.Tensor, "validation": torch.Tensor, "labels_sha256": str, "class_names": list, "mean": torch.Tensor,
          "std": torch.Tensor, "image_size": int, "rng": torch.Tensor, "cuda_rng": (torch.Tensor, type(None))}
+PLAIN = ("args", "sessions", "seconds", "evaluations", "best", "class_names")
 ARGS = {"dataset": str, "data_path": str, "arch": str, "image_size": int, "flip": bool, "milestones": list}
 
 
@@ -109,9 +110,9 @@ def find_fault(state):
         if not isinstance(state[key], kind):
             return f"its {key} is a {type(state[key]).__name__}"
     try:
-        json.dumps([state["args"], state["sessions"], state["evaluations"], state["class_names"]], allow_nan=False)
+        json.dumps([state[key] for key in PLAIN], allow_nan=False)
     except (TypeError, ValueError, RecursionError):
-        return "its args, sessions or evaluations are not plain"
+        return f"its {', '.join(PLAIN)} are not all plain and finite"
     for key, kind in ARGS.items():
         if not isinstance(state["args"].get(key), kind):
             return f"its args have no {key}"

@@ -1,5 +1,7 @@
 """The device a program runs on, the precision of its arithmetic, and what bitwise equality of results depends on."""
+import os
 import platform
+import shutil
 from importlib.metadata import version
 
 import torch
@@ -25,16 +27,22 @@ def set_precision(precision, device):
     return torch.bfloat16 if precision == "bfloat16" else None
 
 
+def check_compiler():
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UsageError("argument --compile: no C++ compiler is found; install g++, or leave it out")
+
+
 def is_out_of_memory(error):
     """Whether an exception says that the device or the machine has no memory left."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
-def fingerprint(device, precision):
+def fingerprint(device, precision, compiled):
     """Two parts of a run are equal bit for bit only where all of these agree."""
     if device.type == "cuda":
         name = f"cuda: {torch.cuda.get_device_name(device)}, cuDNN {torch.backends.cudnn.version()}"
     else:
         name = f"cpu: {platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    return {"device": name, "threads": torch.get_num_threads(), "precision": precision, "python": platform.python_version(),
-            "torch": str(torch.__version__), **{package: version(package) for package in ("torchvision", "numpy")}}
+    return {"device": name, "threads": torch.get_num_threads(), "precision": precision + ", compiled" * compiled,
+            "python": platform.python_version(), "torch": str(torch.__version__),
+            **{package: version(package) for package in ("torchvision", "numpy")}}

@@ -67,7 +67,7 @@ def continues(path, resume):
 
 
 # Flags that may differ between the parts of a resumed run.  All others define the experiment.
-FREE = ("data_path", "device", "num_workers", "precision", "print_freq", "test_freq", "total_steps")
+FREE = ("compile", "data_path", "device", "num_workers", "precision", "print_freq", "test_freq", "total_steps")
 
 
 def experiment(args):

@@ -1,0 +1,256 @@
+"""The paper's tables: runs what is missing, collects what is there, writes the report.
+
+    python3 reproduce.py main --seeds 3                             # MetaSemi and fully supervised
+    python3 reproduce.py ablation --dataset cifar10 --gpus 0 1      # its rows, on two GPUs
+    python3 reproduce.py ablation --dataset digits --seeds 5        # on a CPU
+    python3 reproduce.py figure3 --dataset svhn
+    python3 reproduce.py curves --dataset cifar10 --scale 0.05
+
+Each run is one command of train_meta.py with a folder of its own under results/reproduce; --dry-run prints them.  A run that
+is finished is not repeated, one that was begun is continued.  `main` and `ablation` write results/runs.csv, a line for each
+run, and from it REPRODUCTION.md and the tables of README.md.
+"""
+import csv
+import ctypes
+import fcntl
+import hashlib
+import io
+import json
+import os
+import queue
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from utils.cli import Parser, UsageError, fail, number
+from utils.files import write_text
+from utils.paper import ABLATION, CELLS, ROWS, experiment, work
+from utils.report import RULES, filled, tables
+
+PROG = "reproduce.py"
+HERE = Path(__file__).parent
+TABLES = {"main": ("both", "supervised"), "ablation": (*ABLATION, "beta-0"), "figure3": ("neither", "both"), "curves": ABLATION}
+RUNS, FOLDERS = Path("results", "runs.csv"), Path("results", "reproduce")
+REPORTS = Path("REPRODUCTION.md"), Path("README.md")
+SPLITS, SUMS = Path("splits"), Path("splits", "SHA256SUMS")
+QUARTERS = 1, 2, 3, 4
+COLUMNS = ("cell", "row", "seed", "scale", "steps", *RULES, *(f"before-{k}" for k in QUARTERS),
+           *(f"after-{k}" for k in QUARTERS), "seconds", "device", "threads", "precision", "torch", "commit")
+LIBC = ctypes.CDLL(None)
+
+
+def main(argv=None):
+    args = parse(argv)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)            # the runs end with this program, see `end_with_parent`
+    runs = [Run(cell, row, CELLS[cell].seed + i, args.scale)
+            for cell in args.dataset for i in range(args.seeds) for row in TABLES[args.table]]
+    if args.dry_run:
+        for run in runs:
+            print(shlex.join(["python3", "train_meta.py", *run.flags()]))
+        return 0
+    try:
+        print_plan(runs)
+        failures = run_all([run for run in runs if not run.finished()], args.gpus, args.jobs)
+        if args.table in ("main", "ablation"):
+            print(write_report())
+        elif not failures:
+            failures = draw(args.table, runs)
+    except (OSError, UsageError) as error:
+        fail(PROG, error, 1)
+    for failure in failures:
+        print(f"{PROG}: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def parse(argv):
+    parser = Parser(prog=PROG, description=__doc__)
+    count = number(int, low=1)
+    parser.add_argument("table", choices=TABLES, help="; ".join(f"{name}: {' '.join(rows)}" for name, rows in TABLES.items()))
+    parser.add_argument("--dataset", nargs="+", choices=CELLS, default=["svhn", "cifar10", "cifar100"],
+                        help="cells of the table (default: svhn cifar10 cifar100)")
+    parser.add_argument("--seeds", type=count, default=1, metavar="N",
+                        help="runs of each row, with seeds one apart (default: 1)")
+    parser.add_argument("--scale", type=number(float, low=1e-4, high=1), default=1.0, metavar="X",
+                        help="share of the steps, milestones, warm-up and evaluation interval (default: 1)")
+    parser.add_argument("--gpus", nargs="+", type=number(int, low=0), metavar="N",
+                        help="GPUs that share the runs, one run on each at a time")
+    parser.add_argument("--jobs", type=count, default=1, metavar="N",
+                        help="without --gpus: runs side by side, which share the cores (default: 1)")
+    parser.add_argument("--dry-run", action="store_true", help="print the command of each run, and do nothing")
+    return parser.parse_args(argv)
+
+
+class Run:
+    """One row of a cell with one seed: its command, its folder and what it left there."""
+
+    def __init__(self, cell, row, seed, scale):
+        self.cell, self.row, self.seed, self.scale = cell, row, seed, scale
+        self.folder = FOLDERS / f"{cell}-{scale:g}" / f"{row}-{seed}"
+        # JPEG files have an order of their own, and so lists of their own
+        self.split = SPLITS / f"{cell.removesuffix('-small')}-{CELLS[cell].num_label}-seed{seed}.txt"
+        self.has_split = row != "supervised"
+
+    def flags(self):
+        split = self.split.exists() and self.has_split
+        if (self.folder / "args.json").exists():            # as it was begun
+            split = json.loads((self.folder / "args.json").read_text())["args"].get("split") is not None
+        return [*experiment(self.cell, self.row, self.seed, self.scale), *(["--split", str(self.split)] if split else []),
+                "--save-path", str(self.folder), "--resume"]
+
+    def finished(self):
+        return (self.folder / "results.json").exists()
+
+    def line(self):
+        """column -> text of a finished run."""
+        result = json.loads((self.folder / "results.json").read_text())
+        records = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        values = {"cell": self.cell, "row": self.row, "seed": self.seed, "scale": f"{self.scale:g}", "steps": result["steps"],
+                  **result["error_rate"], **result["sessions"][-1], "seconds": round(result["seconds"])}
+        for part, tag in (("before", "train/unlabel-acc"), ("after", "train/pseudo-acc")):
+            for k in QUARTERS:
+                quarter = [r[tag] for r in records if tag in r and k - 1 < 4 * r["step"] / result["steps"] <= k]
+                values[f"{part}-{k}"] = f"{100 * statistics.mean(quarter):.2f}" if quarter else None
+        return {key: "" if values[key] is None else str(values[key]) for key in COLUMNS}
+
+
+# Running
+
+def print_plan(runs):
+    """What there is to do, with hours by the speed of the finished runs of the same network."""
+    speeds = {}
+    for line in read_runs(finished=True):
+        speed = work(line["cell"], line["row"], float(line["scale"])) / max(1.0, float(line["seconds"]))
+        speeds.setdefault(CELLS[line["cell"]].arch, []).append(speed)
+    print("| run | state | FLOP | hours |\n|---|---|---|---|")
+    for run in runs:
+        state = "finished" if run.finished() else "begun" if run.folder.exists() else "to do"
+        flop, speed = work(run.cell, run.row, run.scale), speeds.get(CELLS[run.cell].arch)
+        hours = f"{flop / statistics.median(speed) / 3600:.2g}" if speed else "unknown until one such run is finished"
+        print(f"| {run.folder} | {state} | {flop:.2g} | {hours} |", flush=True)
+
+
+def run_all(runs, gpus, jobs):
+    """Runs side by side, one on each GPU or `jobs` that share the CPU; returns what went wrong, a line each."""
+    slots, failures = queue.SimpleQueue(), []
+    cpu = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    environments = [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in gpus] if gpus else [cpu] * jobs
+    for environment in environments:
+        slots.put(environment)
+
+    def start(run):
+        environment = slots.get()
+        try:
+            check_split(run)
+            run.folder.mkdir(parents=True, exist_ok=True)
+            with open(run.folder / ".lock", "a") as lock:   # a run of a program that was killed is still saving
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            return subprocess.run([sys.executable, HERE / "train_meta.py", *run.flags()], env={**os.environ, **environment},
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=end_with_parent,
+                                  start_new_session=True)
+        finally:
+            slots.put(environment)
+
+    with ThreadPoolExecutor(len(environments)) as pool:
+        for run, done in zip(runs, pool.map(start, runs)):
+            if done.returncode:
+                failures.append(f"{run.folder}: exit code {done.returncode}: {done.stderr.strip()}")
+            else:
+                record_split(run)
+                line = run.line()
+                print(f"{run.folder}: test error {float(line['last']):.2f} %, {line['seconds']} s", flush=True)
+    return failures
+
+
+def end_with_parent():
+    """In a child before it starts: SIGTERM, on which it saves, as soon as this program ends, however it does."""
+    if sys.platform == "linux":
+        LIBC.prctl(1, signal.SIGTERM)                       # PR_SET_PDEATHSIG
+
+
+def check_split(run):
+    """Raises UsageError if a list in splits/ is not the one that was recorded."""
+    if run.split.exists() and read_sums().get(run.split.name) != sha256(run.split.read_bytes()):
+        raise UsageError(f"{run.split} is not the list whose SHA-256 is in {SUMS}: restore it")
+
+
+def record_split(run):
+    """Keeps the labeled images of a run whose list is not in splits/ yet, for all later ones."""
+    if run.has_split and not run.split.exists():
+        text = (run.folder / "label_indices.txt").read_text()
+        SPLITS.mkdir(exist_ok=True)
+        sums = {**read_sums(), run.split.name: sha256(text.encode())}
+        write_text(SUMS, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
+        write_text(run.split, text)
+
+
+def read_sums():
+    """file name -> SHA-256, in the format of sha256sum."""
+    lines = SUMS.read_text().splitlines() if SUMS.exists() else ()
+    return {name: value for value, name in map(str.split, lines)}
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def draw(table, runs):
+    """Figure 3 of the first seed, or the curves of all, for each cell; returns what went wrong."""
+    failures = []
+    for folder in dict.fromkeys(run.folder.parent for run in runs):
+        own = [run for run in runs if run.folder.parent == folder]
+        if table == "figure3":
+            first = own[:len(TABLES[table])]
+            flags = ["--checkpoint-path", *(run.folder / "checkpoint.pth" for run in first),
+                     "--row-label", *("MetaSemi" if run.row == "both" else "Baseline" for run in first), "--mark-errors"]
+        else:
+            flags = ["--curves", *(run.folder for run in own)]
+        if subprocess.run([sys.executable, HERE / "plot_features.py", *flags, "--save-path", folder]).returncode:
+            failures.append(f"{folder}: plot_features.py failed")
+    return failures
+
+
+# Collecting
+
+def write_report():
+    """Brings runs.csv and the reports up to date with the run folders; returns the table of all cells.
+
+    Runs in runs.csv whose folder is not here, such as those of another machine, stay.
+    """
+    lines = {order(line): line for line in (*read_runs(), *read_runs(finished=True))}
+    lines = [lines[key] for key in sorted(lines)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    RUNS.parent.mkdir(exist_ok=True)
+    write_text(RUNS, text.getvalue())
+    blocks = tables(lines)
+    for path in filter(Path.exists, REPORTS):
+        write_text(path, filled(path.read_text(), blocks))
+    return blocks["cells"]
+
+
+def read_runs(finished=False):
+    """Lines of runs.csv, or of the finished run folders."""
+    if not finished:
+        return list(csv.DictReader(RUNS.read_text().splitlines())) if RUNS.exists() else []
+    runs = []
+    for path in FOLDERS.glob("*/*/results.json"):
+        match = re.fullmatch(r"(.+)-([\d.]+)/(.+)-(\d+)", str(path.parent.relative_to(FOLDERS)))
+        if match and match[1] in CELLS and match[3] in ROWS:
+            runs.append(Run(match[1], match[3], int(match[4]), float(match[2])).line())
+    return runs
+
+
+def order(line):
+    """Sorts runs as the tables have them; the same for two lines of the same run."""
+    return list(CELLS).index(line["cell"]), -float(line["scale"]), list(ROWS).index(line["row"]), int(line["seed"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

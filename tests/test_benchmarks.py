@@ -1,0 +1,48 @@
+"""The benchmarks of the step and of the input run, at a tiny size on the CPU."""
+import sys
+from argparse import Namespace
+
+import torch
+from conftest import ROOT
+
+import models
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import input as input_benchmark  # noqa: E402
+import step  # noqa: E402
+
+TINY = ["--arch", "convsmall", "--batch-size", "4", "--image-size", "16", "--repeats", "1"]
+
+
+def rows(text):
+    return {cells[1]: cells[2:-1] for cells in ([cell.strip() for cell in line.split("|")] for line in text.splitlines())
+            if len(cells) > 2}
+
+
+def test_the_step_benchmark_compares_what_can_run_here_and_says_what_cannot(monkeypatch, capsys):
+    networks = dict(models.NETWORKS)                                            # main adds widths to it
+    monkeypatch.setattr(models, "NETWORKS", networks)
+    monkeypatch.setattr(step, "NETWORKS", networks)
+    names = ("plain recipe", "all", "all, bfloat16", "all, CUDA graph")
+    monkeypatch.setattr(step, "VARIANTS", {name: step.VARIANTS[name] for name in names})
+    monkeypatch.setattr(step, "alone", lambda args, name, **changes: [
+        float(word) for word in step.one(Namespace(**vars(args) | changes | {"one": name})).split()])
+    step.main(TINY)
+    table = rows(capsys.readouterr().out)
+    assert table["plain recipe"][1] == "1.00" and float(table["plain recipe"][-1]) == 0
+    assert float(table["all"][-2]) < 1e-5 < float(table["all, bfloat16"][-2]) < 1e-1    # error of the meta-gradient
+    assert float(table["all"][-1]) < 1e-3                                               # the update is the plain recipe's
+    if not torch.cuda.is_available():
+        assert table["all, CUDA graph"][0] == "for CUDA"
+    monkeypatch.setattr(step, "alone", lambda args, name, **changes: [
+        (1 if isinstance(value, str) else value) ** power for value in changes.values() for power in (1, 2)])
+    step.main([*TINY, "--growth"])
+    table = rows(capsys.readouterr().out)
+    assert table["batch size"] == ["1 / 2 / 4 / 8", "1,000 / 2,000 / 4,000 / 8,000", "1.00", "1 / 4 / 16 / 64", "2.00"]
+    assert table["image size"][2] == "1.00" and "parameters" in table
+
+
+def test_the_input_benchmark_delivers_both_rates(monkeypatch, capsys):
+    monkeypatch.setattr(input_benchmark, "SAMPLES", 100)
+    input_benchmark.main(["--batch-size", "4", "--repeats", "1"])
+    assert float(rows(capsys.readouterr().out)["datasets.Batches"][1]) > 0

@@ -1,0 +1,76 @@
+"""The paper's tables as data: the rows of the ablation, the settings of each cell, the published error rates."""
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    title: str
+    flags: tuple
+    passes: int                     # forward passes of one batch that a step costs; a backward pass counts as two
+
+
+ROWS = {
+    "neither": Row("neither (supervised baseline)", ("--no-meta",), 3),
+    "meta": Row("meta only", (), 12),
+    "mix-up": Row("mix-up only", ("--no-meta", "--mix-up"), 4),
+    "both": Row("both (MetaSemi)", ("--mix-up",), 12),
+    "beta-0": Row("both, meta learning rate 0", ("--mix-up", "--meta-lr", "0"), 12),
+    "supervised": Row("fully supervised", ("--no-meta",), 3),
+}
+ABLATION = ("neither", "meta", "mix-up", "both")
+
+
+class Cell(NamedTuple):
+    """A data set with its number of labels, and how a network is trained on it."""
+
+    title: str
+    flags: tuple                    # of train_meta.py, the same for all rows
+    num_label: int
+    num_train: int
+    seed: int                       # the first one
+    arch: str = "convlarge"
+    batch_size: int = 128
+    total_steps: int = 400_000
+    milestones: tuple = (300_000, 350_000)
+    warmup: int = 4000
+    test_freq: int = 400
+    macs: float = 731.4e6           # multiplications of one forward pass of one image
+    published: dict = {}            # row -> error rate in percent
+
+
+SMALL = {"arch": "convsmall", "batch_size": 64, "total_steps": 5000, "milestones": (3750, 4375), "warmup": 200,
+         "test_freq": 250, "macs": 11.8e6}
+JPEG = ("--dataset", "folder", "--data-path", "data/cifar10-images", "--flip")
+CIFAR10 = {"neither": 15.43, "meta": 11.63, "mix-up": 11.10, "both": 7.78, "supervised": 4.88}
+CELLS = {
+    "svhn": Cell("SVHN, 1,000 labels", ("--dataset", "svhn", "--alpha", "0.1", "--weight-decay", "5e-5"), 1000, 73_257, 7788,
+                 published={"neither": 9.76, "meta": 3.68, "mix-up": 5.60, "both": 3.15, "supervised": 2.67}),
+    "cifar10": Cell("CIFAR-10, 4,000 labels", ("--dataset", "cifar10"), 4000, 50_000, 8469, published=CIFAR10),
+    "cifar100": Cell("CIFAR-100, 10,000 labels", ("--dataset", "cifar100"), 10_000, 50_000, 7788,
+                     published={"neither": 38.74, "meta": 35.40, "mix-up": 32.67, "both": 30.74, "supervised": 22.10}),
+    "cifar10-jpeg": Cell("CIFAR-10 (JPEG), 4,000 labels", JPEG, 4000, 50_000, 8469),
+    "cifar10-small": Cell("CIFAR-10, 4,000 labels, small network", ("--dataset", "cifar10"), 4000, 50_000, 1, **SMALL),
+    "cifar10-jpeg-small": Cell("CIFAR-10 (JPEG), 4,000 labels, small network", JPEG, 4000, 50_000, 1, **SMALL),
+    "digits": Cell("digits, 50 labels", ("--dataset", "digits"), 50, 1297, 1, "convsmall", 64, 800, (600, 700), 80, 100,
+                   macs=2.85e6),
+}
+
+
+def scaled(count, scale):
+    return max(1, round(count * scale))
+
+
+def experiment(name, row, seed, scale):
+    """The flags of train_meta.py for one run of a cell; scale shrinks steps, milestones, warm-up and evaluation interval."""
+    cell = CELLS[name]
+    steps = scaled(cell.total_steps, scale)
+    return [*cell.flags, "--num-label", str(cell.num_train if row == "supervised" else cell.num_label), "-a", cell.arch,
+            *ROWS[row].flags, "--batch-size", str(cell.batch_size), "--total-steps", str(steps),
+            "--milestones", ",".join(str(scaled(milestone, scale)) for milestone in cell.milestones),
+            "--warmup", str(scaled(cell.warmup, scale)), "--test-freq", str(scaled(cell.test_freq, scale)),
+            "--print-freq", str(min(100, scaled(steps, 0.05))), "--seed", str(seed)]
+
+
+def work(name, row, scale):
+    """Floating-point operations of the training steps of one run."""
+    cell = CELLS[name]
+    return 2 * cell.macs * cell.batch_size * ROWS[row].passes * scaled(cell.total_steps, scale)

@@ -1,0 +1,142 @@
+"""The tables of REPRODUCTION.md and README.md, in Markdown, from the lines of results/runs.csv."""
+import re
+import shlex
+import statistics
+
+from utils.paper import ABLATION, CELLS, ROWS, experiment
+
+RULES = {"last": "last", "median_last_20": "median of the last 20", "best_validation": "best on validation",
+         "best_test": "lowest (selected on the test set)"}
+
+
+def filled(text, blocks):
+    """A Markdown text in which the lines between `<!-- name -->` and `<!-- end -->` are the block of that name."""
+    return re.sub(r"<!-- (\S+) -->\n.*?<!-- end -->", lambda match: f"<!-- {match[1]} -->\n{blocks[match[1]]}\n<!-- end -->",
+                  text, flags=re.DOTALL)
+
+
+def tables(lines):
+    """name -> Markdown of every block; lines: dicts of text, one a run, in the order of the tables.
+
+    The block of a cell's own name shows its largest scale.
+    """
+    groups = {}
+    for line in lines:
+        groups.setdefault((line["cell"], float(line["scale"]), line["row"]), []).append(line)
+    blocks = {"main": main_table(groups), "ablation": ablation_table(groups), "cells": cells_table(groups),
+              "telemetry": telemetry_table(groups), "commands": commands(groups)}
+    for name in CELLS:
+        largest = max((scale for cell, scale, _ in groups if cell == name), default=None)
+        blocks[name] = rows_table({key[2]: group for key, group in groups.items() if key[:2] == (name, largest)})
+    return blocks
+
+
+def main_table(groups):
+    rows = [[cell.title, *beside(groups, [(name, "both"), (name, "supervised")])]
+            for name, cell in CELLS.items() if cell.published]
+    return markdown(["data set, labels", "paper: MetaSemi", "this code", "paper: fully supervised", "this code"], rows)
+
+
+def ablation_table(groups):
+    names = [name for name, cell in CELLS.items() if cell.published]
+    rows = [[ROWS[row].title, *beside(groups, [(name, row) for name in names])] for row in ABLATION]
+    return markdown(["row", *(text for name in names for text in (f"{CELLS[name].title}: paper", "this code"))], rows)
+
+
+def beside(groups, pairs):
+    """The published value and this code's, for each (cell, row)."""
+    for name, row in pairs:
+        group = groups.get((name, 1.0, row))
+        yield published(name, row)
+        yield f"{spread(group, 'last')} (n = {len(group)})" if group else "not run yet"
+
+
+def rows_table(groups):
+    """The rows of one cell at one scale, with every seed."""
+    if not groups:
+        return "Not run yet."
+    seeds = sorted({line["seed"] for group in groups.values() for line in group}, key=int)
+    rules = [rule for rule in RULES if any(line[rule] for group in groups.values() for line in group)]
+    rows = []
+    for row, group in groups.items():
+        last = {line["seed"]: f"{float(line['last']):.2f}" for line in group}
+        rows.append([ROWS[row].title, *(last.get(seed, "") for seed in seeds), *(spread(group, rule) for rule in rules),
+                     f"{mean(group, 'seconds'):.0f}"])
+    return markdown(["row", *(f"seed {seed}" for seed in seeds), *(RULES[rule] for rule in rules), "seconds a run"], rows)
+
+
+def cells_table(groups):
+    rows = []
+    for (name, scale, row), group in groups.items():
+        hardware = {f"{line['device']}, {line['threads']} thread(s), {line['precision']}, torch {line['torch']}"
+                    for line in group}
+        commits = {line["commit"][:10] + "-dirty" * line["commit"].endswith("-dirty") for line in group}
+        rows.append([CELLS[name].title, ROWS[row].title, f"{scale:g}", group[0]["steps"], str(len(group)),
+                     *(spread(group, rule) for rule in RULES), published(name, row), *compared(name, row, scale, group),
+                     f"{mean(group, 'seconds') / 3600:.2f}", "; ".join(sorted(hardware)), ", ".join(sorted(commits))])
+    for name, cell in CELLS.items():
+        for row in cell.published:
+            if (name, 1.0, row) not in groups:
+                rows.append([cell.title, ROWS[row].title, "1", str(cell.total_steps), "0", *("-" for _ in RULES),
+                             published(name, row), "-", "not run", "-", "-", "-"])
+    return markdown(["cell", "row", "scale", "steps", "n", *RULES.values(), "paper", "difference", "verdict", "hours a run",
+                     "hardware", "commit"], rows)
+
+
+def compared(name, row, scale, group):
+    """Difference to the published value, and the verdict.
+
+    The published value is taken for that of one run: it is within the band if it lies in the 95 % prediction interval of
+    one more run, mean +- t sqrt(1 + 1/n) times the standard deviation over n seeds.
+    """
+    if row not in CELLS[name].published:
+        return "-", "nothing published"
+    if scale != 1:
+        return "-", f"not comparable at scale {scale:g}"
+    from scipy.stats import t
+
+    values = [float(line["last"]) for line in group]
+    n, difference = len(values), statistics.mean(values) - CELLS[name].published[row]
+    band = t.ppf(0.975, n - 1) * statistics.stdev(values) * (1 + 1 / n) ** 0.5 if n > 1 else 0.0
+    verdict = "within the band" if abs(difference) <= band else "worse" if difference > 0 else "better"
+    return f"{difference:+.2f}", verdict + (", one seed" if n == 1 else "")
+
+
+def telemetry_table(groups):
+    """Accuracy of the pseudo-labels before and after the meta step, in the quarters of training."""
+    rows = []
+    for (name, scale, row), group in groups.items():
+        if any(line["after-1"] for line in group):
+            pairs = [(mean(group, f"before-{k}"), mean(group, f"after-{k}")) for k in (1, 2, 3, 4)]
+            rows.append([CELLS[name].title, ROWS[row].title, f"{scale:g}", str(len(group)),
+                         *(f"{before:.2f} → {after:.2f}" for before, after in pairs),
+                         f"{statistics.mean(after - before for before, after in pairs):+.2f}"])
+    return markdown(["cell", "row", "scale", "n", "first quarter", "second", "third", "last", "mean gain"], rows)
+
+
+def commands(groups):
+    return "\n\n".join(
+        f"    # {CELLS[name].title}, {ROWS[row].title}, scale {scale:g}: S = {', '.join(line['seed'] for line in group)}\n"
+        f"    python3 train_meta.py {shlex.join(experiment(name, row, 'S', scale))}"
+        for (name, scale, row), group in groups.items()) or "None yet."
+
+
+def markdown(head, rows):
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def published(name, row):
+    value = CELLS[name].published.get(row)
+    return "-" if value is None else f"{value:.2f}"
+
+
+def spread(group, rule):
+    """Mean and standard deviation over the seeds; one seed has none."""
+    values = [float(line[rule]) for line in group if line[rule]]
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def mean(group, column):
+    return statistics.mean(float(line[column]) for line in group if line[column])
