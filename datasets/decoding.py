@@ -16,6 +16,7 @@ from datasets.table import DataError
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 CHUNK = 500         # files a task: processes, not threads, since small images hold the interpreter lock
+REMEDY = ": replace or remove it; --skip-corrupt trains without it"
 DEAD = "a process that decodes images has ended, killed for its memory perhaps: lower --num-workers"
 
 
@@ -32,7 +33,7 @@ def decode_files(paths, image_size, num_workers=0):
         parts = results([pool.submit(chunk, image_size) for chunk in chunks])
     for _, faults in parts:
         for fault in faults.values():
-            raise DataError(f"{fault}: replace or remove it")
+            raise DataError(fault + REMEDY)
     return np.concatenate([np.empty((0, 3, image_size, image_size), np.uint8), *(pixels for pixels, _ in parts)])
 
 

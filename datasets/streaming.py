@@ -4,7 +4,7 @@ from collections import deque
 import numpy as np
 import torch
 
-from datasets.decoding import results
+from datasets.decoding import REMEDY, results
 from datasets.sampling import resized_crop_choices
 from datasets.table import DataError
 
@@ -62,7 +62,7 @@ class Files:
             faults |= {start + i: fault for i, fault in found.items()}
             start += len(part)
         if faults and not self.skip:
-            raise DataError(f"{next(iter(faults.values()))}: replace or remove it, or add --skip-corrupt")
+            raise DataError(next(iter(faults.values())) + REMEDY)
         return pixels, faults
 
     def read(self, futures, index, members, crops=None, pin=False):
@@ -74,7 +74,7 @@ class Files:
         index = index.copy()
         for i, fault in faults.items():
             for _ in range(len(members)):
-                self.skipped[self.paths[index[i]]] = fault
+                self.skipped.setdefault(self.paths[index[i]], fault)
                 index[i] = members[(np.searchsorted(members, index[i]) + 1) % len(members)]
                 one, again = self.collect(self.submit(index[i:i + 1], None if crops is None else crops[i:i + 1]))
                 if not again:
@@ -96,7 +96,8 @@ class Files:
                 return
             index, futures = sent.popleft()
             pixels, faults = self.collect(futures)
-            self.skipped |= {self.paths[index[i]]: fault for i, fault in faults.items()}
+            for i, fault in faults.items():
+                self.skipped.setdefault(self.paths[index[i]], fault)
             keep = np.delete(np.arange(len(index)), list(faults))
             yield torch.from_numpy(index[keep]), pixels[keep] if faults else pixels
 

@@ -149,12 +149,12 @@ def parse_training(argv, datasets, networks, check_num_label):
     """Resolved flags of train_meta.py; `milestones` is a list of ints.  Exits with code 2 on a contradiction."""
     parser = training_parser(datasets, networks)
     args = parser.parse_args(argv)
-    if args.schedule == "cosine" and args.milestones != MILESTONES:
-        parser.error("argument --milestones: they belong to --schedule step: leave one of the two out")
     try:
         args.milestones = parse_milestones(args.milestones)
     except ValueError as error:
         parser.error(f"argument --milestones: {error}")
+    if args.schedule == "cosine" and args.milestones != parse_milestones(MILESTONES):
+        parser.error("argument --milestones: they belong to --schedule step: leave one of the two out")
     if args.compile and (args.no_meta or args.meta_gradient != "jvp"):
         parser.error("argument --compile: it compiles the meta-gradient jvp: leave it out where that is not used")
     row = datasets[args.dataset]
