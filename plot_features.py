@@ -3,6 +3,7 @@ import sys
 import warnings
 
 from datasets import DATASETS, DataError
+from models import NetworkError, check_network
 from utils import cli
 from utils.files import replacing, write_text
 from utils.run_folder import read_split
@@ -18,10 +19,11 @@ def main(argv=None):
     warnings.filterwarnings("ignore", category=FutureWarning)           # of the embedding libraries, about one another
     try:
         cli.check_plotting_files(args)
+        args.arch = {name: check_network(name) for name in args.arch}       # name -> SHA-256 of a file of the user's own
         from utils.figures import draw_curves
 
         paths = draw_curves(args.curves, args.save_path) if args.curves else plot(args)
-    except (DataError, cli.UsageError) as error:
+    except (DataError, NetworkError, cli.UsageError) as error:
         cli.fail(PROG, error, 2)
     except OSError as error:
         cli.fail(PROG, error, 1)
@@ -46,6 +48,7 @@ def plot(args):
     saved = [checkpoint.load(path) for path in args.checkpoint_path]
     flags = saved[0]["args"]
     for path, state in zip(args.checkpoint_path, saved):
+        checkpoint.check_arch(state["args"], path, args.arch)
         if args.dataset not in (None, state["args"]["dataset"]):
             raise cli.UsageError(f"argument --dataset: {args.dataset}, but {path} was trained on {state['args']['dataset']}: "
                               "leave the flag out")
@@ -157,7 +160,7 @@ def cached_features(path, state, images, row, device):
     import torch
 
     from datasets import normalized_batches
-    from models import build_model
+    from models import build_model, is_own
     from utils.checkpoint import load_weights
 
     made_of = (path.read_bytes(), row["sample"].astype("<i8").tobytes(), "".join(row["part"]).encode(),
@@ -170,16 +173,23 @@ def cached_features(path, state, images, row, device):
                 return stored["features"], stored["predictions"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         pass                                                            # none, or not ours: computed afresh
-    model = build_model(state["args"]["arch"], images.num_classes)
+    arch = state["args"]["arch"]
+    model = build_model(arch, images.num_classes, device).eval()            # `check_arch` has let it pass
     load_weights(state, model, f"argument --checkpoint-path: {path}")
-    model = model.to(device, memory_format=torch.channels_last).eval()
+    if not callable(getattr(model, "features", None)):
+        raise cli.UsageError(f"argument --arch: {arch} has no features(x): add it, and let it return (B, D), what the figure "
+                             "is to show")
     test = row["part"] == "test"
     features, predictions = [], []
     for source, index in ((images.train_images, row["sample"][~test]), (images.test_images, row["sample"][test])):
         with torch.no_grad():
             for x, _ in normalized_batches(source[index], torch.zeros(len(index)), state["mean"], state["std"], device, 500):
                 features.append(model.features(x))
-                predictions.append(model.classifier(features[-1]).argmax(dim=1))
+                if features[-1].dim() != 2:
+                    raise cli.UsageError(f"argument --arch: features(x) of {arch} has shape {tuple(features[-1].shape)}: "
+                                         "expected (B, D)")
+                logits = model(x) if is_own(arch) else model.classifier(features[-1])
+                predictions.append(logits.argmax(dim=1))
     features, predictions = torch.cat(features).cpu().numpy(), torch.cat(predictions).cpu().numpy()
     if np.isfinite(features).all():
         try:

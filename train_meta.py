@@ -6,10 +6,10 @@ import warnings
 
 from datasets import DATASETS, DataError, check_root
 from datasets.splits import check_num_label
-from models import NETWORKS
+from models import NETWORKS, NetworkError, check_network
 from utils import cli
 from utils.interrupt import Interrupt, Stopped
-from utils.run_folder import check_paths
+from utils.run_folder import check_paths, read_given_split
 
 PROG = "train_meta.py"
 
@@ -19,12 +19,21 @@ def main(argv=None):
     args = cli.parse_training(argv, DATASETS, NETWORKS, check_num_label)
     with Interrupt() as interrupt:
         try:
+            if args.evaluate:
+                return evaluate_only(args)
             check_paths(args.save_path, args.resume, args.overwrite)
             check_root(args.dataset, args.data_path)
+            given = None
+            if args.split:
+                given = read_given_split(args.split, args.num_label)
+                args.num_label = len(given)
+            sha256 = check_network(args.arch)
+            if sha256:
+                args.arch_sha256 = sha256
             # torch takes seconds to load: only now, so that a wrong flag answers at once.
             warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)     # raised inside torch by its own jvp
-            return train(args, interrupt)
-        except (DataError, cli.UsageError) as error:
+            return train(args, given, interrupt)
+        except (DataError, NetworkError, cli.UsageError) as error:
             cli.fail(PROG, error, 2)
         except OSError as error:
             cli.fail(PROG, error, 1)
@@ -43,17 +52,30 @@ def main(argv=None):
             cli.fail(PROG, f"{error}; {describe_last(args.save_path)}", 1)
 
 
-def train(args, interrupt):
-    """The whole run; returns the exit code."""
+def evaluate_only(args):
+    """--evaluate; returns the exit code."""
+    cli.check_evaluation_files(args)
+    sha256 = check_network(args.arch) if args.arch else None
+    import datasets
+    import models
+    from utils.evaluation import evaluate_file
+
+    return evaluate_file(args, sha256, datasets, models)
+
+
+def train(args, given, interrupt):
+    """The whole run; given: the labeled indices of --split, or None.  Returns the exit code."""
+    from functools import partial
+
     import numpy as np
     import torch
 
     from datasets import Batches, load_dataset, normalized_batches
     from datasets.splits import check_split, split_training
-    from metasemi import learning_rate, ramp, training_step
+    from metasemi import learning_rate, meta_gradient, ramp, training_step
     from metasemi.meta_gradient import compiled_jvp
     from metasemi.step import accuracy
-    from models import build_model
+    from models import build_model, rehearse
     from utils import checkpoint
     from utils.device import check_compiler, choose_device, fingerprint, memory_for_images, set_precision
     from utils.metrics import Diverged, Meter, all_finite, error_rates, evaluate
@@ -70,6 +92,8 @@ def train(args, interrupt):
     folder, saved, source = prepare(args.save_path, args.resume, args.overwrite)
     if saved is not None:
         check_same_experiment(args, saved["args"], saved["step"])
+        if given not in (None, saved["labeled"].tolist()):
+            raise cli.UsageError(f"argument --split: {args.split} is not the split of the run that --resume continues")
         done = folder is not None and folder.has_results()
         if saved["step"] > args.total_steps or saved["step"] == args.total_steps and done:
             print(f"{args.save_path}: finished at step {saved['step']}; a larger --total-steps would continue it")
@@ -80,7 +104,8 @@ def train(args, interrupt):
                           memory=memory_for_images(device), skip_corrupt=args.skip_corrupt,
                           statistics=saved and (saved["mean"], saved["std"]))
     if saved is None:
-        labeled, validation = split_training(images.train_labels, args.num_label, args.num_val, images.num_classes, args.seed)
+        labeled, validation = split_training(images.train_labels, args.num_label, args.num_val, images.num_classes, args.seed,
+                                             given)
     else:
         if images.labels_sha256 != saved["labels_sha256"]:
             raise DataError(f"argument --data-path: {args.data_path} is not what {args.save_path} was trained on: "
@@ -94,8 +119,10 @@ def train(args, interrupt):
                         "or train supervised with --no-meta and no --mix-up")
 
     # Model
+    rehearse(args.arch, images.num_classes, images.train_images.shape[-1], device, dtype,
+             partial(meta_gradient, method=args.meta_gradient, consistency=args.consistency, dtype=dtype) if meta else None)
     torch.manual_seed(args.seed)
-    model = build_model(args.arch, images.num_classes).to(device, memory_format=torch.channels_last)
+    model = build_model(args.arch, images.num_classes, device)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
                                 fused=True)     # so that an update can be left out without waiting for the device
     start, seconds, evaluations, best, sessions = 0, 0.0, [], None, []

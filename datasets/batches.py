@@ -6,7 +6,7 @@ import torch
 
 from datasets.augment import crop_and_flip, normalize
 from datasets.sampling import IndexStream, crop_and_flip_choices, mixup_weights
-from datasets.streaming import Files, Stream
+from datasets.streaming import Files, Stream, most_images
 
 
 class Batch(NamedTuple):
@@ -74,10 +74,10 @@ class Batches:
 def normalized_batches(images, labels, mean, std, device="cpu", batch_size=None):
     """Yields (x, y) over a whole set in order, normalized, without augmentation; images on disk that are skipped are left out.
 
-    images: (N, 3, S, S) uint8, or `streaming.Files`.  batch_size: default 1000, fewer the more S is above 128.
+    images: (N, 3, S, S) uint8, or `streaming.Files`.  batch_size: by default that of `most_images`.
     """
     mean, std = mean.to(device), std.to(device)
-    batch_size = batch_size or min(1000, 1000 * 128 ** 2 // images.shape[-1] ** 2 or 1)
+    batch_size = batch_size or most_images(images)
     if isinstance(images, Files):
         parts = images.split(batch_size)
     else:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from datasets.decoding import Workers, decode_files, list_images
-from datasets.streaming import Files
+from datasets.streaming import Files, most_images
 from datasets.table import DATASETS, DataError, check_root
 
 
@@ -23,6 +23,7 @@ class Images(NamedTuple):
     std: torch.Tensor                   # (3,)
     flip: bool                          # whether training flips images at random
     source: str = ""                    # of "folder" and "imagenet": where the pixels are kept, and why
+    test_files: tuple = ()              # M paths, likewise
 
     @property
     def num_classes(self):
@@ -77,12 +78,10 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
     """
     if name not in DATASETS:
         raise DataError(f"no data set is named {name!r}; choose from {', '.join(DATASETS)}")
-    row, source = DATASETS[name], ""
+    row, options = DATASETS[name], ()
     if row.loader == "folder":
-        train, test, class_names, source = load_folder(name, Path(root), image_size or row.image_size, num_workers, memory,
-                                                       skip_corrupt)
-    else:
-        train, test, class_names = LOADERS[row.loader](row, Path(root))
+        options = (name, image_size or row.image_size, num_workers, memory, skip_corrupt)
+    train, test, class_names, *more = LOADERS[row.loader](row, Path(root), *options)
     train_images, train_labels, test_images, test_labels = (
         part if isinstance(part, Files) else torch.from_numpy(np.ascontiguousarray(part)) for part in (*train, *test))
     for split, images, labels in (("training", train_images, train_labels), ("test", test_images, test_labels)):
@@ -94,7 +93,7 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
     else:
         mean, std = statistics or measure(train_images)
     return Images(name, train_images, train_labels, test_images, test_labels, tuple(class_names), mean, std,
-                  flip if name == "folder" else row.flip, source)
+                  flip if name == "folder" else row.flip, *more)
 
 
 def find_fault(images, labels, class_names):
@@ -115,7 +114,7 @@ def find_fault(images, labels, class_names):
 def measure(images):
     """Mean and standard deviation (3,) of pixels in [0, 1]; constant channels get 1."""
     counts = torch.zeros(3, 256, dtype=torch.float64)
-    for part in images.split(1000):
+    for part in images.split(most_images(images)):
         pixels = part[1] if isinstance(images, Files) else part
         counts += torch.stack([torch.bincount(pixels[:, c].flatten(), minlength=256) for c in range(3)])
     values = torch.arange(256, dtype=torch.float64) / 255
@@ -169,10 +168,10 @@ def fetch(files, source, root, **kwargs):
         raise DataError(f"{root}: {error}") from None
 
 
-def load_folder(name, root, image_size, num_workers, memory, skip_corrupt):
+def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt):
     """root/<part>/<class>/* of both parts of a data set, images of any size and type that Pillow reads."""
     check_root(name, root)
-    row, class_names, parts = DATASETS[name], None, []
+    class_names, parts = None, []
     for folder in (root / part for part in row.parts):
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
         if class_names is not None and names != class_names:
@@ -191,14 +190,15 @@ def load_folder(name, root, image_size, num_workers, memory, skip_corrupt):
     needed = f"{size / 1e9:,.2f} GB as pixels"
     if not (row.resized_crop or skip_corrupt or memory is not None and size > memory):
         pixels = decode_files(train + test, image_size, num_workers)
-        return (pixels[:len(train)], train_labels), (pixels[len(train):], test_labels), class_names, f"in memory: {needed}"
+        return ((pixels[:len(train)], train_labels), (pixels[len(train):], test_labels), class_names,
+                f"in memory: {needed}", tuple(test))
     why = ("random resized crops need the files" if row.resized_crop else "--skip-corrupt" if skip_corrupt
            else f"they may take {memory / 1e9:,.2f} GB of memory")
     workers = Workers(num_workers)
     crop = "center" if row.resized_crop else None
     train, test = (Files(paths, image_size, workers, crop, row.resized_crop, skip_corrupt) for paths in (train, test))
     return ((train, train_labels), (test, test_labels), class_names,
-            f"read from disk by {num_workers} processes: {needed}, {why}")
+            f"read from disk by {num_workers} processes: {needed}, {why}", tuple(test.paths))
 
 
 LOADERS = {"cifar": load_cifar, "svhn": load_svhn, "digits": load_digits, "folder": load_folder}

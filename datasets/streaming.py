@@ -88,18 +88,21 @@ class Files:
     def split(self, size):
         """Yields (indices, pixels) over the whole set in order; with `skip`, unreadable files are left out."""
         starts, sent = iter(range(0, len(self), size)), deque()
-        while True:
-            while len(sent) <= AHEAD and (start := next(starts, None)) is not None:
-                index = np.arange(start, min(start + size, len(self)))
-                sent.append((index, self.submit(index)))
-            if not sent:
-                return
-            index, futures = sent.popleft()
-            pixels, faults = self.collect(futures)
-            for i, fault in faults.items():
-                self.skipped.setdefault(self.paths[index[i]], fault)
-            keep = np.delete(np.arange(len(index)), list(faults))
-            yield torch.from_numpy(index[keep]), pixels[keep] if faults else pixels
+        try:
+            while True:
+                while len(sent) <= AHEAD and (start := next(starts, None)) is not None:
+                    index = np.arange(start, min(start + size, len(self)))
+                    sent.append((index, self.submit(index)))
+                if not sent:
+                    return
+                index, futures = sent.popleft()
+                pixels, faults = self.collect(futures)
+                for i, fault in faults.items():
+                    self.skipped.setdefault(self.paths[index[i]], fault)
+                keep = np.delete(np.arange(len(index)), list(faults))
+                yield torch.from_numpy(index[keep]), pixels[keep] if faults else pixels
+        finally:
+            cancel(futures for _, futures in sent)
 
 
 class Stream:
@@ -136,7 +139,17 @@ class Stream:
 
     def close(self):
         """Takes back what was asked for ahead."""
-        for _, futures, _, _ in self.sent:
-            for future in futures:
-                future.cancel()
+        cancel(futures for _, futures, _, _ in self.sent)
         self.sent.clear()
+
+
+def cancel(several):
+    """Takes back futures that no worker has begun with, lists of them."""
+    for futures in several:
+        for future in futures:
+            future.cancel()
+
+
+def most_images(images):
+    """How many of some images (N, 3, S, S) are looked at at once where it is only to measure: 1000, fewer with S above 128."""
+    return min(1000, 1000 * 128 ** 2 // images.shape[-1] ** 2)

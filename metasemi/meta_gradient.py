@@ -135,7 +135,7 @@ def by_unrolling(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype):
     virtual = {k: w - d for (k, w), d in zip(theta.items(), g_u)}                   # eq. 4 with alpha = 1
     logits_l = logits(model, virtual, x_l, dtype)
     loss_l = cross_entropy(logits_l, y_l)
-    gradient, *g = torch.autograd.grad(loss_l, [y_tilde, *virtual.values()])        # eq. 5
+    gradient, *g = torch.autograd.grad(loss_l, [y_tilde, *virtual.values()], materialize_grads=True)    # eq. 5
     return y_tilde, len(x_u) * gradient, logits_l, get_total_norm(g)
 
 
@@ -156,7 +156,7 @@ def logits(model, theta, x, dtype):
     """
     if dtype is None:
         return functional_call(model, theta, (x,))
-    state = {k: v for k, v in model.named_buffers() if v.is_floating_point()} | theta
+    state = {k: v for k, v in (*model.named_parameters(), *model.named_buffers()) if v.is_floating_point()} | theta
     return functional_call(model, {k: v.to(dtype) for k, v in state.items()}, (x.to(dtype),)).float()
 
 

@@ -5,6 +5,10 @@ torch arrives with the first `build_model`.
 """
 from importlib import import_module
 
+from models.own import NetworkError, build_own, check_network, is_own, rehearse
+
+__all__ = ["NETWORKS", "NetworkError", "build_model", "check_network", "is_own", "rehearse"]
+
 NETWORKS = {                    # name -> (module, class, keyword arguments)
     "convlarge": ("models.convlarge", "ConvLarge", {"width": 128}),
     "convsmall": ("models.convlarge", "ConvLarge", {"width": 16}),
@@ -15,12 +19,27 @@ NETWORKS = {                    # name -> (module, class, keyword arguments)
 }
 
 
-def build_model(name, num_classes):
-    """A freshly initialized network (from torch's global generator) on the CPU, in training mode.
+def build_model(name, num_classes, device=None):
+    """A freshly initialized network (from torch's global generator) in training mode.
 
-    Raises ValueError for a name that is not in NETWORKS.
+    Args:
+        name: a key of NETWORKS, or FILE.py:CLASS, a class in a file that is executed: never pass what a file says.
+        num_classes: K, at least 2.
+        device: where it is put, channels-last, which is faster; a network of the user's own keeps its layout, since its
+            forward may use `view`.  None: it stays on the CPU as it was made.
+
+    Raises:
+        NetworkError, a ValueError: for a name that is not in NETWORKS, or a file whose network cannot be built.
     """
+    if is_own(name):
+        model = build_own(name, num_classes)
+        return model if device is None else model.to(device)
     if name not in NETWORKS:
-        raise ValueError(f"no network is named {name!r}; choose from {', '.join(NETWORKS)}")
+        raise NetworkError(f"no network is named {name!r}; choose from {', '.join(NETWORKS)}")
     module, cls, kwargs = NETWORKS[name]
-    return getattr(import_module(module), cls)(num_classes, **kwargs)
+    model = getattr(import_module(module), cls)(num_classes, **kwargs)
+    if device is None:
+        return model
+    import torch
+
+    return model.to(device, memory_format=torch.channels_last)

@@ -257,8 +257,10 @@ def logged(folder, tries, rng, patch=None):
     for i in range(tries):
         path = folder / str(i)
         for _ in range(3):
+            (folder / "output.out").unlink(missing_ok=True)
             process = start([*flags, "--save-path", path, "--resume"], slow_disk, patch, output=folder / "output")
-            time.sleep(rng.uniform(0.6, 1.1))
+            wait_for(folder / "output.out", "test error")           # the first save follows
+            time.sleep(rng.uniform(0.1, 0.6))
             process.kill()
             process.join()
         code, _, error = run(folder, [*flags, "--save-path", path, "--resume"], patch)

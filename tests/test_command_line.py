@@ -86,6 +86,24 @@ TRAINING = [       # (flags, what the line must contain)
     (["--save-path", "file"], ["--save-path", "file", "give a folder"]),
     (["--save-path", "run"], ["--save-path", "run", "add --resume to continue it or --overwrite to start afresh"]),
     (["--dataset", "folder", "--data-path", "nowhere"], ["--data-path", "nowhere/train is not a folder"]),
+    (["-a", "net.py"], ["--arch", "net.py", "path/to/net.py:Net"]),
+    (["-a", "net.py:"], ["--arch", "net.py:", "path/to/net.py:Net"]),
+    (["-a", "none.py:Net"], ["--arch", "none.py cannot be read"]),
+    (["-a", "net.py:Other"], ["--arch", "net.py defines no class Other"]),
+    (["-a", "pairs.txt:Net"], ["--arch", "pairs.txt is not Python"]),
+    (["--split", "none.txt"], ["--split", "none.txt cannot be read"]),
+    (["--split", "file"], ["--split", "file names no image"]),
+    (["--split", "pairs.txt"], ["--split", "'1,2' is not the index of an image"]),
+    (["--split", "twice.txt"], ["--split", "twice.txt names an image twice"]),
+    (["--split", "three.txt", "--num-label", "4000"], ["--num-label", "4000", "three.txt has 3 lines: leave the flag out"]),
+    (["--split", "other/label_indices.txt"], ["--split", "is not the split whose SHA-256 is in split.json"]),
+    (["--evaluate", "none.pth"], ["--evaluate", "none.pth does not exist"]),
+    (["--evaluate", "file", "--resume"], ["--evaluate", "leave out --resume and --overwrite"]),
+    (["--evaluate", "file", "--overwrite"], ["--evaluate", "leave out --resume and --overwrite"]),
+    (["--evaluate", "file", "--predictions", "run/args.json"], ["--predictions", "args.json is not the name of a .csv file"]),
+    (["--evaluate", "file", "--predictions", "none/p.csv"], ["--predictions", "none is not a folder"]),
+    (["--evaluate", "file", "-a", "net.py:Other"], ["--arch", "net.py defines no class Other"]),
+    (["--predictions", "p.csv"], ["--predictions", "it belongs to --evaluate"]),
 ]
 PLOTTING = [
     ([], ["--save-path"]),
@@ -108,14 +126,20 @@ PLOTTING = [
     (["--save-path", "f", "--checkpoint-path", "file", "--dataset", "mnist"], ["--dataset", "mnist", "cifar10"]),
     (["--save-path", "f", "--checkpoint-path", "file", "--device", "tpu"], ["--device", "tpu", "cpu"]),
     (["--save-path", "f", "--checkpoint-path", "file", "--check", "x"], ["--check"]),
+    (["--save-path", "f", "--checkpoint-path", "file", "-a", "none.py:Net"], ["--arch", "none.py cannot be read"]),
     (["--save-path", "f", "--checkpoint-path"], ["--checkpoint-path", "expected at least one argument"]),
 ]
 WRONG = [("train_meta", *case) for case in TRAINING] + [("plot_features", *case) for case in PLOTTING]
 
 
 def make_files(folder):
-    """What the command lines speak of: a file, and a folder that holds a run."""
-    (folder / "file").write_text("")
+    """What the command lines speak of: files, and folders that hold a run and a split that was changed."""
+    for name, text in (("file", ""), ("net.py", "open('pwned', 'w')\nclass Net: pass\n"), ("pairs.txt", "1,2\nx y\n"),
+                       ("twice.txt", "1\n2\n1\n"), ("three.txt", "1\n2\n3\n")):
+        (folder / name).write_text(text)
+    (folder / "other").mkdir()
+    (folder / "other" / "label_indices.txt").write_text("1\n")
+    (folder / "other" / "split.json").write_text('{"sha256": ""}')
     (folder / "run").mkdir()
     (folder / "run" / "args.json").write_text("{}")
 

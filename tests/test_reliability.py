@@ -189,12 +189,13 @@ def test_a_checkpoint_of_any_content_is_read_or_refused_in_one_line(saved, chang
     except checkpoint.CheckpointError as error:
         assert str(path) in str(error) and "\n" not in str(error)
         return
-    try:
-        code = main([*FLAGS, "--total-steps", "2", "--save-path", str(saved.parent / "other"), "--overwrite",
-                     "--resume", str(path)])
-    except SystemExit as error:
-        code = error.code
-    assert code in (0, 2), loaded
+    other = ["--total-steps", "2", "--save-path", str(saved.parent / "other"), "--overwrite"]
+    for flags in ([*FLAGS, *other, "--resume", str(path)], ["--evaluate", str(path)]):
+        try:
+            code = main(flags)
+        except SystemExit as error:
+            code = error.code
+        assert code in (0, 2), loaded
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -211,7 +212,7 @@ def test_a_split_file_of_any_content_is_a_list_of_indices_or_refused_in_one_line
     except UsageError as error:
         assert str(tmp_path) in str(error) and "\n" not in str(error)
         return
-    assert split is None and indices.split() == [line for line in indices.split() if int(line) in labeled]
+    assert split is None and list(map(int, indices.decode().split())) == labeled
     assert len(set(labeled)) == len(labeled) and min(labeled, default=0) >= 0
 
 

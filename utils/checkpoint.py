@@ -45,6 +45,26 @@ def load(path):
 
     Raises CheckpointError if the file is missing, damaged, or holds more than tensors and plain types.
     """
+    state = read(path)
+    fault = find_fault(state)
+    if fault:
+        raise CheckpointError(f"{path} is not a checkpoint of train_meta.py: {fault}")
+    return state
+
+
+def load_to_evaluate(path):
+    """As `load`; of a bare state dict, a dict with nothing but "model"."""
+    state = read(path)
+    if isinstance(state, dict) and state and all(isinstance(w, torch.Tensor) for w in state.values()):
+        return {"model": state}
+    fault = find_fault(state)
+    if fault:
+        raise CheckpointError(f"{path} is neither a state dict nor a checkpoint of train_meta.py: {fault}")
+    return state
+
+
+def read(path):
+    """What torch.save wrote into a file, on the CPU; raises CheckpointError unless that can be read safely."""
     path = Path(path)
     try:
         if not path.exists():
@@ -53,7 +73,7 @@ def load(path):
             damaged = archive.testzip()
         if damaged:
             raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError:
@@ -61,10 +81,23 @@ def load(path):
                               "plain types, which could run code") from None
     except Exception as error:          # whatever a damaged archive makes the readers raise
         raise CheckpointError(f"{path} is not a checkpoint that can be read safely ({first_line(error)})") from None
-    fault = find_fault(state)
-    if fault:
-        raise CheckpointError(f"{path} is not a checkpoint of train_meta.py: {fault}")
-    return state
+
+
+def check_arch(saved, path, given):
+    """The name of the network of a checkpoint, from its args `saved`, if the command line allows it to be built.
+
+    given: name -> SHA-256 of its file, of the networks of the command line; the sum is None for those of this repository.
+    Raises UsageError unless the name is among them, its file unchanged; with none given, if it is in a file at all.
+    """
+    name = saved["arch"]
+    if ":" in name and not given:
+        raise UsageError(f"argument --arch: {path} was trained with {name}, which is code: it runs only if you say -a {name}")
+    if given and name not in given:
+        raise UsageError(f"argument --arch: {', '.join(given)}, but {path} was trained with {name}")
+    if given and given[name] != saved.get("arch_sha256"):
+        raise UsageError(f"argument --arch: {name} has changed since {path} was trained (SHA-256 {saved.get('arch_sha256')} "
+                         f"then, {given[name]} now): restore the file")
+    return name
 
 
 def find_fault(state):
@@ -147,7 +180,8 @@ def load_weights(state, model, source):
     try:
         model.load_state_dict(state["model"])
     except Exception as error:          # torch reports a mismatch by many types
-        raise CheckpointError(f"{source}: its weights do not fit {state['args']['arch']} ({first_line(error)})") from None
+        raise CheckpointError(f"{source}: its weights do not fit {state['args']['arch']} "
+                              f"({' '.join(str(error).split())[:200]})") from None
 
 
 def first_line(error):

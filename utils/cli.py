@@ -11,6 +11,7 @@ from pathlib import Path
 
 LAST = "last"       # --resume without a path
 MILESTONES = ["[300000,", "350000]"]
+ANSWERED = ("dataset", "data_path", "arch", "image_size", "precision", "num_label")    # by --split or a checkpoint
 
 
 class UsageError(ValueError):
@@ -61,6 +62,17 @@ def parse_milestones(texts):
     return steps
 
 
+def network(networks):
+    """An argparse type: the name of one of `networks`, or FILE:CLASS."""
+    def parse(text):
+        file, _, name = text.rpartition(":")
+        if text not in networks and not (file and name.isidentifier()):
+            raise argparse.ArgumentTypeError(f"{text!r} is no network: choose from {', '.join(networks)}, or name a class in "
+                                             "a file of your own, path/to/net.py:Net")
+        return text
+    return parse
+
+
 def training_parser(datasets, networks):
     """The flags of train_meta.py; datasets and networks are the names to choose from."""
     parser = Parser(
@@ -75,6 +87,8 @@ def training_parser(datasets, networks):
                       help="where its files lie or are downloaded to (default: ./data)")
     data.add_argument("--num-label", default=4000, type=count, metavar="N",
                       help="labeled images, class-balanced; as many as there are training images: all (default: %(default)s)")
+    data.add_argument("--split", type=Path, metavar="FILE",
+                      help="instead of a choice by the seed: the labeled images, an index a line as in label_indices.txt")
     data.add_argument("--num-val", default=0, type=number(int, low=0), metavar="N",
                       help="training images held out to select model_best.pth; 0: the test set selects (default: 0)")
     data.add_argument("--include-labeled", action="store_true", help="put the labeled images in the unlabeled set too")
@@ -87,7 +101,9 @@ def training_parser(datasets, networks):
                       help="--dataset folder and imagenet: put the next readable image in the place of one that cannot be read")
 
     method = parser.add_argument_group("method")
-    method.add_argument("-a", "--arch", choices=networks, default="convlarge", help="network (default: %(default)s)")
+    method.add_argument("-a", "--arch", type=network(networks), default="convlarge", metavar="NETWORK",
+                        help=f"{', '.join(networks)}, or FILE:CLASS in a file of your own, which is executed, and never "
+                             "because a checkpoint names it (default: %(default)s)")
     method.add_argument("--mix-up", action="store_true", help="mix labeled and unlabeled images (lines 9-12 of Algorithm 2)")
     method.add_argument("--alpha", default=1.0, type=positive, metavar="GAMMA",
                         help="the paper's gamma: mix-up weights ~ Beta(gamma, gamma) (default: %(default)s)")
@@ -142,13 +158,29 @@ def training_parser(datasets, networks):
                      help="steps between log lines (default: %(default)s)")
     run.add_argument("--test-freq", default=400, type=count, metavar="N",
                      help="steps between evaluations, each followed by a checkpoint (default: %(default)s)")
+    run.add_argument("--evaluate", type=Path, metavar="PATH",
+                     help="train nothing: measure this checkpoint, or state dict, on the test set; a checkpoint knows its "
+                          "network and data, a state dict takes --dataset and --arch from the command line")
+    run.add_argument("--predictions", type=Path, metavar="FILE.csv", help="--evaluate: write the prediction for each image")
     return parser
 
 
 def parse_training(argv, datasets, networks, check_num_label):
-    """Resolved flags of train_meta.py; `milestones` is a list of ints.  Exits with code 2 on a contradiction."""
+    """Resolved flags of train_meta.py; `milestones` is a list of ints.  Exits with code 2 on a contradiction.
+
+    With --split, num_label is None unless it was given; with --evaluate, so is every flag that a checkpoint answers.
+    """
     parser = training_parser(datasets, networks)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(ANSWERED)))
+    if args.evaluate and (args.resume or args.overwrite):
+        parser.error("argument --evaluate: it trains nothing, so leave out --resume and --overwrite")
+    if args.predictions and not args.evaluate:
+        parser.error("argument --predictions: it belongs to --evaluate")
+    if args.evaluate:
+        return args
+    for key in ANSWERED:
+        if getattr(args, key) is None and not (key == "num_label" and args.split):
+            setattr(args, key, parser.get_default(key))
     try:
         args.milestones = parse_milestones(args.milestones)
     except ValueError as error:
@@ -163,7 +195,7 @@ def parse_training(argv, datasets, networks, check_num_label):
         for flag, count, available in (("--num-val", args.num_val, row.num_train),
                                        ("--num-label", args.num_label, row.num_train - args.num_val)):
             try:
-                if count:
+                if count and not (flag == "--num-label" and args.split):
                     check_num_label(count, row.num_classes, available)
             except ValueError as error:
                 parser.error(f"argument {flag}: {args.dataset}: {error}")
@@ -182,6 +214,9 @@ def plotting_parser(datasets):
     parser.add_argument("--save-path", required=True, type=Path, metavar="DIR", help="folder for the figure and its data")
     parser.add_argument("--dataset", choices=datasets, help="default: that of the checkpoint; another is refused")
     parser.add_argument("--data-path", type=Path, metavar="DIR", help="where its files lie (default: as the run had it)")
+    parser.add_argument("-a", "--arch", nargs="+", default=[], metavar="NETWORK",
+                        help="the networks of the checkpoints; needed for one in a file of your own, FILE:CLASS, which is "
+                             "executed")
     parser.add_argument("--index-path", nargs="+", type=Path, metavar="PATH",
                         help="label_indices.txt, one per checkpoint; must be the checkpoint's split (default: in its folder)")
     parser.add_argument("--num-point", type=number(int, low=1), metavar="N",
@@ -229,6 +264,17 @@ def check_plotting_files(args):
     for path in args.curves or ():
         if not path.is_dir():
             raise UsageError(f"argument --curves: {path} is not a folder: give run folders")
+
+
+def check_evaluation_files(args):
+    """Raises UsageError for a file of --evaluate that is not there, or one of --predictions that cannot be written."""
+    if not args.evaluate.exists():
+        raise UsageError(f"argument --evaluate: {args.evaluate} does not exist: give a checkpoint or a state dict")
+    path = args.predictions
+    if path and (path.suffix != ".csv" or path.is_dir()):
+        raise UsageError(f"argument --predictions: {path} is not the name of a .csv file")
+    if path and not path.parent.is_dir():
+        raise UsageError(f"argument --predictions: {path.parent} is not a folder: make it first")
 
 
 def open_standard_streams():

@@ -72,6 +72,41 @@ def evaluate(model, batches, dtype=None, stop=lambda: False):
     return {"accuracy": correct.item() / count} | ({"top5": among_five.item() / count} if logits.shape[1] > 10 else {})
 
 
+@torch.no_grad()
+def predict(model, batches, dtype=None):
+    """Predicted classes (N,) int64 and their probabilities (N,) float32, on the CPU, in the order of the batches (x, y).
+
+    In evaluation mode, and with the same batches as in `evaluate` the same predictions.
+    """
+    model.eval()
+    predicted, confidence = [], []
+    for x, _ in batches:
+        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
+            logits = model(x)
+        predicted.append(logits.argmax(dim=1))
+        confidence.append(logits.float().softmax(dim=1).gather(1, predicted[-1][:, None])[:, 0])
+    return torch.cat(predicted).cpu(), torch.cat(confidence).cpu()
+
+
+def confusion_matrix(labels, predicted, num_classes):
+    """Counts (K, K) int64: row = true class, column = predicted class.  labels, predicted: (N,) int64 in [0, K)."""
+    return torch.bincount(labels * num_classes + predicted, minlength=num_classes ** 2).view(num_classes, num_classes)
+
+
+def expected_calibration_error(confidence, correct, bins=15):
+    """How far confidence is from accuracy, in [0, 1]: the mean over images of |accuracy - mean confidence| of their bin.
+
+    The bins ((m - 1) / bins, m / bins] have equal width, and there are 15, as in Guo, Pleiss, Sun & Weinberger,
+    "On Calibration of Modern Neural Networks", ICML 2017.
+
+    confidence: (N,) float in [0, 1], the probability of the predicted class.  correct: (N,) bool.
+    """
+    confidence = confidence.double()
+    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gap = torch.zeros(bins, dtype=torch.float64).index_add(0, index, correct.double() - confidence)
+    return (gap.abs().sum() / len(confidence)).item()
+
+
 def error_rates(evaluations, measure="test"):
     """Test error rate in percent under every selection rule, from [{"step", "test", "validation"?}], accuracies in [0, 1].
 

@@ -74,7 +74,7 @@ OLDER = {"schedule": "step"}            # what runs did that are older than the 
 def experiment(args):
     """The flags as plain types, without those that only say where and how a run is kept."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-            if key not in ("save_path", "resume", "overwrite")}
+            if key not in ("save_path", "resume", "overwrite", "evaluate", "predictions")}
 
 
 def check_same_experiment(args, saved, step):
@@ -83,6 +83,9 @@ def check_same_experiment(args, saved, step):
         then = saved.get(key, OLDER.get(key))
         if key == "milestones":         # those still to come may move
             value, then = ([m for m in steps if m < step] for steps in (value, then))
+        if key == "arch_sha256" and value != then:
+            raise UsageError(f"argument --arch: {args.arch} has changed since the run that --resume continues (SHA-256 {then} "
+                             f"then, {value} now): restore the file, or give another --save-path without --resume")
         free = key in FREE and not (key == "total_steps" and args.schedule == "cosine")     # the cosine ends with the run
         if not free and value != then:
             raise UsageError(f"argument --{key.replace('_', '-')}: {value} now, {then} in the run that --resume "
@@ -281,6 +284,22 @@ def read_split(path):
         if expected != hashlib.sha256(text.encode()).hexdigest():
             raise UsageError(f"{path} is not the split whose SHA-256 is in {split.name}: restore it")
     return [int(line) for line in lines]
+
+
+def read_given_split(path, num_label=None):
+    """The indices of --split, ascending, a list of ints.
+
+    Raises UsageError as `read_split` does, for no index at all, and if num_label is another number.
+    """
+    try:
+        indices = sorted(read_split(path))
+    except UsageError as error:
+        raise UsageError(f"argument --split: {error}") from None
+    if not indices:
+        raise UsageError(f"argument --split: {path} names no image: write one index a line")
+    if num_label not in (None, len(indices)):
+        raise UsageError(f"argument --num-label: {num_label}, but --split {path} has {len(indices)} lines: leave the flag out")
+    return indices
 
 
 def take_back(path, keep, step_of):

@@ -1,0 +1,153 @@
+"""train_meta.py --evaluate: what it measures, prints and writes, and what it refuses."""
+import csv
+import re
+
+import pytest
+import torch
+from conftest import SHORT
+from injections import Malicious, records
+from sklearn.metrics import confusion_matrix as reference
+from test_datasets import make_folder
+
+import train_meta
+from datasets import load_dataset
+from models import build_model
+from utils.evaluation import report
+from utils.metrics import confusion_matrix, expected_calibration_error
+
+
+def evaluate(*flags):
+    try:
+        return train_meta.main(["--evaluate", *map(str, flags)])
+    except SystemExit as error:
+        return error.code
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert train_meta.main([*SHORT, "--mix-up", "--save-path", str(folder)]) == 0
+    return folder
+
+
+def test_confusion_matrix_by_hand_and_by_scikit_learn():
+    labels, predicted = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 0, 2, 2])
+    assert confusion_matrix(labels, predicted, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 2]]
+    labels, predicted = torch.randint(0, 7, (2, 500), generator=torch.Generator().manual_seed(0))
+    assert confusion_matrix(labels, predicted, 9).tolist() == reference(labels, predicted, labels=range(9)).tolist()
+
+
+@pytest.mark.parametrize(("confidence", "correct", "bins", "expected"), [
+    ([1.0, 1.0], [True, True], 15, 0.0),
+    ([1.0, 1.0], [True, False], 15, 0.5),
+    ([0.6, 0.7, 0.9], [True, False, False], 2, 2.2 / 3 - 1 / 3),        # one bin: |1/3 - mean confidence|
+    ([0.5, 0.75], [True, False], 2, (0.5 + 0.75) / 2),                  # 1/2 ends the first bin: else the gaps would cancel
+    ([0.25, 0.75, 0.75, 0.75], [False, True, True, False], 4, (0.25 + 0.25) / 4)])
+def test_expected_calibration_error_by_hand(confidence, correct, bins, expected):
+    value = expected_calibration_error(torch.tensor(confidence), torch.tensor(correct), bins)
+    assert value == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth", "checkpoint.prev.pth"])
+def test_the_accuracy_is_exactly_what_the_run_recorded_at_that_step(run, capsys, name):
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.iterdir()}
+    assert evaluate(run / name) == 0
+    out = capsys.readouterr().out
+    step = torch.load(run / name, weights_only=True)["step"]
+    recorded = [line["test/accuracy"] for line in records(run) if line["step"] == step and "test/accuracy" in line]
+    right, count = map(int, re.search(r"\((\d+) of (\d+) are right\)", out).groups())
+    assert [right / count] == recorded and count == 500
+    assert f"of step {step}: convsmall on cpu, float32" in out and "test set of digits: 500 images, 10 classes" in out
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.iterdir()} == before
+
+
+def test_everything_printed_and_written_follows_from_the_logits(run, tmp_path, capsys):
+    assert evaluate(run / "checkpoint.pth", "--predictions", tmp_path / "p.csv") == 0
+    out = capsys.readouterr().out
+    images, saved = load_dataset("digits", "."), torch.load(run / "checkpoint.pth", weights_only=True)
+    model = build_model("convsmall", 10).eval()
+    model.load_state_dict(saved["model"])
+    with torch.no_grad():
+        p = model((images.test_images / 255 - saved["mean"].view(-1, 1, 1)) / saved["std"].view(-1, 1, 1)).softmax(dim=1)
+    confidence, predicted = p.max(dim=1)
+    with open(tmp_path / "p.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == list(range(500))
+    assert [int(row["label"]) for row in rows] == images.test_labels.tolist()
+    assert [int(row["predicted"]) for row in rows] == predicted.tolist()
+    assert [float(row["confidence"]) for row in rows] == pytest.approx(confidence.tolist(), abs=1e-5)
+    assert all(row["label_name"] == row["label"] and row["file"] == "" for row in rows)
+    matrix = reference(images.test_labels, predicted)
+    printed = [list(map(int, line.split())) for line in out.splitlines() if re.fullmatch(r"\d+( +\d+){10}", line)]
+    assert printed == [[k, *row] for k, row in enumerate(matrix.tolist())]
+    for k, row in enumerate(matrix):
+        assert re.search(rf"^{k} +{row.sum()} +{100 * row[k] / row.sum():.2f} %$", out, re.MULTILINE)
+    calibration = float(re.search(r"calibration error (\S+)", out)[1])
+    assert calibration == pytest.approx(expected_calibration_error(confidence, predicted == images.test_labels), abs=1e-4)
+
+
+def test_a_bare_state_dict_is_normalized_as_the_data_set_is_and_gives_the_same(run, tmp_path, capsys):
+    torch.save(torch.load(run / "checkpoint.pth", weights_only=True)["model"], tmp_path / "weights.pth")
+    assert evaluate(run / "checkpoint.pth") == 0
+    expected = capsys.readouterr().out.splitlines()[2:]
+    assert evaluate(tmp_path / "weights.pth", "--dataset", "digits", "-a", "convsmall") == 0
+    assert capsys.readouterr().out.splitlines()[2:] == expected
+
+
+def test_a_folder_of_the_users_own_names_its_files_and_classes(train, tmp_path, capsys):
+    root = make_folder(tmp_path / "images", classes=("ant", "bée, or not"), count=4)
+    flags = ["--dataset", "folder", "--data-path", str(root), "--image-size", "16", "--num-label", "4"]
+    assert train("a", *flags, "--precision", "bfloat16") == 0
+    root = root.rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert evaluate(tmp_path / "a" / "checkpoint.pth", "--data-path", root, "--predictions", tmp_path / "p.csv") == 0
+    assert f"test set of folder under {root}: 8 images, 2 classes" in capsys.readouterr().out
+    with open(tmp_path / "p.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows[3:5]] == [str(root / "test/ant/03.png"), str(root / "test/bée, or not/00.png")]
+    assert [row["label_name"] for row in rows] == ["ant"] * 4 + ["bée, or not"] * 4
+    right = sum(row["label"] == row["predicted"] for row in rows)
+    assert [line["test/accuracy"] for line in records(tmp_path / "a") if "test/accuracy" in line][-1] == right / 8
+    (root / "test" / "ant").rename(root / "test" / "asp"), (root / "train" / "ant").rename(root / "train" / "asp")
+    assert evaluate(tmp_path / "a" / "checkpoint.pth", "--data-path", root) == 2
+    assert "has other classes than" in capsys.readouterr().err
+
+
+def test_many_classes_are_told_by_their_most_frequent_confusions():
+    labels = torch.arange(30).repeat(4)
+    predicted = labels.clone()
+    predicted[labels == 3], predicted[0] = 7, 1
+    lines = list(report(labels, predicted, torch.full((120,), 0.5), [f"class {k}" for k in range(30)]))
+    assert lines[-2:] == ["     4  class 3 taken for class 7", "     1  class 0 taken for class 1"]
+    assert lines[0] == "accuracy 95.83 %, error 4.17 % (115 of 120 are right)"
+    assert "confusion matrix" not in "".join(lines)
+
+
+def test_what_cannot_be_evaluated_is_one_line_and_writes_nothing(run, tmp_path, capsys):
+    state = torch.load(run / "checkpoint.pth", weights_only=True)
+    spoiled = {k: v * float("nan") if v.is_floating_point() else v for k, v in state["model"].items()}
+    for name, content in (("other", {"weights": [1]}), ("nan", spoiled), ("evil", Malicious()), ("empty", {}),
+                          ("unknown", {**state, "args": {**state["args"], "dataset": "mnist"}}),
+                          ("code", {**state, "args": {**state["args"], "arch": f"{tmp_path}/net.py:Net"}})):
+        torch.save(content, tmp_path / f"{name}.pth")
+    (tmp_path / "damaged.pth").write_bytes((run / "checkpoint.pth").read_bytes()[:-50])
+    (tmp_path / "net.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\n")
+    before = sorted(tmp_path.iterdir())
+    good, digits = run / "checkpoint.pth", ["--dataset", "digits", "-a"]
+    for flags, message in (
+            ([tmp_path / "other.pth"], "neither a state dict nor a checkpoint of train_meta.py"),
+            ([tmp_path / "empty.pth"], "neither a state dict nor a checkpoint of train_meta.py"),
+            ([tmp_path / "evil.pth"], "could run code"),
+            ([tmp_path / "damaged.pth"], "damaged.pth is not a checkpoint that can be read safely"),
+            ([tmp_path / "nan.pth", *digits, "convsmall"], "are not finite"),
+            ([tmp_path / "nan.pth", *digits, "wideresnet"], "do not fit wideresnet"),
+            ([tmp_path / "unknown.pth"], "unknown data set 'mnist'"),
+            ([tmp_path / "code.pth"], "which is code: it runs only if you say -a"),
+            ([good, "--dataset", "svhn"], "--dataset: svhn, but"),
+            ([good, "--image-size", "64"], "--image-size: 64, but"),
+            ([good, "-a", "wideresnet"], "was trained with convsmall"),
+            ([good, "--precision", "tf32", "--device", "cpu"], "tf32 exists on CUDA only")):
+        assert evaluate(*flags, "--predictions", tmp_path / "p.csv") == 2, flags
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+    assert sorted(tmp_path.iterdir()) == before
