@@ -198,7 +198,7 @@ def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt):
     crop = "center" if row.resized_crop else None
     train, test = (Files(paths, image_size, workers, crop, row.resized_crop, skip_corrupt) for paths in (train, test))
     return ((train, train_labels), (test, test_labels), class_names,
-            f"read from disk by {num_workers} processes: {needed}, {why}", tuple(test.paths))
+            f"read from disk by {num_workers or 'no'} worker{'s' * (num_workers != 1)}: {needed}, {why}", tuple(test.paths))
 
 
 LOADERS = {"cifar": load_cifar, "svhn": load_svhn, "digits": load_digits, "folder": load_folder}

@@ -100,7 +100,8 @@ class Files:
                 for i, fault in faults.items():
                     self.skipped.setdefault(self.paths[index[i]], fault)
                 keep = np.delete(np.arange(len(index)), list(faults))
-                yield torch.from_numpy(index[keep]), pixels[keep] if faults else pixels
+                if len(keep):
+                    yield torch.from_numpy(index[keep]), pixels[keep] if faults else pixels
         finally:
             cancel(futures for _, futures in sent)
 

@@ -190,7 +190,7 @@ def test_a_run_from_disk_equals_the_run_from_memory_bit_for_bit(train, tmp_path,
     assert train("disk", *flags) == 0
     assert differing(tmp_path / "memory", tmp_path / "disk") == []
     assert "images in memory: " in (tmp_path / "memory" / "log.txt").read_text()
-    assert "images read from disk by 1 processes" in (tmp_path / "disk" / "log.txt").read_text()
+    assert "images read from disk by 1 worker:" in (tmp_path / "disk" / "log.txt").read_text()
 
 
 def test_resnet18_learns_200_classes_from_disk_with_top_five_and_resumes_bit_for_bit(imagenet, tmp_path, monkeypatch, capsys):

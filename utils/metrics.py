@@ -117,7 +117,7 @@ def error_rates(evaluations, measure="test"):
     def error(evaluation):
         return round(100 * (1 - evaluation[measure]), 4)
 
-    if measure not in evaluations[-1]:
+    if any(measure not in evaluation for evaluation in evaluations):        # of an older version
         return None
     validated = [e for e in evaluations if e.get("validation") is not None]
     return {
