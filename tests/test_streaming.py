@@ -1,6 +1,7 @@
 """Images read from disk: the same batches as from memory, whatever the number of workers; ImageNet's crops and recipe."""
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,12 +45,14 @@ def photographs(tmp_path_factory):
 
 
 @pytest.fixture
-def imagenet(train, photographs):
-    """imagenet(folder, *flags): a run of four steps of resnet18 at 64 pixels."""
-    flags = ["--dataset", "imagenet", "--data-path", str(photographs), "--image-size", "64", "--num-label", "200",
-             "-a", "resnet18", "--mix-up", "--schedule", "cosine", "--warmup", "1", "--ramp", "0", "--total-steps", "4",
-             "--print-freq", "1", "--test-freq", "2", "--milestones", "[300000, 350000]", "--num-workers", "0"]
-    return lambda folder, *more: train(folder, *flags, *more)
+def imagenet(train, tmp_path, photographs):
+    """imagenet(folder, *flags): the README's run, short and small: four steps of resnet18 at 64 pixels."""
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    python3")
+                and "imagenet" in line)
+    flags = [*shlex.split(line)[2:], "--milestones", "[300000, 350000]", "--data-path", str(photographs), "--image-size", "64",
+             "--num-label", "200", "--batch-size", "8", "--warmup", "1", "--total-steps", "4", "--print-freq", "1",
+             "--test-freq", "2", "--num-workers", "0"]
+    return lambda folder, *more: train(folder, *flags, "--save-path", str(tmp_path / folder), *more)
 
 
 def batches_of(images, gamma=1.0):
