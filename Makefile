@@ -3,17 +3,20 @@ BIN := .venv/bin
 
 SHELL := bash -o pipefail
 
-.PHONY: demo test torture benchmark-gpu
+.PHONY: demo test reproduce-small torture benchmark-gpu
 
 # Trains the supervised baseline and MetaSemi on real handwritten digits, 50 of them labeled, on the CPU, and draws Figure 3.
 demo: .venv/installed
-	$(BIN)/python benchmarks/ablation.py digits --rows neither both --save-path results/demo
-	$(BIN)/python plot_features.py --checkpoint-path results/demo/neither-1/checkpoint.pth results/demo/both-1/checkpoint.pth \
-		--row-label Baseline MetaSemi --mark-errors --save-path results/demo
+	$(BIN)/python reproduce.py figure3 --dataset digits
 
 test: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/python -m pytest
+
+# The ablation on real images at small scale, on the CPU: those of data/cifar10-images if they are there, else CIFAR-10 itself.
+reproduce-small: .venv/installed
+	$(BIN)/python reproduce.py ablation --scale 0.2 --jobs 2 \
+		--dataset $(if $(wildcard data/cifar10-images/train),cifar10-jpeg-small,cifar10-small)
 
 # Injects every fault of tests/injections.py into real runs, some ten minutes long.
 torture: .venv/installed

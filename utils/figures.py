@@ -12,19 +12,12 @@ from matplotlib.lines import Line2D  # noqa: E402
 
 from utils.cli import UsageError  # noqa: E402
 from utils.files import replacing  # noqa: E402
+from utils.paper import published_error, title_of  # noqa: E402
 
 # Petroff's ten colors, made to be told apart by color-blind readers; further classes change the marker.
 COLORS = matplotlib.color_sequences["petroff10"]
 MARKERS = "o^s"
 PARTS = {"labeled": "#d62728", "unlabeled": "#1f77b4", "test": "#999999"}      # red, blue, grey, as in the paper
-# Published error rates in percent: (data set, labels) -> (mix_up, meta) -> error.
-PUBLISHED = {
-    ("svhn", 1000): {(False, False): 9.76, (False, True): 3.68, (True, False): 5.60, (True, True): 3.15},
-    ("cifar10", 4000): {(False, False): 15.43, (False, True): 11.63, (True, False): 11.10, (True, True): 7.78},
-    ("cifar100", 10000): {(False, False): 38.74, (False, True): 35.40, (True, False): 32.67, (True, True): 30.74},
-}
-ROWS = {(False, False): "supervised baseline", (False, True): "meta only", (True, False): "mix-up only",
-        (True, True): "MetaSemi"}
 
 
 def data_name(flags, data_path=None):
@@ -107,8 +100,8 @@ def draw_curves(folders, save_path):
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for i, runs in enumerate(groups.values()):
         flags, folder, _ = runs[0]
-        row = flags["mix_up"], not flags["no_meta"]
-        label = f"{ROWS[row]}, {data_name(flags)}, {flags['num_label']} labels, {flags['arch']}, n = {len(runs)}"
+        row = title_of(flags)
+        label = f"{row}, {data_name(flags)}, {flags['num_label']} labels, {flags['arch']}, n = {len(runs)}"
         color = COLORS[i % len(COLORS)]
         for ax, tag, value in ((left, "test/accuracy", lambda a: 100 * (1 - a)), (right, "train/loss", lambda a: a)):
             values = {}
@@ -120,9 +113,9 @@ def draw_curves(folders, save_path):
             ax.plot(steps, [statistics.mean(values[s]) for s in steps], color=color, label=label)
             ax.fill_between(steps, [min(values[s]) for s in steps], [max(values[s]) for s in steps], color=color, alpha=0.2,
                             linewidth=0)
-        published = PUBLISHED.get((flags["dataset"], flags["num_label"]), {}).get(row)
+        published = published_error(flags)
         if published is not None:
-            left.axhline(published, color=color, linestyle="--", linewidth=1, label=f"paper: {ROWS[row]}, {published} %")
+            left.axhline(published, color=color, linestyle="--", linewidth=1, label=f"paper: {row}, {published} %")
     left.set(xlabel="step", ylabel="test error in percent", ylim=(0, None))
     right.set(xlabel="step", ylabel="training loss", ylim=(0, None))
     for ax in (left, right):

@@ -74,3 +74,20 @@ def work(name, row, scale):
     """Floating-point operations of the training steps of one run."""
     cell = CELLS[name]
     return 2 * cell.macs * cell.batch_size * ROWS[row].passes * scaled(cell.total_steps, scale)
+
+
+def row_of(flags):
+    """The row that a run with these resolved flags belongs to."""
+    row = {(False, False): "neither", (False, True): "meta", (True, False): "mix-up", (True, True): "both"}
+    name = row[flags["mix_up"], not flags["no_meta"]]
+    return "beta-0" if name == "both" and flags.get("meta_lr") == 0 else name
+
+
+def title_of(flags):
+    return ROWS[row_of(flags)].title
+
+
+def published_error(flags):
+    """The published error rate in percent of a run with these resolved flags, or None."""
+    return next((cell.published.get(row_of(flags)) for cell in CELLS.values() if cell.published
+                 and (cell.flags[1], cell.num_label) == (flags["dataset"], flags["num_label"])), None)

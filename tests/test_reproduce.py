@@ -1,0 +1,158 @@
+"""The plan, the queue and the report of reproduce.py."""
+import csv
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import reproduce
+from datasets import DATASETS, load_dataset
+from datasets.splits import check_num_label, split_labels
+from models import NETWORKS
+from utils.cli import parse_training
+from utils.paper import ABLATION, CELLS, ROWS
+from utils.report import filled, tables
+
+LINE = {key: "" for key in reproduce.COLUMNS} | {
+    "cell": "cifar10", "row": "both", "seed": "1", "scale": "1", "steps": "400000", "median_last_20": "8", "best_test": "7",
+    "seconds": "3600", "device": "gpu", "threads": "1", "precision": "float32", "torch": "2", "commit": "abc"}
+
+
+def flags_of(line):
+    words = shlex.split(line)
+    return vars(parse_training(words[words.index("train_meta.py") + 1:], DATASETS, NETWORKS, check_num_label))
+
+
+@pytest.mark.parametrize("table", reproduce.TABLES)
+def test_a_dry_run_prints_commands_that_are_accepted_and_does_nothing(table, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.main([table, "--dataset", *CELLS, "--seeds", "2", "--scale", "0.01", "--dry-run"]) == 0
+    plan = [flags_of(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(plan) == 2 * len(CELLS) * len(reproduce.TABLES[table]) and not list(tmp_path.iterdir())
+    assert len({str(flags["save_path"]) for flags in plan}) == len(plan)
+    cifar = [flags for flags in plan if flags["dataset"] == "cifar10" and flags["arch"] == "convlarge"]
+    assert all((flags["total_steps"], flags["warmup"], flags["test_freq"], flags["milestones"]) == (4000, 40, 4, [3000, 3500])
+               for flags in cifar)
+
+
+def test_the_commands_of_the_tables_are_those_of_the_readme(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for table in ("main", "ablation"):
+        reproduce.main([table, "--dry-run"])
+    free = ("save_path", "resume", "split", "print_freq")
+    planned = [{k: v for k, v in flags_of(line).items() if k not in free} for line in capsys.readouterr().out.splitlines()]
+    lines = re.findall(r"^    CUDA_VISIBLE_DEVICES=0 python3 (train_meta.py .*results/(?:svhn|cifar).*)$",
+                       (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) == 7
+    for line in lines:
+        assert {k: v for k, v in flags_of(line).items() if k not in free} in planned, line
+
+
+def test_the_reports_are_what_runs_csv_says(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = reproduce.read_runs()
+    assert len(lines) >= 4 and [reproduce.order(line) for line in lines] == sorted(map(reproduce.order, lines))
+    blocks = tables(lines)
+    for path in reproduce.REPORTS:
+        text = path.read_text()
+        assert filled(text, blocks) == text, f"{path} is behind results/runs.csv: python3 reproduce.py ablation ..."
+        assert len(re.findall("<!-- end -->", text)) >= 3
+
+
+@pytest.mark.parametrize(("errors", "verdict"), [
+    ([7.7, 7.8, 7.9], "within the band"), ([9.0, 9.1, 9.2], "worse"), ([6.9, 7.0, 7.1], "better"), ([8.0], "worse, one seed")])
+def test_the_verdict_compares_with_one_more_run(errors, verdict):
+    lines = [{**LINE, "seed": str(i), "last": str(error)} for i, error in enumerate(errors)]
+    blocks = tables(lines)
+    mean = f"{np.mean(errors):.2f}" + (f" ± {np.std(errors, ddof=1):.2f}" if len(errors) > 1 else "")
+    row = next(row for row in blocks["cells"].splitlines() if "CIFAR-10, 4,000 labels | both" in row)
+    assert f"| {len(errors)} | {mean} | " in row and f"| 7.78 | {np.mean(errors) - 7.78:+.2f} | {verdict} | 1.00 |" in row
+    assert f"| 7.78 | {mean} (n = {len(errors)}) |" in blocks["main"] and f"{mean} (n = " in blocks["ablation"]
+
+
+def test_a_scaled_run_says_so_and_never_stands_beside_a_published_value():
+    blocks = tables([{**LINE, "scale": "0.05", "steps": "20000", "last": "10"}])
+    assert "| 0.05 | 20000 | 1 | 10.00 |" in blocks["cells"] and "not comparable at scale 0.05" in blocks["cells"]
+    assert "10.00" not in blocks["main"] + blocks["ablation"] and "scale 0.05" in blocks["commands"]
+
+
+def test_pseudo_labels_before_and_after_are_the_means_of_each_quarter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = reproduce.Run("digits", "both", 1, 1.0)
+    run.folder.mkdir(parents=True)
+    rates = {"last": 5.0, "median_last_20": 6.0, "best_validation": None, "best_test": 4.0}
+    session = {"device": "cpu", "threads": 2, "precision": "float32", "torch": "2", "commit": None}
+    result = {"error_rate": rates, "steps": 8, "seconds": 3.4, "sessions": [session]}
+    (run.folder / "results.json").write_text(json.dumps(result))
+    records = [{"step": s, "train/unlabel-acc": s / 10, "train/pseudo-acc": s / 5} for s in range(1, 9)]
+    records.append({"step": 8, "test/accuracy": 1})
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    line, = reproduce.read_runs(finished=True)
+    assert [line[f"before-{k}"] for k in (1, 2, 3, 4)] == ["15.00", "35.00", "55.00", "75.00"]
+    assert [line[f"after-{k}"] for k in (1, 2, 3, 4)] == ["30.00", "70.00", "110.00", "150.00"]
+    assert (line["last"], line["best_validation"], line["seconds"], line["commit"]) == ("5.0", "", "3", "")
+    assert "15.00 → 30.00" in tables([line])["telemetry"] and "+45.00" in tables([line])["telemetry"]
+
+
+def test_killed_at_random_it_continues_repeats_nothing_and_reports_the_same(tmp_path):
+    command = [sys.executable, ROOT / "reproduce.py", "main", "--dataset", "digits", "--scale", "0.02", "--jobs", "2"]
+    rng, environment = np.random.default_rng(int.from_bytes(os.urandom(4))), {**os.environ, "OMP_NUM_THREADS": "1"}
+    reports = {}
+    for name in ("whole", "parts"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "REPRODUCTION.md").write_text("<!-- cells -->\n<!-- end -->\n<!-- telemetry -->\n<!-- end -->\n")
+        done = {}
+        for _ in range(2 if name == "parts" else 0):
+            process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, env=environment)
+            time.sleep(rng.uniform(0.5, 6))
+            process.kill()
+            process.wait()
+            done = {path: path.stat().st_mtime_ns for path in folder.rglob("results.json")}
+        finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+        assert (finished.returncode, finished.stderr) == (0, "")
+        assert all(path.stat().st_mtime_ns == moment for path, moment in done.items())
+        lines = list(csv.DictReader(io.StringIO((folder / "results" / "runs.csv").read_text())))
+        assert [line["row"] for line in lines] == ["both", "supervised"]
+        for line in lines:
+            line["seconds"] = "0"
+        reports[name] = tables(lines)
+        assert "| 0.02 | 16 | 1 |" in (folder / "REPRODUCTION.md").read_text()
+    assert reports["whole"] == reports["parts"]
+
+
+def test_the_shipped_lists_are_those_that_the_seeds_give_and_a_changed_one_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    digits = load_dataset("digits", ".")
+    sums = reproduce.read_sums()
+    assert set(sums) == {path.name for path in (ROOT / "splits").glob("*.txt")}
+    for name, value in sums.items():
+        text = (ROOT / "splits" / name).read_bytes()
+        assert reproduce.sha256(text) == value
+        cell, count, seed = re.fullmatch(r"(.+)-(\d+)-seed(\d+)\.txt", name).groups()
+        assert len(set(text.split())) == int(count) == CELLS[cell].num_label
+        if cell == "digits":
+            assert [int(index) for index in text.split()] == split_labels(digits.train_labels, 50, 10, int(seed))[0].tolist()
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits" / "digits-50-seed1.txt").write_text("1\n")
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["main", "--dataset", "digits"])
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert "splits/digits-50-seed1.txt is not the list whose SHA-256 is in splits/SHA256SUMS: restore it" in error
+
+
+def test_every_row_of_the_paper_is_there():
+    assert set(ABLATION) < set(ROWS) and all(set(cell.published) == {*ABLATION, "supervised"}
+                                             for cell in CELLS.values() if cell.published)
+    assert [CELLS[name].published["both"] for name in ("svhn", "cifar10", "cifar100")] == [3.15, 7.78, 30.74]
