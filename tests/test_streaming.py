@@ -93,6 +93,12 @@ def test_order_and_augmentation_are_the_same_for_0_2_and_4_workers_and_from_any_
     assert not torch.equal(drawn[0][0].x_u, drawn[0][1].x_u)
 
 
+def test_every_step_crops_the_same_image_anew(photographs):
+    batches = Batches(load_dataset("imagenet", photographs, 64), [7], [7], batch_size=1, seed=1)
+    means = [x.mean().item() for step in (1, 2, 3) for x in (batches(step).x_l, batches(step).x_u)]    # flips keep them
+    assert len({round(mean, 4) for mean in means}) == 6
+
+
 def test_what_an_image_looks_like_depends_on_its_place_in_the_step_alone():
     whole = resized_crop_choices(8, 1, "crop labeled", 3)
     assert not np.array_equal(whole, resized_crop_choices(8, 1, "crop unlabeled", 3))
@@ -146,7 +152,8 @@ def test_pixels_are_those_of_torchvision(tmp_path, size):
 # Files that cannot be read
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_image_is_named_or_gives_way_to_the_next_of_its_set(tmp_path, workers):
+def test_a_corrupt_image_is_named_or_gives_way_to_the_next_of_its_set(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr("datasets.streaming.TASK", 1)
     root = make_folder(tmp_path, count=8)
     whole = load_dataset("folder", root, 16)
     bad = root / "train/ant/03.png"
