@@ -29,6 +29,7 @@ benchmark-gpu: .venv/installed
 		$(BIN)/python benchmarks/step.py --device cuda --arch $$arch | tee results/benchmark-gpu/$$arch.md || exit 1; done
 	$(BIN)/python benchmarks/step.py --device cuda --growth | tee results/benchmark-gpu/growth.md
 	$(BIN)/python benchmarks/input.py --device cuda | tee results/benchmark-gpu/input.md
+	$(BIN)/python benchmarks/streaming.py --device cuda | tee results/benchmark-gpu/streaming.md
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'

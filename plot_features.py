@@ -41,7 +41,7 @@ def plot(args):
 
     from datasets import load_dataset
     from utils import checkpoint
-    from utils.device import choose_device
+    from utils.device import choose_device, memory_for_images
     from utils.figures import data_name, draw_features
 
     device = choose_device(args.device)
@@ -55,7 +55,7 @@ def plot(args):
         if state["labels_sha256"] != saved[0]["labels_sha256"]:
             raise cli.UsageError(f"argument --checkpoint-path: {path} was trained on other data than {args.checkpoint_path[0]}")
     images = load_dataset(flags["dataset"], args.data_path or flags["data_path"], flags["image_size"], flags["flip"],
-                          args.num_workers)
+                          args.num_workers, memory=memory_for_images(device), statistics=(saved[0]["mean"], saved[0]["std"]))
     if images.labels_sha256 != saved[0]["labels_sha256"]:
         raise DataError(f"argument --data-path: {args.data_path or flags['data_path']} is not what {args.checkpoint_path[0]} "
                         "was trained on: the training labels differ")

@@ -77,7 +77,7 @@ def train(args, given, interrupt):
     from metasemi.step import accuracy
     from models import build_model, rehearse
     from utils import checkpoint
-    from utils.device import check_compiler, choose_device, fingerprint, set_precision
+    from utils.device import check_compiler, choose_device, fingerprint, memory_for_images, set_precision
     from utils.metrics import Diverged, Meter, all_finite, error_rates, evaluate
     from utils.run_folder import RunFolder, check_same_experiment, experiment, git_commit, prepare
 
@@ -85,6 +85,7 @@ def train(args, given, interrupt):
     dtype = set_precision(args.precision, device)
     if args.compile:
         check_compiler()
+    ramp_steps = args.warmup if args.ramp is None else args.ramp
     meta, uses_unlabeled = not args.no_meta, args.mix_up or not args.no_meta
 
     # The run so far, if there is one.  Nothing is written before every check has passed.
@@ -99,7 +100,9 @@ def train(args, given, interrupt):
             return 0
 
     # Data and split
-    images = load_dataset(args.dataset, args.data_path, args.image_size, args.flip, args.num_workers)
+    images = load_dataset(args.dataset, args.data_path, args.image_size, args.flip, args.num_workers,
+                          memory=memory_for_images(device), skip_corrupt=args.skip_corrupt,
+                          statistics=saved and (saved["mean"], saved["std"]))
     if saved is None:
         labeled, validation = split_training(images.train_labels, args.num_label, args.num_val, images.num_classes, args.seed,
                                              given)
@@ -142,6 +145,8 @@ def train(args, given, interrupt):
                + (f", {len(validation)} for validation" if len(validation) else ""))
     folder.say(f"{args.arch}, {sum(w.numel() for w in model.parameters()):,} parameters, {sessions[-1]['device']}"
                + (" (no CUDA device is visible)" if args.device == "auto" and device.type == "cpu" else ""))
+    if images.source:
+        folder.say(f"images {images.source}")
     if saved is not None:
         folder.say(f"resumed at step {start} from {source}")
         for key, value in sessions[-1].items():
@@ -153,7 +158,7 @@ def train(args, given, interrupt):
     method = compiled_jvp() if args.compile else args.meta_gradient
     meter = Meter()
     interrupt.defer()
-    with folder.progress(start, args.total_steps):
+    with batches, folder.progress(start, args.total_steps):
         def test_and_save(step):
             """Evaluates and saves; only saves if a signal comes."""
             nonlocal best, clock, seconds
@@ -162,20 +167,25 @@ def train(args, given, interrupt):
                 raise Diverged(f"the weights are not finite at step {step}")
             accuracies = {}
             for part, (x, y) in held_out.items():
-                accuracies[part] = evaluate(model, normalized_batches(x, y, images.mean, images.std, device), dtype, interrupt)
+                measured = evaluate(model, normalized_batches(x, y, images.mean, images.std, device), dtype, interrupt)
+                if measured is None:
+                    break
+                accuracies |= {f"{part}/{name}": value for name, value in measured.items()}
             is_best = False
-            if None not in accuracies.values():
-                is_best = best is None or accuracies[select_by] > best
-                evaluations.append({"step": step, **accuracies})
-                folder.record(step, {f"{part}/accuracy": value for part, value in accuracies.items()})
+            if measured is not None:
+                is_best = best is None or accuracies[f"{select_by}/accuracy"] > best
+                evaluations.append({"step": step} | {name.removesuffix("/accuracy").replace("/", "_"): value
+                                                     for name, value in accuracies.items()})
+                folder.record(step, accuracies)
                 folder.say(f"step {step}/{args.total_steps}  " + "  ".join(
-                    f"{part} error {100 * (1 - value):.2f} %" for part, value in accuracies.items()))
+                    f"{name.replace('/accuracy', '').replace('/top5', ' top-5')} error {100 * (1 - value):.2f} %"
+                    for name, value in accuracies.items()))
             now = time.perf_counter()
             seconds, clock = seconds + now - clock, now
             state = {
                 "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "args": experiment(args), "sessions": sessions, "seconds": seconds, "evaluations": evaluations,
-                "best": accuracies[select_by] if is_best else best,
+                "best": accuracies[f"{select_by}/accuracy"] if is_best else best,
                 "labeled": torch.from_numpy(labeled), "validation": torch.from_numpy(validation),
                 "labels_sha256": images.labels_sha256, "class_names": list(images.class_names),
                 "mean": images.mean, "std": images.std, "image_size": images.train_images.shape[-1],
@@ -197,10 +207,11 @@ def train(args, given, interrupt):
 
         for step in range(start + 1, args.total_steps + 1):
             x_l, y_l, x_u, hidden, lam = batches(step)                                  # lines 1, 2, 9
-            alpha = learning_rate(step, args.lr, args.warmup, args.milestones, args.gamma)
+            alpha = learning_rate(step, args.lr, args.warmup, args.milestones, args.gamma,
+                                  args.total_steps if args.schedule == "cosine" else None)
             beta = alpha if args.meta_lr is None else args.meta_lr
             result = training_step(                                                     # lines 3-8, 10-15
-                model, optimizer, x_l, y_l, x_u, alpha=alpha, beta=beta, weight=ramp(step, args.warmup, args.weight),
+                model, optimizer, x_l, y_l, x_u, alpha=alpha, beta=beta, weight=ramp(step, ramp_steps, args.weight),
                 lam=lam, meta=meta, method=method, epsilon=args.epsilon, consistency=args.consistency,
                 dtype=dtype)
 
@@ -218,6 +229,8 @@ def train(args, given, interrupt):
                 now = time.perf_counter()
                 rate = (step - logged_step) / (now - logged_at)                         # steps per second
                 logged_at, logged_step = now, step
+                for line in images.skipped():
+                    folder.say(line)
                 folder.log(step, args.total_steps, alpha, meter.read(), rate, args.batch_size * (1 + uses_unlabeled))
             if step % args.test_freq == 0 or last or interrupt():
                 test_and_save(step)
@@ -226,7 +239,8 @@ def train(args, given, interrupt):
                 folder.close()
                 return interrupt.exit_code
 
-    folder.finish(args.total_steps, seconds, error_rates(evaluations), len(evaluations), experiment(args), sessions)
+    folder.finish(args.total_steps, seconds, error_rates(evaluations), error_rates(evaluations, "test_top5"),
+                  len(evaluations), experiment(args), sessions)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Batches as a function of the step, from images that lie as one uint8 tensor on the training device."""
+"""Batches as a function of the step, from images that lie as one uint8 tensor on the training device, or on disk."""
 from typing import NamedTuple
 
 import numpy as np
@@ -6,6 +6,7 @@ import torch
 
 from datasets.augment import crop_and_flip, normalize
 from datasets.sampling import IndexStream, crop_and_flip_choices, mixup_weights
+from datasets.streaming import Files, Stream, most_images
 
 
 class Batch(NamedTuple):
@@ -17,7 +18,9 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """`batches(step)` is the batch of step 1, 2, ..., the same whatever came before.
+    """`batches(step)` is the batch of step 1, 2, ..., the same whatever came before, and wherever the images lie.
+
+    A block `with batches:` leaves no decoding behind.
 
     Args:
         images: as `load_dataset` returns them.
@@ -28,29 +31,39 @@ class Batches:
 
     def __init__(self, images, labeled, unlabeled=None, *, batch_size, seed, device="cpu", mixup_gamma=None):
         self.images, self.seed, self.device, self.mixup_gamma = images, seed, torch.device(device), mixup_gamma
-        self.batch_size = batch_size
-        self.padding = images.train_images.shape[-1] // 8                # 4 pixels at 32, as in the paper
+        self.batch_size, self.padding = batch_size, images.padding
         self.train_images = images.train_images.to(self.device)
         self.train_labels = images.train_labels.to(self.device)
         self.mean, self.std = images.mean.to(self.device), images.std.to(self.device)
-        self.labeled = IndexStream(labeled, batch_size, seed, "labeled")
-        self.unlabeled = None if unlabeled is None else IndexStream(unlabeled, batch_size, seed, "unlabeled")
+        self.streams = {part: IndexStream(indices, batch_size, seed, part)
+                        for part, indices in (("labeled", labeled), ("unlabeled", unlabeled)) if indices is not None}
+        self.disk = None
+        if isinstance(self.train_images, Files):
+            self.disk = Stream(self.train_images, self.streams, seed, pin=self.device.type == "cuda")
 
     def __call__(self, step):
-        x_l, y_l = self.draw(self.labeled, "augment labeled", step)
-        x_u, hidden = (None, None) if self.unlabeled is None else self.draw(self.unlabeled, "augment unlabeled", step)
+        x_l, y_l = self.draw("labeled", step)
+        x_u, hidden = self.draw("unlabeled", step) if "unlabeled" in self.streams else (None, None)
         lam = None
         if self.mixup_gamma is not None:
             lam = self.to_device(mixup_weights(self.batch_size, self.mixup_gamma, self.seed, step))
         return Batch(x_l, y_l, x_u, hidden, lam)
 
-    def draw(self, stream, augmentation, step):
-        index = stream(step)
-        choices = crop_and_flip_choices(len(index), self.padding, self.images.flip, self.seed, augmentation, step)
+    def draw(self, part, step):
+        index, pixels = self.disk(part, step) if self.disk else (self.streams[part](step), None)
+        choices = crop_and_flip_choices(len(index), self.padding, self.images.flip, self.seed, f"augment {part}", step)
         choices = self.to_device(np.concatenate([index[:, None], choices], axis=1))
         index = choices[:, 0]
-        x = crop_and_flip(self.train_images[index], choices[:, 1:], self.padding)
+        pixels = self.train_images[index] if pixels is None else pixels.to(self.device, non_blocking=True)
+        x = crop_and_flip(pixels, choices[:, 1:], self.padding)
         return normalize(x, self.mean, self.std), self.train_labels[index]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.disk:
+            self.disk.close()
 
     def to_device(self, array):
         tensor = torch.from_numpy(array)
@@ -58,8 +71,16 @@ class Batches:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 
-def normalized_batches(images, labels, mean, std, device="cpu", batch_size=1000):
-    """Yields (x, y) over a whole set in order, normalized, without augmentation.  images: (N, 3, H, W) uint8."""
+def normalized_batches(images, labels, mean, std, device="cpu", batch_size=None):
+    """Yields (x, y) over a whole set in order, normalized, without augmentation; images on disk that are skipped are left out.
+
+    images: (N, 3, S, S) uint8, or `streaming.Files`.  batch_size: by default that of `most_images`.
+    """
     mean, std = mean.to(device), std.to(device)
-    for x, y in zip(images.split(batch_size), labels.split(batch_size)):
-        yield normalize(x.to(device), mean, std), y.to(device)
+    batch_size = batch_size or most_images(images)
+    if isinstance(images, Files):
+        parts = images.split(batch_size)
+    else:
+        parts = zip(torch.arange(len(images)).split(batch_size), images.split(batch_size))
+    for index, x in parts:
+        yield normalize(x.to(device), mean, std), labels[index].to(device)

@@ -7,21 +7,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.decoding import decode_files, list_images
+from datasets.decoding import Workers, decode_files, list_images
+from datasets.streaming import Files, most_images
 from datasets.table import DATASETS, DataError, check_root
 
 
 class Images(NamedTuple):
     name: str
-    train_images: torch.Tensor          # (N, 3, H, W) uint8
+    train_images: torch.Tensor | Files  # (N, 3, H, W) uint8
     train_labels: torch.Tensor          # (N,) int64
-    test_images: torch.Tensor           # (M, 3, H, W) uint8
+    test_images: torch.Tensor | Files   # (M, 3, H, W) uint8
     test_labels: torch.Tensor           # (M,) int64
     class_names: tuple
     mean: torch.Tensor                  # (3,) of pixels in [0, 1]
     std: torch.Tensor                   # (3,)
     flip: bool                          # whether training flips images at random
-    test_files: tuple = ()              # M paths, for "folder"
+    source: str = ""                    # of "folder" and "imagenet": where the pixels are kept, and why
+    test_files: tuple = ()              # M paths, likewise
 
     @property
     def num_classes(self):
@@ -31,6 +33,19 @@ class Images(NamedTuple):
     def labels_sha256(self):
         """Of the training labels as little-endian int64: the data set that a split's indices speak of."""
         return hashlib.sha256(self.train_labels.numpy().astype("<i8").tobytes()).hexdigest()
+
+    @property
+    def padding(self):
+        """Of the random crop, in pixels: 4 at 32, as in the paper; 0 where a random resized crop takes its place."""
+        return 0 if getattr(self.train_images, "resized_crop", False) else self.train_images.shape[-1] // 8
+
+    def skipped(self):
+        """Lines about images that were skipped since the last call."""
+        files = [part.skipped for part in (self.train_images, self.test_images) if isinstance(part, Files)]
+        lines = [f"skipped: {fault}" for skipped in files for fault in skipped.values() if fault]
+        for skipped in files:
+            skipped.update(dict.fromkeys(skipped, None))
+        return lines
 
     def describe(self):
         """One line: name, numbers of images, in all and a class, their size, and the sum of the label array."""
@@ -43,40 +58,47 @@ class Images(NamedTuple):
                 f"SHA-256 of the labels {self.labels_sha256}")
 
 
-def load_dataset(name, root, image_size=32, flip=False, num_workers=0):
-    """The whole data set in memory, on the CPU.
+def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memory=None, skip_corrupt=False, statistics=None):
+    """The whole data set, in memory on the CPU if it can be.
 
     Args:
         name: a key of DATASETS.  "cifar10", "cifar100" and "svhn" are read from root, downloaded if they are not
-            there, and checked by MD5; "digits" needs no file; "folder" reads root/{train,test}/<class>/*.
+            there, and checked by MD5; "digits" needs no file; "folder" reads root/{train,test}/<class>/* and
+            "imagenet" root/{train,val}/<class>/*.
         root: where the files lie.
-        image_size, flip, num_workers: for "folder" only: images are resized to image_size x image_size, flipped in
-            training, decoded by that many processes.
+        image_size, flip, num_workers: for "folder" and "imagenet" only: images become image_size x image_size pixels
+            (default 32; 224), those of "folder" are flipped in training on demand, that many processes decode them.
+        memory: bytes that the decoded images of "folder" may take, else they are read from disk when they are needed;
+            None: any number.  "imagenet" is always read from disk.
+        skip_corrupt: for both: read from disk, and pass over files that cannot be read.
+        statistics: mean and std (3,) if they are known; measuring those of "folder" on disk reads every training image.
 
     Raises:
         DataError: if files are missing or damaged, or the data cannot be trained on.
     """
     if name not in DATASETS:
         raise DataError(f"no data set is named {name!r}; choose from {', '.join(DATASETS)}")
-    row = DATASETS[name]
-    train, test, class_names, *test_files = LOADERS[row.loader](row, Path(root), image_size, num_workers)
-    train_images, train_labels, test_images, test_labels = (torch.from_numpy(np.ascontiguousarray(part))
-                                                            for part in (*train, *test))
+    row, options = DATASETS[name], ()
+    if row.loader == "folder":
+        options = (name, image_size or row.image_size, num_workers, memory, skip_corrupt)
+    train, test, class_names, *more = LOADERS[row.loader](row, Path(root), *options)
+    train_images, train_labels, test_images, test_labels = (
+        part if isinstance(part, Files) else torch.from_numpy(np.ascontiguousarray(part)) for part in (*train, *test))
     for split, images, labels in (("training", train_images, train_labels), ("test", test_images, test_labels)):
         fault = find_fault(images, labels, class_names)
         if fault:
             raise DataError(f"{name} under {root}: {split} set: {fault}")
-    if row.mean is None:
-        mean, std = measure(train_images)
-    else:
+    if row.mean is not None:
         mean, std = torch.tensor(row.mean), torch.tensor(row.std)
+    else:
+        mean, std = statistics or measure(train_images)
     return Images(name, train_images, train_labels, test_images, test_labels, tuple(class_names), mean, std,
-                  flip if name == "folder" else row.flip, *map(tuple, test_files))
+                  flip if name == "folder" else row.flip, *more)
 
 
 def find_fault(images, labels, class_names):
     """What keeps images and labels from being trained on, or None."""
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+    if images.dtype != torch.uint8 or len(images.shape) != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         return f"its images are {images.dtype} of shape {tuple(images.shape)}: expected uint8 (N, 3, H, H)"
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         return f"{len(labels)} labels of type {labels.dtype} for {len(images)} images"
@@ -91,7 +113,10 @@ def find_fault(images, labels, class_names):
 
 def measure(images):
     """Mean and standard deviation (3,) of pixels in [0, 1]; constant channels get 1."""
-    counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double()
+    counts = torch.zeros(3, 256, dtype=torch.float64)
+    for part in images.split(most_images(images)):
+        pixels = part[1] if isinstance(images, Files) else part
+        counts += torch.stack([torch.bincount(pixels[:, c].flatten(), minlength=256) for c in range(3)])
     values = torch.arange(256, dtype=torch.float64) / 255
     share = counts / counts.sum(dim=1, keepdim=True)
     mean = share @ values
@@ -99,7 +124,7 @@ def measure(images):
     return mean.float(), torch.where(std > 1e-6, std, 1.0).float()
 
 
-def load_digits(row, root, image_size, num_workers):
+def load_digits(row, root):
     """1,797 handwritten digits of 8x8 pixels, resized to 16x16; 5 of every 18 are the 500 test images."""
     from sklearn.datasets import load_digits as load
 
@@ -111,14 +136,14 @@ def load_digits(row, root, image_size, num_workers):
     return (images[~test], labels[~test]), (images[test], labels[test]), [str(k) for k in range(10)]
 
 
-def load_cifar(row, root, image_size, num_workers):
+def load_cifar(row, root):
     source = getattr(import_module("torchvision.datasets"), row.source)
     files = [(root / source.base_folder / name, md5) for name, md5 in source.train_list + source.test_list]
     train, test = (fetch(files, source, root, train=part) for part in (True, False))
     return *((part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for part in (train, test)), train.classes
 
 
-def load_svhn(row, root, image_size, num_workers):
+def load_svhn(row, root):
     source = getattr(import_module("torchvision.datasets"), row.source)
     files = [(root / source.split_list[part][1], source.split_list[part][2]) for part in ("train", "test")]
     train, test = (fetch(files, source, root, split=part) for part in ("train", "test"))
@@ -143,27 +168,37 @@ def fetch(files, source, root, **kwargs):
         raise DataError(f"{root}: {error}") from None
 
 
-def load_folder(row, root, image_size, num_workers):
-    """root/train/<class>/* and root/test/<class>/*, images of any size and type that Pillow reads."""
-    check_root("folder", root)
-    class_names, files, labels, num_train = None, [], [], 0
-    for split in row.parts:
-        folder = root / split
+def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt):
+    """root/<part>/<class>/* of both parts of a data set, images of any size and type that Pillow reads."""
+    check_root(name, root)
+    class_names, parts = None, []
+    for folder in (root / part for part in row.parts):
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
         if class_names is not None and names != class_names:
             odd = sorted(set(names) ^ set(class_names))
-            raise DataError(f"{root}: train and test must have the same classes, but only one has {', '.join(odd[:5])}")
+            raise DataError(f"{root}: {' and '.join(row.parts)} must have the same classes, but only one has "
+                            f"{', '.join(odd[:5])}")
         if len(names) < 2:
             raise DataError(f"{folder} has {len(names)} class folders: at least 2 are needed")
         class_names = names
-        for k, name in enumerate(names):
-            found = list_images(folder / name)
-            files += found
-            labels += [k] * len(found)
-        if split == "train":
-            num_train = len(files)
-    images, labels = decode_files(files, image_size, num_workers), np.array(labels, dtype=np.int64)
-    return (images[:num_train], labels[:num_train]), (images[num_train:], labels[num_train:]), class_names, files[num_train:]
+        found = [list_images(folder / k) for k in names]
+        parts.append(([path for paths in found for path in paths],
+                      np.repeat(np.arange(len(names), dtype=np.int64), [len(paths) for paths in found])))
+    (train, train_labels), (test, test_labels) = parts
+
+    size = (len(train) + len(test)) * 3 * image_size ** 2
+    needed = f"{size / 1e9:,.2f} GB as pixels"
+    if not (row.resized_crop or skip_corrupt or memory is not None and size > memory):
+        pixels = decode_files(train + test, image_size, num_workers)
+        return ((pixels[:len(train)], train_labels), (pixels[len(train):], test_labels), class_names,
+                f"in memory: {needed}", tuple(test))
+    why = ("random resized crops need the files" if row.resized_crop else "--skip-corrupt" if skip_corrupt
+           else f"they may take {memory / 1e9:,.2f} GB of memory")
+    workers = Workers(num_workers)
+    crop = "center" if row.resized_crop else None
+    train, test = (Files(paths, image_size, workers, crop, row.resized_crop, skip_corrupt) for paths in (train, test))
+    return ((train, train_labels), (test, test_labels), class_names,
+            f"read from disk by {num_workers or 'no'} worker{'s' * (num_workers != 1)}: {needed}, {why}", tuple(test.paths))
 
 
 LOADERS = {"cifar": load_cifar, "svhn": load_svhn, "digits": load_digits, "folder": load_folder}

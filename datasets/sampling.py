@@ -4,7 +4,8 @@ The choices are drawn on the host, a few kilobytes a step, so that they are the 
 """
 import numpy as np
 
-STREAMS = ("split", "validation", "labeled", "unlabeled", "augment labeled", "augment unlabeled", "mix-up")
+STREAMS = ("split", "validation", "labeled", "unlabeled", "augment labeled", "augment unlabeled", "mix-up",
+           "crop labeled", "crop unlabeled")
 
 
 def generator(seed, stream, counter=0):
@@ -40,6 +41,11 @@ def crop_and_flip_choices(count, padding, flip, seed, stream, step):
     offsets = rng.integers(0, 2 * padding + 1, size=(count, 2))
     flips = rng.integers(0, 2, size=(count, 1)) * flip
     return np.concatenate([offsets, flips], axis=1)
+
+
+def resized_crop_choices(count, seed, stream, step):
+    """(count, 10, 4) float64, uniform on [0, 1), for `decoding.random_box`."""
+    return generator(seed, stream, step).random((count, 10, 4))
 
 
 def mixup_weights(count, gamma, seed, step):

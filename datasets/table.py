@@ -13,7 +13,9 @@ class Row(NamedTuple):
     num_train: int | None = None
     mean: tuple | None = None           # per channel, of pixels in [0, 1]; None: measured on the training images
     std: tuple | None = None
-    parts: tuple = ()                   # folders that must lie under the root
+    parts: tuple = ()                   # folders of class folders that must lie under the root
+    image_size: int = 32                # of those images, if nothing else is asked for
+    resized_crop: bool = False          # training takes torchvision's RandomResizedCrop rather than pad and crop
     flip: bool = False                  # digits and house numbers are not mirror-symmetric
 
 
@@ -25,6 +27,8 @@ DATASETS = {
     "svhn": Row("svhn", "SVHN", 10, 73_257, (.4376821, .4437697, .47280442), (.19803012, .20101562, .19703614)),
     "digits": Row("digits", None, 10, 1_297),
     "folder": Row("folder", parts=("train", "test")),
+    "imagenet": Row("folder", None, None, None, (.485, .456, .406), (.229, .224, .225), ("train", "val"), 224,
+                    resized_crop=True, flip=True),
 }
 
 
@@ -32,5 +36,5 @@ def check_root(name, root):
     """Raises DataError unless the folders that a data set is read from are there."""
     for part in DATASETS[name].parts:
         if not (root / part).is_dir():
-            raise DataError(f"argument --data-path: {root / part} is not a folder: --dataset {name} reads train/<class>/* and "
-                            "test/<class>/* under it")
+            raise DataError(f"argument --data-path: {root / part} is not a folder: --dataset {name} reads "
+                            + " and ".join(f"{part}/<class>/*" for part in DATASETS[name].parts) + " under it")

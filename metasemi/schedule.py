@@ -1,13 +1,19 @@
 """Learning rate and ramp as pure functions of the step.  Step n is the n-th update; step 0 is before the first."""
+from math import cos, pi
 
 
-def learning_rate(step, lr, warmup=0, milestones=(), gamma=0.1):
-    """Linear warm-up from 0 to `lr` over `warmup` steps, and a factor `gamma` for every milestone passed.
+def learning_rate(step, lr, warmup=0, milestones=(), gamma=0.1, total_steps=None):
+    """Linear warm-up from 0 to `lr` over `warmup` steps, and a factor `gamma` for every milestone passed; or, with
+    `total_steps`, after the warm-up half a cosine from `lr` down to 0 at step `total_steps` instead of the milestones.
 
     The step that equals a milestone is the last one before the decay.
     """
-    passed = sum(step > milestone for milestone in milestones)
-    return ramp(step, warmup, lr) * gamma ** passed
+    if total_steps is None:
+        passed = sum(step > milestone for milestone in milestones)
+        return ramp(step, warmup, lr) * gamma ** passed
+    if step <= warmup:
+        return ramp(step, warmup, lr)
+    return lr * (1 + cos(pi * (step - warmup) / (total_steps - warmup))) / 2
 
 
 def ramp(step, warmup, weight=1.0):

@@ -14,6 +14,8 @@ NETWORKS = {                    # name -> (module, class, keyword arguments)
     "convsmall": ("models.convlarge", "ConvLarge", {"width": 16}),
     "wideresnet": ("models.wideresnet", "WideResNet", {"depth": 28, "widen": 2}),
     "shakeshake": ("models.shakeshake", "ShakeShake", {"depth": 26, "width": 96}),
+    "resnet18": ("models.resnet", "ResNet", {"depth": 18}),
+    "resnet50": ("models.resnet", "ResNet", {"depth": 50}),
 }
 
 

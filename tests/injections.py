@@ -633,8 +633,8 @@ def other_labels(seed):
     splits.split_training = lambda *args: (labeled, validation)
     rng = np.random.default_rng(seed)
 
-    def load_permuted(*args):
-        images = load(*args)
+    def load_permuted(*args, **options):
+        images = load(*args, **options)
         hidden = np.setdiff1d(np.arange(len(labels)), labeled)
         images.train_labels[hidden] = images.train_labels[rng.permutation(hidden)]
         order = torch.from_numpy(rng.permutation(len(images.test_labels)))

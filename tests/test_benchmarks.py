@@ -1,4 +1,4 @@
-"""The benchmarks of the step and of the input run, at a tiny size on the CPU."""
+"""The benchmarks of the step and of the inputs run, at a tiny size on the CPU."""
 import sys
 from argparse import Namespace
 
@@ -10,6 +10,7 @@ import models
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import input as input_benchmark  # noqa: E402
 import step  # noqa: E402
+import streaming  # noqa: E402
 
 TINY = ["--arch", "convsmall", "--batch-size", "4", "--image-size", "16", "--repeats", "1"]
 
@@ -46,3 +47,9 @@ def test_the_input_benchmark_delivers_both_rates(monkeypatch, capsys):
     monkeypatch.setattr(input_benchmark, "SAMPLES", 100)
     input_benchmark.main(["--batch-size", "4", "--repeats", "1"])
     assert float(rows(capsys.readouterr().out)["datasets.Batches"][1]) > 0
+
+
+def test_the_streaming_benchmark_delivers_both_rates(capsys):
+    streaming.main(["--image-size", "32", "--batch-size", "4", "--num-workers", "1", "--steps", "2", "--repeats", "1"])
+    table = rows(capsys.readouterr().out)
+    assert float(table["datasets.Batches from disk"][0]) > 0 and float(table["datasets.Batches from disk"][2]) > 1

@@ -57,6 +57,10 @@ TRAINING = [       # (flags, what the line must contain)
     (["--milestones", "__import__('os').system('touch pwned')"], ["--milestones", "__import__", "300000,350000"]),
     (["--milestones", "[1.5]"], ["--milestones", "1.5", "300000,350000"]),
     (["--milestones", "[1"], ["--milestones", "[1", "300000,350000"]),
+    (["--schedule", "linear"], ["--schedule", "linear", "cosine"]),
+    (["--schedule", "cosine", "--milestones", "5"], ["--milestones", "--schedule step", "leave one"]),
+    (["--ramp", "-1"], ["--ramp", "-1", "at least 0"]),
+    (["--dataset", "imagenet", "--data-path", "nowhere"], ["--data-path", "nowhere/train is not a folder", "val/<class>"]),
     (["--compile", "--meta-gradient", "unrolled"], ["--compile", "jvp"]),
     (["--compile", "--no-meta"], ["--compile", "leave it out"]),
     (["--total", "5"], ["--total"]),                            # no abbreviations

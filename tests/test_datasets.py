@@ -133,8 +133,8 @@ def test_all_81_offsets_and_both_flips_occur_evenly():
     assert choices[:, 2].mean() == pytest.approx(0.5, abs=0.005)
 
 
-def test_only_the_cifar_sets_are_flipped():
-    assert {name for name, row in DATASETS.items() if row.flip} == {"cifar10", "cifar100"}
+def test_only_photographs_are_flipped():
+    assert {name for name, row in DATASETS.items() if row.flip} == {"cifar10", "cifar100", "imagenet"}
     assert crop_and_flip_choices(1000, 4, False, 0, "augment labeled", 1)[:, 2].sum() == 0
 
 

@@ -41,10 +41,11 @@ def test_jvp_and_unrolled_equal_double_backward_on_every_network(networks, name,
 
 
 @pytest.mark.parametrize("consistency", ["mse", "kl"])
-def test_finite_difference_is_close_on_convlarge_at_the_epsilon_of_the_paper(networks, consistency):
-    _, exact = exact_gradient(networks["convlarge"], *IMAGES, consistency=consistency)
-    _, gradient = meta_gradient(networks["convlarge"], *IMAGES, method="finite-difference", epsilon=EPSILON,
-                                consistency=consistency)
+@pytest.mark.parametrize(("name", "epsilon"), [("convlarge", EPSILON), ("resnet18", 1e-4), ("resnet50", 1e-4)])
+def test_finite_difference_is_close_on_convlarge_at_the_epsilon_of_the_paper_and_on_resnets_at_less(
+        networks, name, epsilon, consistency):
+    _, exact = exact_gradient(networks[name], *IMAGES, consistency=consistency)
+    _, gradient = meta_gradient(networks[name], *IMAGES, method="finite-difference", epsilon=epsilon, consistency=consistency)
     assert relative_error(gradient, exact) < 2e-2
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.func import jvp
 
@@ -9,7 +10,8 @@ from models.shakeshake import shake
 
 
 @pytest.mark.parametrize(("name", "parameters", "width"), [
-    ("convlarge", 3_121_802, 128), ("convsmall", 49_754, 16), ("wideresnet", 1_467_610, 128), ("shakeshake", 26_192_922, 384)])
+    ("convlarge", 3_121_802, 128), ("convsmall", 49_754, 16), ("wideresnet", 1_467_610, 128), ("shakeshake", 26_192_922, 384),
+    ("resnet18", 11_181_642, 512), ("resnet50", 23_528_522, 2048)])
 def test_parameters_and_feature_width(name, parameters, width):
     model = build_model(name, 10).eval()
     assert sum(w.numel() for w in model.parameters()) == parameters
@@ -64,7 +66,7 @@ def test_evaluation_mode_draws_no_random_number_and_training_mode_of_a_stochasti
         assert torch.equal(torch.get_rng_state(), state)
         assert torch.equal(model(x), first)
         model.train()(x)
-    assert torch.equal(torch.get_rng_state(), state) == (name == "wideresnet")
+    assert torch.equal(torch.get_rng_state(), state) == (name not in ("convlarge", "convsmall", "shakeshake"))
 
 
 def test_wideresnet_is_initialized_and_normalized_as_specified():
@@ -94,6 +96,16 @@ def test_shake_uses_one_gate_for_the_value_and_another_for_every_derivative():
     to_a, to_b = torch.autograd.grad((shaken(a, b) * weight).sum(), (a, b))
     assert torch.allclose(to_a, backward_gate * weight) and torch.allclose(to_b, (1 - backward_gate) * weight)
     assert torch.equal(shake(a, b, training=False), (a + b) / 2)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_the_residual_networks_are_those_of_torchvision_with_its_weights(name):
+    theirs = getattr(torchvision.models, name)(num_classes=7).eval()
+    ours = build_model(name, 7).eval()
+    ours.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        x = torch.randn(2, 3, 64, 64)
+        assert torch.allclose(ours(x), theirs(x), rtol=0, atol=1e-5)
 
 
 def test_unknown_network_is_refused_with_the_choices():

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 LAST = "last"       # --resume without a path
+MILESTONES = ["[300000,", "350000]"]
 ANSWERED = ("dataset", "data_path", "arch", "image_size", "precision", "num_label")    # by --split or a checkpoint
 
 
@@ -91,11 +92,13 @@ def training_parser(datasets, networks):
     data.add_argument("--num-val", default=0, type=number(int, low=0), metavar="N",
                       help="training images held out to select model_best.pth; 0: the test set selects (default: 0)")
     data.add_argument("--include-labeled", action="store_true", help="put the labeled images in the unlabeled set too")
-    data.add_argument("--image-size", default=32, type=number(int, low=16, high=1024), metavar="PIXELS",
-                      help="--dataset folder: images are resized to this square (default: %(default)s)")
+    data.add_argument("--image-size", type=number(int, low=16, high=1024), metavar="PIXELS",
+                      help="--dataset folder and imagenet: images become squares of this size (default: 32; imagenet: 224)")
     data.add_argument("--flip", action="store_true", help="--dataset folder: random horizontal flips in training")
     data.add_argument("--num-workers", default=4, type=number(int, low=0, high=1024), metavar="N",
-                      help="--dataset folder: processes that decode the images at the start (default: %(default)s)")
+                      help="--dataset folder and imagenet: processes that decode images (default: %(default)s)")
+    data.add_argument("--skip-corrupt", action="store_true",
+                      help="--dataset folder and imagenet: put the next readable image in the place of one that cannot be read")
 
     method = parser.add_argument_group("method")
     method.add_argument("-a", "--arch", type=network(networks), default="convlarge", metavar="NETWORK",
@@ -111,7 +114,9 @@ def training_parser(datasets, networks):
                         help="length of the half-step of finite-difference (default: %(default)s)")
     method.add_argument("--consistency", choices=("mse", "kl"), default="mse", help="consistency loss (default: %(default)s)")
     method.add_argument("--weight", default=1.0, type=number(float, low=0), metavar="W",
-                        help="weight of the consistency loss after its ramp over --warmup steps (default: %(default)s)")
+                        help="weight of the consistency loss after its ramp (default: %(default)s)")
+    method.add_argument("--ramp", type=number(int, low=0), metavar="N",
+                        help="steps of linear ramp of that weight; 0: none (default: as --warmup)")
 
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--total-steps", default=400_000, type=count, metavar="N", help="updates (default: %(default)s)")
@@ -122,8 +127,11 @@ def training_parser(datasets, networks):
     optimization.add_argument("--meta-lr", default=None, type=number(float, low=0), metavar="X",
                               help="fixed meta learning rate beta (default: beta_t is the current learning rate)")
     optimization.add_argument("--warmup", default=4000, type=number(int, low=0), metavar="N",
-                              help="steps of linear warm-up of the learning rate and of the weight (default: %(default)s)")
-    optimization.add_argument("--milestones", default=["[300000,", "350000]"], nargs="+", metavar="STEP",
+                              help="steps of linear warm-up of the learning rate (default: %(default)s)")
+    optimization.add_argument("--schedule", choices=("step", "cosine"), default="step",
+                              help="after the warm-up: decay at --milestones, or a cosine to 0 at the last step "
+                                   "(default: %(default)s)")
+    optimization.add_argument("--milestones", default=MILESTONES, nargs="+", metavar="STEP",
                               help='the learning rate decays after these steps (default: "[300000, 350000]"; "[]": never)')
     optimization.add_argument("--gamma", default=0.1, type=number(float, above=0, high=1), metavar="X",
                               help="learning-rate decay factor; not the paper's gamma (default: %(default)s)")
@@ -177,9 +185,12 @@ def parse_training(argv, datasets, networks, check_num_label):
         args.milestones = parse_milestones(args.milestones)
     except ValueError as error:
         parser.error(f"argument --milestones: {error}")
+    if args.schedule == "cosine" and args.milestones != parse_milestones(MILESTONES):
+        parser.error("argument --milestones: they belong to --schedule step: leave one of the two out")
     if args.compile and (args.no_meta or args.meta_gradient != "jvp"):
         parser.error("argument --compile: it compiles the meta-gradient jvp: leave it out where that is not used")
     row = datasets[args.dataset]
+    args.image_size = args.image_size or row.image_size
     if row.num_train is not None:
         for flag, count, available in (("--num-val", args.num_val, row.num_train),
                                        ("--num-label", args.num_label, row.num_train - args.num_val)):

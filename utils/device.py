@@ -1,8 +1,11 @@
 """The device a program runs on, the precision of its arithmetic, and what bitwise equality of results depends on."""
 import os
 import platform
+import re
 import shutil
+from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -35,6 +38,19 @@ def check_compiler():
 def is_out_of_memory(error):
     """Whether an exception says that the device or the machine has no memory left."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
+def memory_for_images(device):
+    """Bytes that the images of a set may take: a third of what is free, on the machine, where loading holds them twice, and
+    on the GPU."""
+    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError):
+        free += [1024 * int(size) for size in re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())]
+    with suppress(OSError, ValueError):                 # of a container; "max" is none
+        free.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    if device.type == "cuda":
+        free.append(torch.cuda.mem_get_info(device)[0])
+    return min(free) // 3
 
 
 def fingerprint(device, precision, compiled):

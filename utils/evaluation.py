@@ -5,7 +5,7 @@ import io
 from utils import checkpoint
 from utils.checkpoint import CheckpointError
 from utils.cli import UsageError, training_parser
-from utils.device import choose_device, set_precision
+from utils.device import choose_device, memory_for_images, set_precision
 from utils.files import replacing
 from utils.metrics import all_finite, confusion_matrix, expected_calibration_error, predict
 
@@ -35,7 +35,8 @@ def evaluate_file(args, sha256, datasets, models):
 
     dtype = set_precision(flags["precision"], device)
     images = datasets.load_dataset(flags["dataset"], flags["data_path"], flags["image_size"],
-                                   num_workers=args.num_workers)
+                                   num_workers=args.num_workers, memory=memory_for_images(device),
+                                   statistics=(state["mean"], state["std"]) if "mean" in state else None)
     if saved and list(images.class_names) != state["class_names"]:
         raise datasets.DataError(f"argument --data-path: {flags['data_path']} has other classes than {path} was trained on")
     models.rehearse(flags["arch"], images.num_classes, images.test_images.shape[-1], device, dtype)

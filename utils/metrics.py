@@ -54,16 +54,22 @@ def all_finite(tensors):
 
 @torch.no_grad()
 def evaluate(model, batches, dtype=None, stop=lambda: False):
-    """Accuracy in [0, 1] over batches of (x, y), in evaluation mode; None if `stop()` became true on the way."""
+    """{"accuracy"} in [0, 1] over batches of (x, y), in evaluation mode; None if `stop()` became true on the way.
+
+    With more than ten classes there is "top5" as well, the share of images whose class is among the five likeliest.
+    """
     model.eval()
-    correct, count = 0, 0
+    correct, among_five, count = 0, 0, 0
     for x, y in batches:
         if stop():
             return None
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
-            correct = correct + (model(x).argmax(dim=1) == y).sum()
+            logits = model(x)
+        correct = correct + (logits.argmax(dim=1) == y).sum()
+        if logits.shape[1] > 10:
+            among_five = among_five + (logits.topk(5, dim=1).indices == y[:, None]).sum()
         count += len(y)
-    return correct.item() / count
+    return {"accuracy": correct.item() / count} | ({"top5": among_five.item() / count} if logits.shape[1] > 10 else {})
 
 
 @torch.no_grad()
@@ -101,19 +107,22 @@ def expected_calibration_error(confidence, correct, bins=15):
     return (gap.abs().sum() / len(confidence)).item()
 
 
-def error_rates(evaluations):
+def error_rates(evaluations, measure="test"):
     """Test error rate in percent under every selection rule, from [{"step", "test", "validation"?}], accuracies in [0, 1].
 
     "last" and "median_last_20" select nothing.  "best_validation" is the error where the held-out images were
     classified best (None without them).  "best_test" is selected on the test set itself, and so too low.
+    measure: "test", or "test_top5" for the top-5 error of what the same rules select; None where it was not measured.
     """
     def error(evaluation):
-        return round(100 * (1 - evaluation["test"]), 4)
+        return round(100 * (1 - evaluation[measure]), 4)
 
+    if any(measure not in evaluation for evaluation in evaluations):        # of an older version
+        return None
     validated = [e for e in evaluations if e.get("validation") is not None]
     return {
         "last": error(evaluations[-1]),
         "median_last_20": round(statistics.median(error(e) for e in evaluations[-20:]), 4),
         "best_validation": error(max(validated, key=lambda e: e["validation"])) if validated else None,
-        "best_test": min(error(e) for e in evaluations),
+        "best_test": error(max(evaluations, key=lambda e: e["test"])),
     }

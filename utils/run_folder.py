@@ -67,7 +67,8 @@ def continues(path, resume):
 
 
 # Flags that may differ between the parts of a resumed run.  All others define the experiment.
-FREE = ("compile", "data_path", "device", "num_workers", "precision", "print_freq", "test_freq", "total_steps")
+FREE = ("compile", "data_path", "device", "num_workers", "precision", "print_freq", "skip_corrupt", "test_freq", "total_steps")
+OLDER = {"schedule": "step"}            # what runs did that are older than the flag
 
 
 def experiment(args):
@@ -79,13 +80,14 @@ def experiment(args):
 def check_same_experiment(args, saved, step):
     """Refuses to continue a run with a flag that would make it another experiment; saved: `experiment` of the run."""
     for key, value in experiment(args).items():
-        then = saved.get(key)
+        then = saved.get(key, OLDER.get(key))
         if key == "milestones":         # those still to come may move
             value, then = ([m for m in steps if m < step] for steps in (value, then))
         if key == "arch_sha256" and value != then:
             raise UsageError(f"argument --arch: {args.arch} has changed since the run that --resume continues (SHA-256 {then} "
                              f"then, {value} now): restore the file, or give another --save-path without --resume")
-        if key not in FREE and value != then:
+        free = key in FREE and not (key == "total_steps" and args.schedule == "cosine")     # the cosine ends with the run
+        if not free and value != then:
             raise UsageError(f"argument --{key.replace('_', '-')}: {value} now, {then} in the run that --resume "
                              f"continues: give {then}, or another --save-path without --resume")
 
@@ -194,15 +196,17 @@ class RunFolder:
         self.say(f"step {step}/{total_steps}  {values}  lr {alpha:.4g}  {rate * images_per_step:.0f} images/s  "
                  f"{duration((total_steps - step) / rate)} left")
 
-    def finish(self, steps, seconds, rates, evaluations, flags, sessions):
-        """Writes results.json and says the error rates under every selection rule."""
-        self.write_json(RESULTS, {"error_rate": rates, "evaluations": evaluations, "steps": steps,
+    def finish(self, steps, seconds, rates, top5, evaluations, flags, sessions):
+        """Writes results.json and says the error rates under every selection rule; top5: likewise, or None."""
+        self.write_json(RESULTS, {"error_rate": rates, **({"top5_error_rate": top5} if top5 else {}),
+                                  "evaluations": evaluations, "steps": steps,
                                   "seconds": round(seconds, 1), "args": flags, "sessions": sessions})
         validated = rates["best_validation"]
         self.say(f"finished {steps} steps in {duration(seconds)}: test error {rates['last']:.2f} % (last), "
                  f"{rates['median_last_20']:.2f} % (median of the last 20 evaluations), "
                  + (f"{validated:.2f} % (best on validation), " if validated is not None else "")
-                 + f"{rates['best_test']:.2f} % (lowest, so selected on the test set)")
+                 + f"{rates['best_test']:.2f} % (lowest, so selected on the test set)"
+                 + (f"; top-5 error {top5['last']:.2f} % (last)" if top5 else ""))
         self.close()
 
     def has_results(self):
