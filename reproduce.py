@@ -5,6 +5,7 @@
     python3 reproduce.py ablation --dataset digits --seeds 5        # on a CPU
     python3 reproduce.py figure3 --dataset svhn
     python3 reproduce.py curves --dataset cifar10 --scale 0.05
+    python3 reproduce.py imagenet                                   # only prints the plan and its cost
 
 Each run is one command of train_meta.py with a folder of its own under results/reproduce; --dry-run prints them.  A run that
 is finished is not repeated, one that was begun is continued.  `main` and `ablation` write results/runs.csv, a line for each
@@ -34,7 +35,9 @@ from utils.report import RULES, filled, tables
 
 PROG = "reproduce.py"
 HERE = Path(__file__).parent
-TABLES = {"main": ("both", "supervised"), "ablation": (*ABLATION, "beta-0"), "figure3": ("neither", "both"), "curves": ABLATION}
+TABLES = {"main": ("both", "supervised"), "ablation": (*ABLATION, "beta-0"), "figure3": ("neither", "both"), "curves": ABLATION,
+          "imagenet": ("neither", "both", "supervised")}
+TORCHRUN, RATE = "torchrun --nproc-per-node=8", 0.35 * 790e12     # 35 % of a bfloat16 matrix product on an H200
 RUNS, FOLDERS = Path("results", "runs.csv"), Path("results", "reproduce")
 REPORTS = Path("REPRODUCTION.md"), Path("README.md")
 SPLITS, SUMS = Path("splits"), Path("splits", "SHA256SUMS")
@@ -49,6 +52,9 @@ def main(argv=None):
     signal.signal(signal.SIGINT, signal.SIG_DFL)            # the runs end with this program, see `end_with_parent`
     runs = [Run(cell, row, CELLS[cell].seed + i, args.scale)
             for cell in args.dataset for i in range(args.seeds) for row in TABLES[args.table]]
+    if args.table == "imagenet":
+        print_imagenet(args.seeds, args.scale)
+        return 0
     if args.dry_run:
         for run in runs:
             print(shlex.join(["python3", "train_meta.py", *run.flags()]))
@@ -119,6 +125,19 @@ class Run:
 
 
 # Running
+
+def print_imagenet(seeds, scale):
+    """The commands of the ImageNet table, one run on all GPUs at a time, and hours on paper: none has been measured."""
+    print("| row | FLOP | hours on 1 H200 | on 8, without loss between them |\n|---|---|---|---|")
+    for row in TABLES["imagenet"]:
+        hours = work("imagenet", row, scale) / RATE / 3600
+        print(f"| {ROWS[row].title} | {work('imagenet', row, scale):.2g} | {hours:.1f} | {hours / 8:.1f} |")
+    print(f"\nat {RATE / 1e12:.0f} TFLOP/s a GPU, 35 % of a large bfloat16 matrix product: an assumption, not a measurement\n")
+    for row in TABLES["imagenet"]:
+        for seed in range(CELLS["imagenet"].seed, CELLS["imagenet"].seed + seeds):
+            flags = Run("imagenet", row, seed, scale).flags()
+            print(f"{TORCHRUN} train_meta.py {shlex.join(flags)} --precision bfloat16")
+
 
 def print_plan(runs):
     """What there is to do, with hours by the speed of the finished runs of the same network."""

@@ -38,7 +38,7 @@ def main_table(groups):
 
 
 def ablation_table(groups):
-    names = [name for name, cell in CELLS.items() if cell.published]
+    names = [name for name, cell in CELLS.items() if set(ABLATION) <= set(cell.published)]
     rows = [[ROWS[row].title, *beside(groups, [(name, row) for name in names])] for row in ABLATION]
     return markdown(["row", *(text for name in names for text in (f"{CELLS[name].title}: paper", "this code"))], rows)
 
