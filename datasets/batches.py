@@ -24,11 +24,13 @@ class Batches:
         labeled, unlabeled: index sets; without unlabeled, batches have no x_u.
         batch_size: labeled images a step, and as many unlabeled ones.
         mixup_gamma: lam ~ Beta(gamma, gamma), or None for none.
+        rows: a slice of every batch, for one of several processes; what is in the whole batch does not depend on it.
     """
 
-    def __init__(self, images, labeled, unlabeled=None, *, batch_size, seed, device="cpu", mixup_gamma=None):
+    def __init__(self, images, labeled, unlabeled=None, *, batch_size, seed, device="cpu", mixup_gamma=None,
+                 rows=slice(None)):
         self.images, self.seed, self.device, self.mixup_gamma = images, seed, torch.device(device), mixup_gamma
-        self.batch_size = batch_size
+        self.batch_size, self.rows = batch_size, rows
         self.padding = images.train_images.shape[-1] // 8                # 4 pixels at 32, as in the paper
         self.train_images = images.train_images.to(self.device)
         self.train_labels = images.train_labels.to(self.device)
@@ -41,13 +43,13 @@ class Batches:
         x_u, hidden = (None, None) if self.unlabeled is None else self.draw(self.unlabeled, "augment unlabeled", step)
         lam = None
         if self.mixup_gamma is not None:
-            lam = self.to_device(mixup_weights(self.batch_size, self.mixup_gamma, self.seed, step))
+            lam = self.to_device(mixup_weights(self.batch_size, self.mixup_gamma, self.seed, step)[self.rows])
         return Batch(x_l, y_l, x_u, hidden, lam)
 
     def draw(self, stream, augmentation, step):
         index = stream(step)
         choices = crop_and_flip_choices(len(index), self.padding, self.images.flip, self.seed, augmentation, step)
-        choices = self.to_device(np.concatenate([index[:, None], choices], axis=1))
+        choices = self.to_device(np.concatenate([index[:, None], choices], axis=1)[self.rows])
         index = choices[:, 0]
         x = crop_and_flip(self.train_images[index], choices[:, 1:], self.padding)
         return normalize(x, self.mean, self.std), self.train_labels[index]

@@ -37,12 +37,13 @@ def is_out_of_memory(error):
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
-def fingerprint(device, precision, compiled):
+def fingerprint(device, precision, compiled, processes=1):
     """Two parts of a run are equal bit for bit only where all of these agree."""
     if device.type == "cuda":
         name = f"cuda: {torch.cuda.get_device_name(device)}, cuDNN {torch.backends.cudnn.version()}"
     else:
         name = f"cpu: {platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    name += f", {processes} processes" * (processes > 1)
     return {"device": name, "threads": torch.get_num_threads(), "precision": precision + ", compiled" * compiled,
             "python": platform.python_version(), "torch": str(torch.__version__),
             **{package: version(package) for package in ("torchvision", "numpy")}}

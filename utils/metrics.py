@@ -35,9 +35,9 @@ class Meter:
                            + (f"the last finite loss was {loss:.4g} at step {step}" if loss == loss
                               else "none was finite before"))
 
-    def read(self):
-        """name -> mean since the last read."""
-        means = dict(zip(self.names, (self.total / self.count).tolist()))
+    def read(self, average=list):
+        """name -> mean since the last read; average: a list of tensors to their means over the processes."""
+        means = dict(zip(self.names, average([self.total / self.count])[0].tolist()))
         self.total.zero_()
         self.count = 0
         return means
@@ -53,17 +53,24 @@ def all_finite(tensors):
 
 
 @torch.no_grad()
-def evaluate(model, batches, dtype=None, stop=lambda: False):
-    """Accuracy in [0, 1] over batches of (x, y), in evaluation mode; None if `stop()` became true on the way."""
+def evaluate(model, batches, dtype=None, stop=lambda: False, add=list):
+    """Accuracy in [0, 1] over batches of (x, y), in evaluation mode; None if `stop()` became true on the way.
+
+    add: a list of numbers to their sums over the processes that have the parts of one set.
+    """
     model.eval()
-    correct, count = 0, 0
+    correct, count, stopped = torch.tensor(0), 0, False
     for x, y in batches:
         if stop():
-            return None
+            stopped = True
+            break
+        if len(y) == 0:                 # fewer images than processes
+            continue
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
             correct = correct + (model(x).argmax(dim=1) == y).sum()
         count += len(y)
-    return correct.item() / count
+    correct, count, stopped = add([correct.item(), count, stopped])
+    return None if stopped else correct / count
 
 
 @torch.no_grad()

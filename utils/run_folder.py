@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -85,6 +85,8 @@ def check_same_experiment(args, saved, step):
         if key == "arch_sha256" and value != then:
             raise UsageError(f"argument --arch: {args.arch} has changed since the run that --resume continues (SHA-256 {then} "
                              f"then, {value} now): restore the file, or give another --save-path without --resume")
+        if key == "sync_bn":            # a flag that is younger than some runs
+            then = bool(then)
         if key not in FREE and value != then:
             raise UsageError(f"argument --{key.replace('_', '-')}: {value} now, {then} in the run that --resume "
                              f"continues: give {then}, or another --save-path without --resume")
@@ -234,6 +236,18 @@ class RunFolder:
         for file in (self.events, self.metrics, self.log_file, self.lock):
             if file:
                 file.close()
+
+
+class NoFolder:
+    """In place of a RunFolder in a process that writes nothing: every method does nothing."""
+
+    source = None
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+    def progress(self, start, total_steps):
+        return nullcontext()
 
 
 def event_writer(path, keep):
