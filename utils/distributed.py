@@ -41,7 +41,9 @@ class World:
             import torch.distributed as dist
 
             with calls():
-                self.store = next(iter(dist.rendezvous("env://")))[0]
+                store = next(iter(dist.rendezvous("env://")))[0]
+            # torchrun may keep one store over its restarts, and with it what the processes before have left there.
+            self.store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             cuda = device != "cpu" and torch.cuda.is_available()
             if cuda:
                 if self.local_rank >= torch.cuda.device_count():
@@ -219,7 +221,7 @@ def calls():
         yield
     except RuntimeError as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0].split("] ")[-1]
-        raise WorldError(f"another process of this run is gone or does not answer ({said[:160]})") from None
+        raise WorldError(f"another process of this run is gone or does not answer ({said[:80]})") from None
 
 
 @contextmanager
