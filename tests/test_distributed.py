@@ -1,6 +1,7 @@
 """Several processes on gloo against one process on the same global batch, and what happens when one of them ends."""
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -237,10 +238,10 @@ def slow_steps():
     metasemi.training_step = slow
 
 
-def wait_for_step(run):
+def wait_for(run, text="  loss "):
     output = Path(f"{run.outputs[0]}.out")
     deadline = time.monotonic() + 60
-    while "  loss " not in output.read_text():
+    while text not in output.read_text():
         assert time.monotonic() < deadline and run.processes[0].is_alive()
         time.sleep(0.05)
 
@@ -251,7 +252,7 @@ LONG = ["--total-steps", "2000", "--test-freq", "4"]
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_process_stops_all_after_the_same_step_with_everything_saved(store, tmp_path, number):
     several = Run(store, tmp_path, 2, *LONG, "--save-path", tmp_path / "a", patch=slow_steps)
-    wait_for_step(several)
+    wait_for(several)
     os.kill(several.processes[1].pid, number)
     assert several.end() == ([128 + number] * 2, ["", ""])
     log = (tmp_path / "a" / "log.txt").read_text()
@@ -259,20 +260,19 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_with_everything_s
     assert torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"] == step
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("victim", [0, 2])
 def test_when_a_process_is_killed_the_others_end_with_one_line_and_the_run_resumes(store, tmp_path, victim):
     flags = ["--save-path", tmp_path / "a", "--batch-size", "9"]
     several = Run(store, tmp_path, 3, *LONG, *flags, patch=slow_steps)
-    wait_for_step(several)
-    time.sleep(victim * 0.07)
+    wait_for(several, "step 8/2000  test error")        # after a save
+    time.sleep(random.uniform(0, 0.3))
     several.processes[victim].kill()
     codes, errors = several.end(30)
     assert codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(3)]
     assert "".join(errors).count("\n") == 1 and "another process of this run is gone" in "".join(errors)
-    saved = torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"] if victim == 2 else 0
-    if victim == 2:
-        assert run(3, tmp_path, *flags, "--resume", "--total-steps", str(saved + 1)) == ([0] * 3, "")
-        assert f"resumed at step {saved}" in (tmp_path / "a" / "log.txt").read_text()
+    saved = torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"]
+    assert saved >= 4 and run(3, tmp_path, *flags, "--resume", "--total-steps", str(saved + 1)) == ([0] * 3, "")
+    assert f"resumed at step {saved}" in (tmp_path / "a" / "log.txt").read_text()
 
 
 def disturbed():
@@ -311,7 +311,7 @@ def full_disk():
 
 
 @pytest.mark.parametrize(("patch", "message"), [
-    (disturbed, "the 2 processes are not equal any more at step 6: 1 of 68 tensors differ, classifier.bias the first of them"),
+    (disturbed, "the 2 processes are not equal any more at step 6: 1 of 56 tensors differ, classifier.bias the first of them"),
     (poisoned, "not finite at step 5, whose update was left out; the last finite loss was"),
     (full_disk, "No space left on device")])
 def test_a_fault_of_one_process_ends_all_with_one_line(tmp_path, patch, message):
