@@ -8,20 +8,25 @@ from datasets import DATASETS, DataError, check_root
 from datasets.splits import check_num_label
 from models import NETWORKS, NetworkError, check_network
 from utils import cli
-from utils.interrupt import Interrupt, Stopped
+from utils.distributed import World, WorldError
+from utils.interrupt import Interrupt, Stopped, exit_code
 from utils.run_folder import check_paths, read_given_split
 
 PROG = "train_meta.py"
+REPLICAS_FREQ = 1000    # steps between checks that all processes have the same weights; every save has one, too
 
 
 def main(argv=None):
     cli.open_standard_streams()
     args = cli.parse_training(argv, DATASETS, NETWORKS, check_num_label)
+    world = World()                     # the processes of torchrun, or this one alone
     with Interrupt() as interrupt:
         try:
             if args.evaluate:
                 return evaluate_only(args)
-            check_paths(args.save_path, args.resume, args.overwrite)
+            world.join(args.device)
+            if world.rank == 0:
+                check_paths(args.save_path, args.resume, args.overwrite)
             check_root(args.dataset, args.data_path)
             given = None
             if args.split:
@@ -32,13 +37,14 @@ def main(argv=None):
                 args.arch_sha256 = sha256
             # torch takes seconds to load: only now, so that a wrong flag answers at once.
             warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)     # raised inside torch by its own jvp
-            return train(args, given, interrupt)
+            return train(args, given, interrupt, world)
         except (DataError, NetworkError, cli.UsageError) as error:
-            cli.fail(PROG, error, 2)
+            world.fail(PROG, error, 2)
         except OSError as error:
-            cli.fail(PROG, error, 1)
+            world.fail(PROG, error, 1)
         except Stopped:
-            print(f"{PROG}: stopped by a signal before the first step", file=sys.stderr, flush=True)
+            if world.speaks(interrupt.exit_code):
+                print(f"{PROG}: stopped by a signal before the first step", file=sys.stderr, flush=True)
             os._exit(interrupt.exit_code)       # an orderly exit could wait for workers that are still starting
         except (ArithmeticError, MemoryError, RuntimeError) as error:
             from utils.checkpoint import describe_last
@@ -47,9 +53,9 @@ def main(argv=None):
 
             if is_out_of_memory(error):
                 error = f"out of memory with --batch-size {args.batch_size}: lower it, or take --precision bfloat16"
-            elif not isinstance(error, Diverged):
+            elif not isinstance(error, (Diverged, WorldError)):
                 raise
-            cli.fail(PROG, f"{error}; {describe_last(args.save_path)}", 1)
+            world.fail(PROG, f"{error}; {describe_last(args.save_path)}", 1)
 
 
 def evaluate_only(args):
@@ -63,7 +69,7 @@ def evaluate_only(args):
     return evaluate_file(args, sha256, datasets, models)
 
 
-def train(args, given, interrupt):
+def train(args, given, interrupt, world):
     """The whole run; given: the labeled indices of --split, or None.  Returns the exit code."""
     from functools import partial
 
@@ -76,10 +82,11 @@ def train(args, given, interrupt):
     from metasemi.meta_gradient import compiled_jvp
     from metasemi.step import accuracy
     from models import build_model, rehearse
+    from models.synchronized import synchronize_batch_norm
     from utils import checkpoint
     from utils.device import check_compiler, choose_device, fingerprint, memory_for_images, set_precision
     from utils.metrics import Diverged, Meter, all_finite, error_rates, evaluate
-    from utils.run_folder import RunFolder, check_same_experiment, experiment, git_commit, prepare
+    from utils.run_folder import NoFolder, RunFolder, check_same_experiment, experiment, git_commit, prepare
 
     device = choose_device(args.device)
     dtype = set_precision(args.precision, device)
@@ -89,20 +96,25 @@ def train(args, given, interrupt):
     meta, uses_unlabeled = not args.no_meta, args.mix_up or not args.no_meta
 
     # The run so far, if there is one.  Nothing is written before every check has passed.
-    folder, saved, source = prepare(args.save_path, args.resume, args.overwrite)
+    folder, saved, source = NoFolder(), None, None
+    if world.rank == 0:
+        folder, saved, source = prepare(args.save_path, args.resume, args.overwrite)
+    saved, source, done = world.share((saved, source, folder is not None and folder.has_results()))
     if saved is not None:
         check_same_experiment(args, saved["args"], saved["step"])
         if given not in (None, saved["labeled"].tolist()):
             raise cli.UsageError(f"argument --split: {args.split} is not the split of the run that --resume continues")
-        done = folder is not None and folder.has_results()
         if saved["step"] > args.total_steps or saved["step"] == args.total_steps and done:
-            print(f"{args.save_path}: finished at step {saved['step']}; a larger --total-steps would continue it")
+            if world.rank == 0:
+                print(f"{args.save_path}: finished at step {saved['step']}; a larger --total-steps would continue it")
+            world.leave()
             return 0
 
     # Data and split
-    images = load_dataset(args.dataset, args.data_path, args.image_size, args.flip, args.num_workers,
-                          memory=memory_for_images(device), skip_corrupt=args.skip_corrupt,
-                          statistics=saved and (saved["mean"], saved["std"]))
+    with world.one_first():             # it may download
+        images = load_dataset(args.dataset, args.data_path, args.image_size, args.flip, args.num_workers,
+                              memory=memory_for_images(device), skip_corrupt=args.skip_corrupt,
+                              statistics=saved and (saved["mean"], saved["std"]))
     if saved is None:
         labeled, validation = split_training(images.train_labels, args.num_label, args.num_val, images.num_classes, args.seed,
                                              given)
@@ -123,6 +135,12 @@ def train(args, given, interrupt):
              partial(meta_gradient, method=args.meta_gradient, consistency=args.consistency, dtype=dtype) if meta else None)
     torch.manual_seed(args.seed)
     model = build_model(args.arch, images.num_classes, device)
+    average = None                      # of tensors over the processes, if there are several
+    if world.size > 1:
+        average = world.average
+        world.copy_first(list(model.state_dict().values()))
+        if args.sync_bn:
+            synchronize_batch_norm(model, average, world.size)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
                                 fused=True)     # so that an update can be left out without waiting for the device
     start, seconds, evaluations, best, sessions = 0, 0.0, [], None, []
@@ -131,15 +149,18 @@ def train(args, given, interrupt):
         start, seconds, evaluations, best, sessions = (
             saved[key] for key in ("step", "seconds", "evaluations", "best", "sessions"))
     batches = Batches(images, labeled, unlabeled if uses_unlabeled else None, batch_size=args.batch_size,
-                      seed=args.seed, device=device, mixup_gamma=args.alpha if args.mix_up else None)
-    held_out = {"test": (images.test_images.to(device), images.test_labels)}
+                      seed=args.seed, device=device, mixup_gamma=args.alpha if args.mix_up else None,
+                      rows=world.rows(args.batch_size))
+    held_out = {"test": (world.part(images.test_images).to(device), world.part(images.test_labels))}
     if len(validation):
-        held_out["validation"] = images.train_images[validation].to(device), images.train_labels[validation]
+        mine = world.part(validation)
+        held_out["validation"] = images.train_images[mine].to(device), images.train_labels[mine]
     select_by = "validation" if len(validation) else "test"
 
     # Run folder
     folder = folder or RunFolder(args.save_path, new=True)
-    sessions = [*sessions, {"from_step": start, "commit": git_commit(), **fingerprint(device, args.precision, args.compile)}]
+    sessions = [*sessions, {"from_step": start, "commit": git_commit(),
+                            **fingerprint(device, args.precision, args.compile, world.size)}]
     folder.start(experiment(args), sessions, labeled, validation, images.labels_sha256, keep=start)
     folder.say(f"{images.describe()}; {len(labeled)} labeled" + (f", {len(unlabeled)} unlabeled" if uses_unlabeled else "")
                + (f", {len(validation)} for validation" if len(validation) else ""))
@@ -159,15 +180,17 @@ def train(args, given, interrupt):
     meter = Meter()
     interrupt.defer()
     with batches, folder.progress(start, args.total_steps):
-        def test_and_save(step):
+        def test_and_save(step, stopping=None):
             """Evaluates and saves; only saves if a signal comes."""
             nonlocal best, clock, seconds
             meter.check()
             if not all_finite(model.state_dict().values()):
                 raise Diverged(f"the weights are not finite at step {step}")
+            world.check_replicas(model.state_dict(), step)
             accuracies = {}
             for part, (x, y) in held_out.items():
-                measured = evaluate(model, normalized_batches(x, y, images.mean, images.std, device), dtype, interrupt)
+                measured = evaluate(model, normalized_batches(x, y, images.mean, images.std, device), dtype,
+                                    lambda: stopping or interrupt(), world.sum)
                 if measured is None:
                     break
                 accuracies |= {f"{part}/{name}": value for name, value in measured.items()}
@@ -182,6 +205,8 @@ def train(args, given, interrupt):
                     for name, value in accuracies.items()))
             now = time.perf_counter()
             seconds, clock = seconds + now - clock, now
+            (rng, cuda_rng), *other_rng = world.gather(
+                [torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None])
             state = {
                 "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "args": experiment(args), "sessions": sessions, "seconds": seconds, "evaluations": evaluations,
@@ -189,16 +214,19 @@ def train(args, given, interrupt):
                 "labeled": torch.from_numpy(labeled), "validation": torch.from_numpy(validation),
                 "labels_sha256": images.labels_sha256, "class_names": list(images.class_names),
                 "mean": images.mean, "std": images.std, "image_size": images.train_images.shape[-1],
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+                "rng": rng, "cuda_rng": cuda_rng, **({"other_rng": other_rng} if other_rng else {}),
             }
-            if folder.save(state, is_best, last=step == args.total_steps or interrupt()):
+            if folder.save(state, is_best, last=step == args.total_steps or stopping or interrupt()):
                 best = state["best"]
 
+        world.seed(args.seed, start)
         if saved is not None:
-            torch.set_rng_state(saved["rng"])
-            if device.type == "cuda" and saved["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(saved["cuda_rng"], device)
+            states = [[saved["rng"], saved["cuda_rng"]], *saved.get("other_rng", [])]
+            if world.rank == 0 or len(states) == world.size:
+                rng, cuda_rng = states[world.rank]
+                torch.set_rng_state(rng)
+                if device.type == "cuda" and cuda_rng is not None:
+                    torch.cuda.set_rng_state(cuda_rng, device)
         clock = logged_at = time.perf_counter()
         logged_step = start
         due = start and (start % args.test_freq == 0 or start == args.total_steps)
@@ -213,7 +241,8 @@ def train(args, given, interrupt):
             result = training_step(                                                     # lines 3-8, 10-15
                 model, optimizer, x_l, y_l, x_u, alpha=alpha, beta=beta, weight=ramp(step, ramp_steps, args.weight),
                 lam=lam, meta=meta, method=method, epsilon=args.epsilon, consistency=args.consistency,
-                dtype=dtype)
+                dtype=dtype, average=average)
+            world.copy_first(list(model.buffers()))             # batch statistics: a process has its own, rank 0's count
 
             telemetry = {"loss": result.loss, **result.telemetry}
             if result.y_tilde is not None:
@@ -231,16 +260,23 @@ def train(args, given, interrupt):
                 logged_at, logged_step = now, step
                 for line in images.skipped():
                     folder.say(line)
-                folder.log(step, args.total_steps, alpha, meter.read(), rate, args.batch_size * (1 + uses_unlabeled))
-            if step % args.test_freq == 0 or last or interrupt():
-                test_and_save(step)
-            if interrupt():
+                means = meter.read(average or list)
+                folder.log(step, args.total_steps, alpha, means, rate, args.batch_size * (1 + uses_unlabeled))
+            stopping = world.agree(interrupt.received)
+            if step % args.test_freq == 0 or last or stopping:
+                test_and_save(step, stopping)
+                stopping = world.agree(interrupt.received)      # it may have come meanwhile
+            elif step % REPLICAS_FREQ == 0:
+                world.check_replicas(model.state_dict(), step)
+            if stopping:
                 folder.say(f"stopped by a signal at step {step}/{args.total_steps}; --resume continues")
                 folder.close()
-                return interrupt.exit_code
+                world.leave()
+                return exit_code(stopping)
 
     folder.finish(args.total_steps, seconds, error_rates(evaluations), error_rates(evaluations, "test_top5"),
                   len(evaluations), experiment(args), sessions)
+    world.leave()
     return 0
 
 

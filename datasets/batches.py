@@ -27,11 +27,13 @@ class Batches:
         labeled, unlabeled: index sets; without unlabeled, batches have no x_u.
         batch_size: labeled images a step, and as many unlabeled ones.
         mixup_gamma: lam ~ Beta(gamma, gamma), or None for none.
+        rows: a slice of every batch, for one of several processes; what is in the whole batch does not depend on it.
     """
 
-    def __init__(self, images, labeled, unlabeled=None, *, batch_size, seed, device="cpu", mixup_gamma=None):
+    def __init__(self, images, labeled, unlabeled=None, *, batch_size, seed, device="cpu", mixup_gamma=None,
+                 rows=slice(None)):
         self.images, self.seed, self.device, self.mixup_gamma = images, seed, torch.device(device), mixup_gamma
-        self.batch_size, self.padding = batch_size, images.padding
+        self.batch_size, self.rows, self.padding = batch_size, rows, images.padding
         self.train_images = images.train_images.to(self.device)
         self.train_labels = images.train_labels.to(self.device)
         self.mean, self.std = images.mean.to(self.device), images.std.to(self.device)
@@ -39,20 +41,20 @@ class Batches:
                         for part, indices in (("labeled", labeled), ("unlabeled", unlabeled)) if indices is not None}
         self.disk = None
         if isinstance(self.train_images, Files):
-            self.disk = Stream(self.train_images, self.streams, seed, pin=self.device.type == "cuda")
+            self.disk = Stream(self.train_images, self.streams, seed, rows, pin=self.device.type == "cuda")
 
     def __call__(self, step):
         x_l, y_l = self.draw("labeled", step)
         x_u, hidden = self.draw("unlabeled", step) if "unlabeled" in self.streams else (None, None)
         lam = None
         if self.mixup_gamma is not None:
-            lam = self.to_device(mixup_weights(self.batch_size, self.mixup_gamma, self.seed, step))
+            lam = self.to_device(mixup_weights(self.batch_size, self.mixup_gamma, self.seed, step)[self.rows])
         return Batch(x_l, y_l, x_u, hidden, lam)
 
     def draw(self, part, step):
-        index, pixels = self.disk(part, step) if self.disk else (self.streams[part](step), None)
-        choices = crop_and_flip_choices(len(index), self.padding, self.images.flip, self.seed, f"augment {part}", step)
-        choices = self.to_device(np.concatenate([index[:, None], choices], axis=1))
+        index, pixels = self.disk(part, step) if self.disk else (self.streams[part](step)[self.rows], None)
+        choices = crop_and_flip_choices(self.batch_size, self.padding, self.images.flip, self.seed, f"augment {part}", step)
+        choices = self.to_device(np.concatenate([index[:, None], choices[self.rows]], axis=1))
         index = choices[:, 0]
         pixels = self.train_images[index] if pixels is None else pixels.to(self.device, non_blocking=True)
         x = crop_and_flip(pixels, choices[:, 1:], self.padding)

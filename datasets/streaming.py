@@ -112,11 +112,12 @@ class Stream:
     `stream(part, step)` gives indices (B,) and pixels (B, 3, S, S) uint8, the same whatever came before, and however many
     workers decode; the parts of a step are asked for in the order of `streams`.
 
-    files: `Files`.  streams: part -> `sampling.IndexStream`.  seed: of the resized crops.  pin: give pinned memory.
+    files: `Files`.  streams: part -> `sampling.IndexStream`.  seed: of the resized crops.  rows: the slice of every batch
+    that is given.  pin: give pinned memory.
     """
 
-    def __init__(self, files, streams, seed, pin=False):
-        self.files, self.streams, self.seed, self.pin = files, streams, seed, pin
+    def __init__(self, files, streams, seed, rows=slice(None), pin=False):
+        self.files, self.streams, self.seed, self.rows, self.pin = files, streams, seed, rows, pin
         self.sent = deque()             # (part, step), futures, indices, crops
         self.members = {part: np.sort(stream.indices) for part, stream in streams.items()}
 
@@ -135,7 +136,8 @@ class Stream:
     def send(self, part, step):
         index, crops = self.streams[part](step), None
         if self.files.resized_crop:
-            crops = resized_crop_choices(len(index), self.seed, f"crop {part}", step)
+            crops = resized_crop_choices(len(index), self.seed, f"crop {part}", step)[self.rows]
+        index = index[self.rows]
         self.sent.append(((part, step), self.files.submit(index, crops), index, crops))
 
     def close(self):

@@ -45,7 +45,7 @@ class MetaGradient(NamedTuple):
     g_norm: torch.Tensor        # (), for telemetry
 
 
-def meta_gradient(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency="mse", dtype=None):
+def meta_gradient(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency="mse", dtype=None, average=None):
     """Pseudo-labels of x_u and the gradient of the labeled loss with respect to them, alpha / B_u left out.
 
     Everything is evaluated in evaluation mode: dropout and batch statistics would make theta and its neighbors
@@ -62,6 +62,8 @@ def meta_gradient(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency=
         epsilon: > 0, the length in parameter space of each half-step of the finite difference.
         consistency: "mse" or "kl", the Phi of the consistency loss.
         dtype: computing type of the network, e.g. torch.bfloat16; default: that of the parameters.
+        average: where x_l and x_u are one of several equal parts of a batch, each with a process: a function from a list of
+            tensors to the list of their means over the processes.  g is then that of the whole batch.
 
     Returns:
         y_tilde: (B_u, K), softmax predictions.
@@ -70,10 +72,11 @@ def meta_gradient(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency=
     Raises:
         ValueError: for an unknown method or consistency.
     """
-    return meta_gradient_with_telemetry(model, x_l, y_l, x_u, method, epsilon, consistency, dtype)[:2]
+    return meta_gradient_with_telemetry(model, x_l, y_l, x_u, method, epsilon, consistency, dtype, average)[:2]
 
 
-def meta_gradient_with_telemetry(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency="mse", dtype=None):
+def meta_gradient_with_telemetry(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency="mse", dtype=None,
+                                 average=None):
     """As `meta_gradient`, with the labeled logits and ||g|| that it meets on its way."""
     if method not in METHODS and not callable(method):
         raise ValueError(f"no method is named {method!r}; choose from {', '.join(METHODS)}")
@@ -81,12 +84,13 @@ def meta_gradient_with_telemetry(model, x_l, y_l, x_u, method="jvp", epsilon=1e-
         raise ValueError(f"no consistency is named {consistency!r}; choose from {', '.join(CONSISTENCY)}")
     theta = {k: w for k, w in model.named_parameters() if w.requires_grad}
     with evaluation_mode(model), torch.enable_grad():
-        parts = METHODS.get(method, method)(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype)
+        parts = METHODS.get(method, method)(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype,
+                                             average or list)
     return MetaGradient(*(part.detach() for part in parts))
 
 
-def by_jvp(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, derivative=None):
-    g, logits_l = labeled_gradient(model, theta, x_l, y_l, dtype)
+def by_jvp(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, average, derivative=None):
+    g, logits_l = labeled_gradient(model, theta, x_l, y_l, dtype, average)
     y_tilde, gradient = (derivative or derivative_along)(model, detached(theta), g, x_u, consistency, dtype)
     return y_tilde, gradient, logits_l, norm(g)
 
@@ -109,8 +113,8 @@ def compiled_jvp():
     return partial(by_jvp, derivative=torch.compile(derivative_along, fullgraph=True))
 
 
-def by_finite_difference(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype):
-    g, logits_l = labeled_gradient(model, theta, x_l, y_l, dtype)
+def by_finite_difference(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, average):
+    g, logits_l = labeled_gradient(model, theta, x_l, y_l, dtype, average)
     theta, g_norm = detached(theta), norm(g)
     half_step = epsilon / g_norm.clamp_min(torch.finfo(g_norm.dtype).tiny)          # line 6; g = 0 moves nothing
 
@@ -127,7 +131,7 @@ def by_finite_difference(model, theta, x_l, y_l, x_u, epsilon, consistency, dtyp
     return y_tilde, difference * (g_norm / epsilon), logits_l, g_norm
 
 
-def by_unrolling(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype):
+def by_unrolling(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, average):
     logits_u = logits(model, theta, x_u, dtype)
     y_tilde = logits_u.softmax(dim=1).detach().requires_grad_()                     # eq. 2
     loss_u = CONSISTENCY[consistency](logits_u, y_tilde).mean()
@@ -135,18 +139,19 @@ def by_unrolling(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype):
     virtual = {k: w - d for (k, w), d in zip(theta.items(), g_u)}                   # eq. 4 with alpha = 1
     logits_l = logits(model, virtual, x_l, dtype)
     loss_l = cross_entropy(logits_l, y_l)
-    gradient, *g = torch.autograd.grad(loss_l, [y_tilde, *virtual.values()], materialize_grads=True)    # eq. 5
+    g = average(torch.autograd.grad(loss_l, list(virtual.values()), retain_graph=True, materialize_grads=True))
+    gradient, = torch.autograd.grad(list(virtual.values()), y_tilde, g)             # eq. 5
     return y_tilde, len(x_u) * gradient, logits_l, get_total_norm(g)
 
 
 METHODS = {"jvp": by_jvp, "finite-difference": by_finite_difference, "unrolled": by_unrolling}
 
 
-def labeled_gradient(model, theta, x_l, y_l, dtype):
+def labeled_gradient(model, theta, x_l, y_l, dtype, average):
     """g as a dict like theta, and the labeled logits (lines 4, 5).  `.grad` stays untouched."""
     logits_l = logits(model, theta, x_l, dtype)
     g = torch.autograd.grad(cross_entropy(logits_l, y_l), list(theta.values()), materialize_grads=True)
-    return dict(zip(theta, g)), logits_l
+    return dict(zip(theta, average(g))), logits_l
 
 
 def logits(model, theta, x, dtype):

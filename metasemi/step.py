@@ -28,7 +28,7 @@ class Step(NamedTuple):
 
 
 def training_step(model, optimizer, x_l, y_l, x_u=None, *, alpha, beta=0.0, weight=1.0, lam=None, meta=True,
-                  method="jvp", epsilon=1e-2, consistency="mse", dtype=None):
+                  method="jvp", epsilon=1e-2, consistency="mse", dtype=None, average=None):
     """One optimizer step; the model ends in training mode.  With a fused optimizer nothing in here waits for the device.
 
     An update whose loss or gradient is not finite is left out: weights and momenta stay as they are.
@@ -42,12 +42,14 @@ def training_step(model, optimizer, x_l, y_l, x_u=None, *, alpha, beta=0.0, weig
         meta: whether pseudo-labels are improved by the meta-gradient and the consistency loss is used.
         method, epsilon, consistency, dtype: as in `meta_gradient`; with a dtype the training-mode passes run
             under autocast; weights and losses stay float32.
+        average: as in `meta_gradient`; the update and `Step.loss` are then those of the whole batch, equal in every process,
+            `finite` too.  The rest is that of this process.
     """
     y_tilde = y_hat = None
     telemetry = {}
     if meta:
         y_tilde, gradient, logits_l, g_norm = meta_gradient_with_telemetry(                  # lines 3-7
-            model, x_l, y_l, x_u, method, epsilon, consistency, dtype)
+            model, x_l, y_l, x_u, method, epsilon, consistency, dtype, average)
         y_hat = update_pseudo_labels(y_tilde, gradient, beta)                                # line 8
         telemetry = {"label-loss": cross_entropy(logits_l, y_l), "label-acc": accuracy(logits_l, y_l),
                      "meta-shift": (y_hat - y_tilde).abs().mean(),
@@ -80,11 +82,16 @@ def training_step(model, optimizer, x_l, y_l, x_u=None, *, alpha, beta=0.0, weig
 
     optimizer.zero_grad(set_to_none=True)
     loss.backward()                                                                          # line 14
-    finite = loss.detach().isfinite() & get_total_norm([w.grad for w in model.parameters() if w.grad is not None]).isfinite()
+    loss, gradients = loss.detach(), [w.grad for w in model.parameters() if w.grad is not None]
+    if average:
+        loss, *means = average([loss, *gradients])
+        for d, mean in zip(gradients, means):
+            d.copy_(mean)
+    finite = loss.isfinite() & get_total_norm(gradients).isfinite()
     for group in optimizer.param_groups:
         group["lr"] = alpha
     update_if(finite, optimizer)                                                             # line 15
-    return Step(loss.detach(), telemetry, y_tilde, y_hat, finite)
+    return Step(loss, telemetry, y_tilde, y_hat, finite)
 
 
 def update_if(finite, optimizer):

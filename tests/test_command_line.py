@@ -269,9 +269,12 @@ def test_the_choices_of_the_flags_are_those_of_the_code():
 
 def test_every_command_of_the_readme_is_accepted_and_every_flag_is_described():
     text = (ROOT / "README.md").read_text()
-    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("    ") and "python3 " in line]
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("    ")
+                and ("python3 " in line or line.startswith("    torchrun "))]
     parsed = 0
     for words in commands:
+        if words[0] == "torchrun":
+            words = ["python3", *words[words.index("train_meta.py"):]]
         script, flags = words[words.index("python3") + 1], words[words.index("python3") + 2:]
         if script == "train_meta.py":
             parse_training(flags, DATASETS, NETWORKS, check_num_label)
@@ -279,7 +282,7 @@ def test_every_command_of_the_readme_is_accepted_and_every_flag_is_described():
         elif script == "plot_features.py":
             parse_plotting(flags, DATASETS)
             parsed += 1
-    assert parsed >= 11
+    assert parsed >= 13
     for parser in (training_parser(DATASETS, NETWORKS), plotting_parser(DATASETS)):
         for action in parser._actions:
             assert action.dest == "help" or f"`{action.option_strings[-1]}" in text, action.option_strings

@@ -133,7 +133,12 @@ def find_fault(state):
         return "its evaluations are not accuracies"
     if not state["sessions"] or not all(isinstance(session, dict) for session in state["sessions"]):
         return "it does not say where it was trained"
-    if state["step"] < 0 or state["rng"].dtype != torch.uint8 or state["rng"].shape != torch.get_rng_state().shape:
+    others = state.get("other_rng", [])
+    if not isinstance(others, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in others):
+        return "its other random states are none"
+    states = [state["rng"], *(rng for rng, _ in others)]
+    if state["step"] < 0 or not all(isinstance(rng, torch.Tensor) and rng.dtype == torch.uint8
+                                    and rng.shape == torch.get_rng_state().shape for rng in states):
         return "its step or its random state is impossible"
     return None
 

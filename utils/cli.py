@@ -18,13 +18,19 @@ class UsageError(ValueError):
     """Something given cannot be used as it is: one line with what, why and the remedy; the program exits with code 2."""
 
 
+def processes():
+    """(rank, size): which of how many processes of one run this is, as torchrun says in the environment; else (0, 1)."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("RANK", 0)) if size > 1 else 0, size
+
+
 class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message):
         line = " ".join(message.split())
-        self.exit(2, f"{self.prog}: {line} (usage: {self.prog} --help)\n")
+        self.exit(2, None if processes()[0] else f"{self.prog}: {line} (usage: {self.prog} --help)\n")
 
 
 def number(kind, low=None, high=None, above=None, below=None):
@@ -121,7 +127,11 @@ def training_parser(datasets, networks):
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--total-steps", default=400_000, type=count, metavar="N", help="updates (default: %(default)s)")
     optimization.add_argument("--batch-size", default=128, type=number(int, low=1, high=1_000_000), metavar="B",
-                              help="labeled images a step, and as many unlabeled ones (default: %(default)s)")
+                              help="labeled images a step, and as many unlabeled ones, in all processes together "
+                                   "(default: %(default)s)")
+    optimization.add_argument("--sync-bn", action="store_true",
+                              help="under torchrun: batch normalization over the batches of all processes (default: each its "
+                                   "own)")
     optimization.add_argument("--lr", default=0.1, type=positive, metavar="X",
                               help="learning rate alpha_t (default: %(default)s)")
     optimization.add_argument("--meta-lr", default=None, type=number(float, low=0), metavar="X",
@@ -172,12 +182,19 @@ def parse_training(argv, datasets, networks, check_num_label):
     """
     parser = training_parser(datasets, networks)
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(ANSWERED)))
+    _, size = processes()
     if args.evaluate and (args.resume or args.overwrite):
         parser.error("argument --evaluate: it trains nothing, so leave out --resume and --overwrite")
     if args.predictions and not args.evaluate:
         parser.error("argument --predictions: it belongs to --evaluate")
     if args.evaluate:
+        if size > 1:
+            parser.error("argument --evaluate: it takes one process: leave out torchrun")
         return args
+    if args.batch_size % size:
+        lower = args.batch_size - args.batch_size % size
+        parser.error(f"argument --batch-size: {args.batch_size} cannot be split evenly over {size} processes: use "
+                     + (f"{lower} or " if lower else "") + str(lower + size))
     for key in ANSWERED:
         if getattr(args, key) is None and not (key == "num_label" and args.split):
             setattr(args, key, parser.get_default(key))

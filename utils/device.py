@@ -53,12 +53,13 @@ def memory_for_images(device):
     return min(free) // 3
 
 
-def fingerprint(device, precision, compiled):
+def fingerprint(device, precision, compiled, processes=1):
     """Two parts of a run are equal bit for bit only where all of these agree."""
     if device.type == "cuda":
         name = f"cuda: {torch.cuda.get_device_name(device)}, cuDNN {torch.backends.cudnn.version()}"
     else:
         name = f"cpu: {platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    name += f", {processes} processes" * (processes > 1)
     return {"device": name, "threads": torch.get_num_threads(), "precision": precision + ", compiled" * compiled,
             "python": platform.python_version(), "torch": str(torch.__version__),
             **{package: version(package) for package in ("torchvision", "numpy")}}

@@ -40,5 +40,9 @@ class Interrupt:
 
     @property
     def exit_code(self):
-        """What a scheduler expects: 130 for SIGINT, else 143."""
-        return 130 if self.received == signal.SIGINT else 143
+        return exit_code(self.received)
+
+
+def exit_code(number):
+    """What a scheduler expects after a signal: 130 for SIGINT, else 143."""
+    return 130 if number == signal.SIGINT else 143

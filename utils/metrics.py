@@ -35,9 +35,9 @@ class Meter:
                            + (f"the last finite loss was {loss:.4g} at step {step}" if loss == loss
                               else "none was finite before"))
 
-    def read(self):
-        """name -> mean since the last read."""
-        means = dict(zip(self.names, (self.total / self.count).tolist()))
+    def read(self, average=list):
+        """name -> mean since the last read; average: a list of tensors to their means over the processes."""
+        means = dict(zip(self.names, average([self.total / self.count])[0].tolist()))
         self.total.zero_()
         self.count = 0
         return means
@@ -53,23 +53,31 @@ def all_finite(tensors):
 
 
 @torch.no_grad()
-def evaluate(model, batches, dtype=None, stop=lambda: False):
+def evaluate(model, batches, dtype=None, stop=lambda: False, add=list):
     """{"accuracy"} in [0, 1] over batches of (x, y), in evaluation mode; None if `stop()` became true on the way.
 
     With more than ten classes there is "top5" as well, the share of images whose class is among the five likeliest.
+    add: a list of numbers to their sums over the processes that have the parts of one set.
     """
     model.eval()
-    correct, among_five, count = 0, 0, 0
+    correct, among_five, count, many, stopped = torch.tensor(0), torch.tensor(0), 0, False, False
     for x, y in batches:
         if stop():
-            return None
+            stopped = True
+            break
+        if len(y) == 0:                 # fewer images than processes
+            continue
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
             logits = model(x)
         correct = correct + (logits.argmax(dim=1) == y).sum()
-        if logits.shape[1] > 10:
+        many = logits.shape[1] > 10
+        if many:
             among_five = among_five + (logits.topk(5, dim=1).indices == y[:, None]).sum()
         count += len(y)
-    return {"accuracy": correct.item() / count} | ({"top5": among_five.item() / count} if logits.shape[1] > 10 else {})
+    correct, among_five, count, many, stopped = add([correct.item(), among_five.item(), count, many, stopped])
+    if stopped:
+        return None
+    return {"accuracy": correct / count} | ({"top5": among_five / count} if many else {})
 
 
 @torch.no_grad()

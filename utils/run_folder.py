@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -68,7 +68,7 @@ def continues(path, resume):
 
 # Flags that may differ between the parts of a resumed run.  All others define the experiment.
 FREE = ("compile", "data_path", "device", "num_workers", "precision", "print_freq", "skip_corrupt", "test_freq", "total_steps")
-OLDER = {"schedule": "step"}            # what runs did that are older than the flag
+OLDER = {"schedule": "step", "sync_bn": False}          # what runs did that are older than the flag
 
 
 def experiment(args):
@@ -238,6 +238,18 @@ class RunFolder:
         for file in (self.events, self.metrics, self.log_file, self.lock):
             if file:
                 file.close()
+
+
+class NoFolder:
+    """In place of a RunFolder in a process that writes nothing: every method does nothing."""
+
+    source = None
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+    def progress(self, start, total_steps):
+        return nullcontext()
 
 
 def event_writer(path, keep):

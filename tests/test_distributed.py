@@ -1,0 +1,377 @@
+"""Several processes on gloo against one process on the same global batch, and what happens when one of them ends."""
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SHORT
+from injections import SERVER, differing, finish, records, start, tensors
+from torch import nn
+from torch.distributed import TCPStore
+
+from datasets import DATASETS
+from datasets.splits import check_num_label
+from metasemi import meta_gradient, training_step
+from metasemi.step import evaluation_mode
+from models import NETWORKS
+from models.synchronized import synchronize_batch_norm
+from utils.cli import parse_training
+from utils.distributed import World, checksum
+from utils.run_folder import RunFolder
+
+SEED, BATCH, STEPS = 3, 8, 20
+NETWORK = """import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.Tanh(), nn.Conv2d(6, 8, 3, stride=2))
+        self.norm, self.head = nn.BatchNorm1d(8), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        return self.head(self.norm(self.body(x).mean(dim=(2, 3))))
+"""
+
+
+# Processes: forked from a server that has loaded torch, in the environment that torchrun would give them
+
+def become(rank, size, port):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+
+
+class Become:
+    """`become` as an argument that can be sent to a process."""
+
+    def __init__(self, *place):
+        self.place = place
+
+    def __call__(self):
+        become(*self.place)
+
+
+@pytest.fixture
+def store():
+    """What torchrun keeps for its processes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+
+
+class Run:
+    """train_meta.py in several processes; `end` gives their exit codes, and what each wrote to standard error."""
+
+    def __init__(self, store, folder, size, *flags, patch=None):
+        self.outputs = [folder / f"rank{rank}" for rank in range(size)]
+        self.processes = [start([*SHORT, *flags], Become(rank, size, store.port), patch, output=output)
+                          for rank, output in enumerate(self.outputs)]
+
+    def end(self, seconds=60):
+        codes = [finish(process, seconds) for process in self.processes]
+        return codes, [Path(f"{output}.err").read_text() for output in self.outputs]
+
+
+def run(size, folder, *flags, patch=None):
+    """A run from its start to its end, with a store of its own."""
+    keep = store.__wrapped__()
+    codes, errors = Run(keep, folder, size, *flags, patch=patch).end()
+    del keep
+    return codes, "".join(errors)
+
+
+# The mathematics, in float64
+
+class Frozen(nn.BatchNorm2d):
+    """Batch normalization that stays in evaluation mode."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+def make_network(norm):
+    torch.manual_seed(SEED)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), norm(6), nn.LeakyReLU(0.1), nn.Conv2d(6, 6, 3), norm(6), nn.Tanh(),
+                          nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5)).double()
+    for module in model:
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2), nn.init.uniform_(module.running_var, 0.5, 2)
+            module.training = False
+    return model
+
+
+def steps(norm, method, rows=slice(None), average=None, synchronize=None):
+    """name -> tensor after STEPS steps on some rows of every batch; the meta-gradient and the labels of all steps too."""
+    model = make_network(norm)
+    if synchronize:
+        synchronize_batch_norm(model, average, synchronize)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
+    found = {"gradient": [], "y_hat": [], "loss": []}
+    generator = torch.Generator().manual_seed(SEED)
+    for _ in range(STEPS):
+        x_l, x_u = torch.randn(2, BATCH, 3, 8, 8, generator=generator, dtype=torch.float64)
+        y_l, lam = torch.randint(0, 5, (BATCH,), generator=generator), torch.rand(BATCH, generator=generator)
+        batch = x_l[rows], y_l[rows], x_u[rows]
+        found["gradient"].append(meta_gradient(model, *batch, method=method, average=average)[1])
+        result = training_step(model, optimizer, *batch, alpha=0.1, beta=3.0, lam=lam[rows].double(), method=method,
+                               average=average)
+        found["y_hat"].append(result.y_hat)
+        found["loss"].append(result.loss)
+    return model.state_dict() | {name: torch.stack(values) for name, values in found.items()}
+
+
+def several_steps(place, cases, results):
+    become(*place)
+    torch.set_num_threads(1)
+    world = World()
+    world.join("cpu")
+    for norm, method, synchronized in cases:
+        results.put((norm.__name__, method, place[0], {name: value.numpy() for name, value in steps(
+            norm, method, world.rows(BATCH), world.average, world.size * synchronized).items()}))
+    world.leave()
+
+
+CASES = [(Frozen, "jvp", False), (Frozen, "finite-difference", False), (Frozen, "unrolled", False), (nn.BatchNorm2d, "jvp", True)]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_twenty_steps_of_several_processes_equal_those_of_one_in_float64(store, size):
+    results = SERVER.Queue()
+    processes = [SERVER.Process(target=several_steps, args=((rank, size, store.port), CASES, results)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    found = {}
+    for _ in range(size * len(CASES)):
+        norm, method, rank, values = results.get(timeout=60)
+        found[norm, method, rank] = {name: torch.from_numpy(value) for name, value in values.items()}
+    assert [finish(process) for process in processes] == [0] * size
+    for norm, method, _ in CASES:
+        expected = steps(norm, method)
+        for rank in range(size):
+            several = found[norm.__name__, method, rank]
+            rows = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
+            for name, value in expected.items():
+                value = value[:, rows] if name in ("gradient", "y_hat") else value
+                assert torch.allclose(several[name].to(value.dtype), value, rtol=0, atol=1e-9), (norm, method, rank, name)
+            assert all(torch.equal(several[name], found[norm.__name__, method, 0][name])
+                       for name in several if name not in ("gradient", "y_hat"))
+        assert expected["gradient"].abs().max() > 1e-3
+
+
+def test_synchronized_batch_norm_of_one_process_is_batch_norm():
+    for layer, shape in ((nn.BatchNorm2d(3, momentum=None), (5, 3, 4, 4)), (nn.BatchNorm1d(3, affine=False), (6, 3)),
+                         (nn.BatchNorm2d(3, track_running_stats=False), (5, 3, 4, 4))):
+        own = type(layer)(3, affine=layer.affine, momentum=layer.momentum, track_running_stats=layer.track_running_stats)
+        synchronize_batch_norm(own, list, 1)
+        for _ in range(3):
+            x = (3 + torch.randn(shape)).requires_grad_()
+            y = x.detach().clone().requires_grad_()
+            weight = torch.randn(shape)
+            (layer(x) * weight).sum().backward(), (own(y) * weight).sum().backward()
+            assert torch.allclose(layer(x), own(y), atol=1e-5) and torch.allclose(x.grad, y.grad, atol=1e-5)
+        for mine, theirs in zip(own.state_dict().values(), layer.state_dict().values()):
+            assert torch.allclose(mine, theirs, rtol=1e-5)
+        with evaluation_mode(layer), evaluation_mode(own):
+            assert torch.allclose(layer(x), own(x), atol=1e-5)
+
+
+# Whole runs
+
+@pytest.fixture
+def network(tmp_path):
+    (tmp_path / "net.py").write_text(NETWORK)
+    return ["-a", f"{tmp_path / 'net.py'}:Net", "--mix-up", "--sync-bn", "--num-val", "30", "--total-steps", "20",
+            "--test-freq", "8", "--num-label", "100"]
+
+
+def test_a_run_of_two_processes_equals_a_run_of_one_and_leaves_the_same_files(train, tmp_path, network):
+    assert train("one", *network) == 0
+    assert run(2, tmp_path, *network, "--save-path", tmp_path / "two") == ([0, 0], "")
+    one, two = (tensors(torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)) for name in ("one", "two"))
+    for key, value in one.items():
+        if "rng" not in key:
+            assert torch.allclose(value, two[key], rtol=0, atol=1e-5), key
+    assert sorted(two.keys() - one.keys()) == ["/other_rng/0/0"]
+    ours, theirs = records(tmp_path / "one"), records(tmp_path / "two")
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys() and mine == pytest.approx(other, abs=1e-4)
+    assert [r["test/accuracy"] for r in ours if "test/accuracy" in r] == [
+        r["test/accuracy"] for r in theirs if "test/accuracy" in r]
+    assert {p.name for p in (tmp_path / "one").iterdir() if "tfevents" not in p.name} == {
+        p.name for p in (tmp_path / "two").iterdir() if "tfevents" not in p.name}
+    assert len(list((tmp_path / "two").glob("*tfevents*"))) == 1
+    assert Path(tmp_path / "rank1.out").read_text() == ""
+    # and goes on with one process
+    assert train("two", *network, "--total-steps", "22", "--resume") == 0
+    assert "2 processes and is cpu" in (tmp_path / "two" / "log.txt").read_text()
+
+
+def test_a_stopped_run_of_two_processes_continues_bit_for_bit_dropout_included(tmp_path, store):
+    assert run(2, tmp_path, "--save-path", tmp_path / "whole") == ([0, 0], "")
+    parts = ["--save-path", tmp_path / "parts", "--resume"]
+    assert run(2, tmp_path, *parts, "--total-steps", "4") == ([0, 0], "")
+    assert run(2, tmp_path, *parts) == ([0, 0], "")
+    assert differing(tmp_path / "whole", tmp_path / "parts") == []
+    state = torch.load(tmp_path / "parts" / "checkpoint.pth", weights_only=True)
+    assert not torch.equal(state["rng"], state["other_rng"][0][0])
+
+
+def slow_steps():
+    """A step takes 50 ms more, so that a signal falls into the training."""
+    import metasemi
+
+    step = metasemi.training_step
+
+    def slow(*args, **kwargs):
+        time.sleep(0.05)
+        return step(*args, **kwargs)
+    metasemi.training_step = slow
+
+
+def wait_for(run, text="  loss "):
+    output = Path(f"{run.outputs[0]}.out")
+    deadline = time.monotonic() + 60
+    while text not in output.read_text():
+        assert time.monotonic() < deadline and run.processes[0].is_alive()
+        time.sleep(0.05)
+
+
+LONG = ["--total-steps", "2000", "--test-freq", "4"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_all_after_the_same_step_with_everything_saved(store, tmp_path, number):
+    several = Run(store, tmp_path, 2, *LONG, "--save-path", tmp_path / "a", patch=slow_steps)
+    wait_for(several)
+    os.kill(several.processes[1].pid, number)
+    assert several.end() == ([128 + number] * 2, ["", ""])
+    log = (tmp_path / "a" / "log.txt").read_text()
+    step = int(re.search(r"stopped by a signal at step (\d+)/", log)[1])
+    assert torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"] == step
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_when_a_process_is_killed_the_others_end_with_one_line_and_the_run_resumes(store, tmp_path, victim):
+    flags = ["--save-path", tmp_path / "a", "--batch-size", "9"]
+    several = Run(store, tmp_path, 3, *LONG, *flags, patch=slow_steps)
+    wait_for(several, "step 8/2000  test error")        # after a save
+    time.sleep(random.uniform(0, 0.3))
+    several.processes[victim].kill()
+    codes, errors = several.end(30)
+    assert codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(3)]
+    assert "".join(errors).count("\n") == 1 and "another process of this run is gone" in "".join(errors)
+    saved = torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"]
+    assert saved >= 4 and run(3, tmp_path, *flags, "--resume", "--total-steps", str(saved + 1)) == ([0] * 3, "")
+    assert f"resumed at step {saved}" in (tmp_path / "a" / "log.txt").read_text()
+
+
+def disturbed():
+    """From step 5 on one weight of rank 1 is another, by one unit in the last place."""
+    import metasemi
+
+    step, calls = metasemi.training_step, []
+
+    def disturb(model, *args, **kwargs):
+        result = step(model, *args, **kwargs)
+        calls.append(None)
+        if len(calls) == 5 and os.environ["RANK"] == "1":
+            w = model.classifier.bias.data
+            w[3] = torch.nextafter(w[3], w[3] + 1)
+        return result
+    metasemi.training_step = disturb
+
+
+def poisoned():
+    """The images of rank 1 are not finite at step 5."""
+    from datasets import batches
+
+    draw = batches.Batches.draw
+
+    def poison(self, part, step):
+        x, y = draw(self, part, step)
+        return (x * float("nan") if step == 5 and os.environ["RANK"] == "1" else x), y
+    batches.Batches.draw = poison
+
+
+def full_disk():
+    """Rank 0 cannot make the run folder."""
+    def refuse(*args, **kwargs):
+        raise OSError("No space left on device")
+    RunFolder.__init__ = refuse
+
+
+@pytest.mark.parametrize(("patch", "message"), [
+    (disturbed, "the 2 processes are not equal any more at step 6: 1 of 56 tensors differ, classifier.bias the first of them"),
+    (poisoned, "not finite at step 5, whose update was left out; the last finite loss was"),
+    (full_disk, "No space left on device")])
+def test_a_fault_of_one_process_ends_all_with_one_line(tmp_path, patch, message):
+    codes, errors = run(2, tmp_path, "--save-path", tmp_path / "a", patch=patch)
+    assert codes == [1, 1] and errors.count("\n") == 1 and message in errors, errors
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--batch-size", "7"], "--batch-size: 7 cannot be split evenly over 2 processes: use 6 or 8"),
+    (["--lr", "fast"], "--lr: 'fast' is not a number"),
+    (["--resume", "none.pth"], "none.pth: no such checkpoint"),
+    (["--num-label", "1297"], "1297 leaves no unlabeled image"),
+    (["--evaluate", "x.pth"], "--evaluate: it takes one process")])
+def test_a_wrong_flag_ends_every_process_with_two_and_is_said_once(tmp_path, flags, message):
+    codes, errors = run(2, tmp_path, "--save-path", tmp_path / "a", *flags)
+    assert codes == [2, 2] and errors.count("\n") == 1 and message in errors, errors
+    assert not (tmp_path / "a").exists()
+
+
+def test_torchrun_restarts_a_run_whose_process_was_killed(tmp_path):
+    flags = [*SHORT, "--no-meta", "--save-path", tmp_path / "a", "--resume", "--test-freq", "1", "--total-steps", "60"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
+               ROOT / "train_meta.py", *flags]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith("step 4/"):
+            break
+    os.kill(int((tmp_path / "a" / ".lock").read_text()), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert output.count("train_meta.py: another process") <= 1
+    log = (tmp_path / "a" / "log.txt").read_text()
+    assert re.search(r"resumed at step [1-9]", log) and "finished 60 steps" in log
+    assert [json.loads(line)["step"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+            if "test/accuracy" in line] == list(range(1, 61))
+
+
+# Parts
+
+def test_the_parts_of_the_processes_make_up_the_whole():
+    world, whole = World(), list(range(12))
+    for size in (1, 2, 3, 4):
+        world.size, rows, parts = size, [], []
+        for world.rank in range(size):
+            rows += whole[world.rows(12)]
+            parts += world.part(whole)
+        assert rows == whole and sorted(parts) == whole
+
+
+def test_the_checksum_sees_every_bit_and_every_exchange():
+    for value in (torch.randn(5, 4), torch.randn(6).double(), torch.tensor(3), torch.randn(3).bfloat16(), torch.ones(2).bool()):
+        for i in range(value.numel()):
+            other = value.clone().reshape(-1)
+            bits = other.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[other.element_size()])
+            bits[i] ^= 1
+            assert checksum(other) != checksum(value)
+    assert checksum(torch.tensor([1.0, 2.0])) != checksum(torch.tensor([2.0, 1.0]))
+
+
+def test_a_batch_that_no_number_of_processes_divides_is_taken_by_one(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert parse_training(["--batch-size", "7"], DATASETS, NETWORKS, check_num_label).batch_size == 7

@@ -1,0 +1,244 @@
+"""What the processes of one run, started by torchrun, do together.  With one process every method is a formality.
+
+Rank 0 alone reads and writes the run folder; all others only train.  Tensors of the model travel over NCCL on CUDA and
+over gloo on the CPU; flags, counts and messages over gloo, where no device has to be waited for.  gloo notices at once when
+the other end of a connection dies, and flags travel at every step: so no process waits for one that is gone.
+"""
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+
+from utils.cli import UsageError, fail, processes
+from utils.interrupt import SIGNALS
+
+TIMEOUT = timedelta(minutes=10)         # for a process that neither answers nor dies
+LOADING = timedelta(days=1)             # for the first process of a machine, which may download
+
+
+class WorldError(RuntimeError):
+    """The processes of a run cannot go on together; one line."""
+
+
+class World:
+    """The processes of a run, from torchrun's environment; `join` connects them, and needs torch.
+
+    rank: 0 <= rank < size, of this process.
+    """
+
+    def __init__(self):
+        self.rank, self.size = processes()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0)) if self.size > 1 else 0
+        self.store = self.control = None
+
+    def join(self, device):
+        """Connects the processes; device: of --device.  Raises UsageError if there are more processes than CUDA devices."""
+        if self.size == 1:
+            return
+        with dying_of_signals():        # torch would keep a signal waiting until every process has come
+            import torch
+            import torch.distributed as dist
+
+            with calls():
+                store = next(iter(dist.rendezvous("env://")))[0]
+            # torchrun may keep one store over its restarts, and with it what the processes before have left there.
+            self.store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            cuda = device != "cpu" and torch.cuda.is_available()
+            if cuda:
+                if self.local_rank >= torch.cuda.device_count():
+                    raise UsageError(f"argument --device: {torch.cuda.device_count()} CUDA devices are visible: give torchrun "
+                                     "--nproc-per-node at most as many, or take --device cpu")
+                torch.cuda.set_device(self.local_rank)
+            with calls():
+                dist.init_process_group("nccl" if cuda else "gloo", store=self.store, rank=self.rank, world_size=self.size,
+                                        timeout=TIMEOUT)
+                self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if cuda else dist.group.WORLD
+                dist.barrier(self.control)
+
+    def leave(self):
+        """Waits until every process has come here, then disconnects."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            with calls():
+                dist.barrier(self.control)
+            dist.destroy_process_group()
+
+    # Messages
+
+    def share(self, value):
+        """The value that rank 0 gave, in every process: tensors and plain types."""
+        if self.size == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        with calls():
+            dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value):
+        """The values of all processes, a list by rank."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values = [None] * self.size
+        with calls():
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def sum(self, numbers):
+        """Sums of numbers over the processes, a list of floats."""
+        return self.reduce(numbers, "SUM") if self.size > 1 else list(numbers)
+
+    def agree(self, signal_number):
+        """A signal that some process has received, or None: the same answer in every process."""
+        return int(self.reduce([signal_number or 0], "MAX")[0]) or None if self.size > 1 else signal_number
+
+    def reduce(self, numbers, operation):
+        import torch
+        import torch.distributed as dist
+
+        values = torch.tensor(numbers, dtype=torch.float64)
+        with calls():
+            dist.all_reduce(values, getattr(dist.ReduceOp, operation), group=self.control)
+        return values.tolist()
+
+    @contextmanager
+    def one_first(self):
+        """On every machine one process is through the block before the others enter it."""
+        if self.local_rank == 0:
+            yield
+        if self.size > 1:
+            import torch.distributed as dist
+
+            with calls():
+                dist.monitored_barrier(self.control, timeout=LOADING)
+        if self.local_rank:
+            yield
+
+    # Tensors of the model
+
+    def average(self, tensors):
+        """Means of tensors over the processes, a list of new tensors; what has one type travels as one."""
+        import torch.distributed as dist
+
+        return self.together(tensors, lambda flat: dist.all_reduce(flat.div_(self.size)))
+
+    def copy_first(self, tensors):
+        """Puts what rank 0 has into tensors, in place."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            for tensor, first in zip(tensors, self.together(tensors, lambda flat: dist.broadcast(flat, src=0))):
+                tensor.copy_(first)
+
+    def together(self, tensors, call):
+        import torch
+
+        with torch.no_grad():
+            results = [torch.empty_like(tensor) for tensor in tensors]
+            for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+                alike = [(t, result) for t, result in zip(tensors, results) if t.dtype == dtype]
+                flat = torch.cat([t.reshape(-1) for t, _ in alike])
+                with calls():
+                    call(flat)
+                for (_, result), part in zip(alike, flat.split([t.numel() for t, _ in alike])):
+                    result.copy_(part.view(result.shape))
+        return results
+
+    def check_replicas(self, state, step):
+        """Raises WorldError unless name -> tensor is the same in every process, bit for bit."""
+        if self.size == 1:
+            return
+        import torch
+        import torch.distributed as dist
+
+        sums = torch.stack([checksum(tensor) for tensor in state.values()]).cpu()
+        extremes = torch.stack([sums, ~sums])           # ~ turns the order round: both ends in one maximum
+        with calls():
+            dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.control)
+        different = [name for name, same in zip(state, (extremes[0] == ~extremes[1]).tolist()) if not same]
+        if different:
+            raise WorldError(f"the {self.size} processes are not equal any more at step {step}: {len(different)} of "
+                             f"{len(state)} tensors differ, {different[0]} the first of them")
+
+    # What each process does for itself
+
+    def rows(self, count):
+        """The part of count rows, a multiple of `size`, that this process takes of every batch; a slice."""
+        share = count // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def part(self, sequence):
+        """Every size-th entry, from that of the rank on: together all of them."""
+        return sequence if self.size == 1 else sequence[self.rank::self.size]
+
+    def seed(self, *numbers):
+        """Gives every process but the first random numbers of its own, a function of (rank, numbers)."""
+        if self.rank:
+            import numpy as np
+            import torch
+
+            torch.manual_seed(int(np.random.SeedSequence([self.rank, *numbers]).generate_state(1, np.uint64)[0]))
+
+    # The end of a run that fails
+
+    def speaks(self, code):
+        """Whether this process is the first to fail, and so the one that says why; code: with which it will exit."""
+        if self.store is None:
+            return self.rank == 0
+        try:
+            first = self.store.add("failures", 1) == 1
+            if first:
+                self.store.set("exit code", str(code))
+        except RuntimeError:            # the machine that keeps the store is gone
+            return True
+        return first
+
+    def exit_code(self, default):
+        """That of the process that failed first, if it said so."""
+        try:
+            return int(self.store.get("exit code")) if self.store.check(["exit code"]) else default
+        except RuntimeError:
+            return default
+
+    def fail(self, prog, message, code):
+        """`cli.fail`, but one process speaks for all, and none waits for another on its way out."""
+        if self.size == 1:
+            fail(prog, message, code)
+        if self.speaks(code):
+            print(f"{prog}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+        os._exit(self.exit_code(code) if self.store else code)
+
+
+@contextmanager
+def calls():
+    """Whatever goes wrong between processes is a WorldError."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].split("] ")[-1]
+        raise WorldError(f"another process of this run is gone or does not answer ({said[:80]})") from None
+
+
+@contextmanager
+def dying_of_signals():
+    """Within the block a signal ends the process."""
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def checksum(tensor):
+    """() int64 of all bits of a tensor and of their places."""
+    import torch
+
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().reshape(-1).view(whole).long()
+    return (bits * (torch.arange(len(bits), device=bits.device) % 65521 + 1)).sum()
