@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -34,11 +35,13 @@ def main(argv=None):
         for size in times:
             seconds, sent = run(size, argv)
             times[size].append(seconds)
-    print("| processes x threads | ms a step | images a second | times as fast | bytes a step and process |\n|---|---|---|---|---|")
+    print("| processes x threads | ms a step | images a second | times as fast | bytes a step and process |")
+    print("|---|---|---|---|---|")
     for size, count in ((1, 0), (2, sent)):
         median = statistics.median(times[size])
         ratio = statistics.median(a / b for a, b in zip(times[1], times[size]))
-        print(f"| {size} x {2 // size} | {1000 * median:.1f} | {2 * args.batch_size / median:.4g} | {ratio:.2f} | {count:,.0f} |")
+        rate = 2 * args.batch_size / median
+        print(f"| {size} x {2 // size} | {1000 * median:.1f} | {rate:.4g} | {ratio:.2f} | {count:,.0f} |")
 
 
 def run(size, argv):
@@ -53,6 +56,7 @@ def run(size, argv):
 
 
 def measure(args):
+    warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)
     import torch
     import torch.distributed as dist
 
@@ -61,12 +65,15 @@ def measure(args):
     from utils.distributed import World
 
     sent = 0
-    for name in ("all_reduce", "broadcast"):
-        def counting(tensor, *more, call=getattr(dist, name), **named):
+
+    def counting(call):
+        def counted(tensor, *more, **named):
             nonlocal sent
             sent += tensor.numel() * tensor.element_size()
             return call(tensor, *more, **named)
-        setattr(dist, name, counting)
+        return counted
+
+    dist.all_reduce, dist.broadcast = counting(dist.all_reduce), counting(dist.broadcast)
     world = World()
     world.join("cpu")
     torch.manual_seed(0)

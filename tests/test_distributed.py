@@ -20,7 +20,7 @@ from torch.distributed import TCPStore
 
 from datasets import DATASETS
 from datasets.splits import check_num_label
-from metasemi import meta_gradient, training_step
+from metasemi import METHODS, meta_gradient, training_step
 from metasemi.step import evaluation_mode
 from models import NETWORKS
 from models.synchronized import synchronize_batch_norm
@@ -141,7 +141,7 @@ def several_steps(place, cases, results):
     world.leave()
 
 
-CASES = [(Frozen, "jvp", False), (Frozen, "finite-difference", False), (Frozen, "unrolled", False), (nn.BatchNorm2d, "jvp", True)]
+CASES = [*((Frozen, method, False) for method in METHODS), (nn.BatchNorm2d, "jvp", True)]
 
 
 @pytest.mark.parametrize("size", [2, 4])
