@@ -55,9 +55,9 @@ def imagenet(train, tmp_path, photographs):
     return lambda folder, *more: train(folder, *flags, "--save-path", str(tmp_path / folder), *more)
 
 
-def batches_of(images, gamma=1.0):
+def batches_of(images, gamma=1.0, rows=slice(None)):
     labeled, unlabeled = split_labels(images.train_labels, images.num_classes, images.num_classes, seed=0)
-    return Batches(images, labeled, unlabeled, batch_size=20, seed=5, mixup_gamma=gamma)
+    return Batches(images, labeled, unlabeled, batch_size=20, seed=5, mixup_gamma=gamma, rows=rows)
 
 
 def equal(a, b):
@@ -65,6 +65,15 @@ def equal(a, b):
 
 
 # The same batches
+
+@pytest.mark.parametrize("memory", [0, 2 ** 30])
+@pytest.mark.parametrize("name", ["folder", "imagenet"])
+def test_the_rows_of_one_process_are_those_of_the_whole_batch(photographs, tmp_path, name, memory):
+    root = photographs if name == "imagenet" else make_folder(tmp_path, count=17)
+    images = load_dataset(name, root, 32, flip=True, memory=memory)
+    whole, part = batches_of(images)(3), batches_of(images, rows=slice(5, 10))(3)
+    assert equal([tensor[5:10] for tensor in whole], part) and len(part.x_l) == 5
+
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_from_disk_equal_those_from_memory_bit_for_bit(tmp_path, workers):

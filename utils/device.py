@@ -41,16 +41,15 @@ def is_out_of_memory(error):
 
 
 def memory_for_images(device):
-    """Bytes that the images of a set may take: a third of what is free, on the machine, where loading holds them twice, and
-    on the GPU."""
+    """Bytes that the images of a set may take: a third of what is free on the GPU, and on the machine, where loading holds
+    them twice and torchrun's processes share."""
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError):
         free += [1024 * int(size) for size in re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())]
     with suppress(OSError, ValueError):                 # of a container; "max" is none
         free.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    if device.type == "cuda":
-        free.append(torch.cuda.mem_get_info(device)[0])
-    return min(free) // 3
+    shared = min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(shared, torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else shared) // 3
 
 
 def fingerprint(device, precision, compiled, processes=1):
