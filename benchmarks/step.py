@@ -54,6 +54,8 @@ def main(argv=None):
     parser.add_argument("--device", type=torch.device, default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--growth", action="store_true", help="growth with batch, classes, image and width instead")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME",
+                        help="beside the plain recipe (default: all; CUDA's are skipped elsewhere)")
     parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.batch_size = args.batch_size or (128 if args.device.type == "cuda" else 32)
@@ -68,7 +70,8 @@ def main(argv=None):
 
 def comparison(args):
     variants, updates, gradients, failures = {}, {}, {}, {}
-    for name, options in VARIANTS.items():
+    asked = {name: options for name, options in VARIANTS.items() if name in ("plain recipe", *(args.variants or VARIANTS))}
+    for name, options in asked.items():
         if args.device.type != "cuda" and any(word in name for word in ("tf32", "CUDA", "too")):
             failures[name] = "for CUDA"
             continue
@@ -85,7 +88,7 @@ def comparison(args):
     exact = meta_gradient_with_telemetry(oracle.model.double(), x_l.double(), y_l, x_u.double(), "unrolled").gradient
 
     size = 8192 if args.device.type == "cuda" else 2048
-    kinds = {precision(options) for name, options in VARIANTS.items() if name not in failures}
+    kinds = {precision(options) for name, options in asked.items() if name not in failures}
     products = {kind: product(size, kind, args.device) for kind in sorted(kinds)}
     work = {name: variant.step for name, variant in variants.items()} | {("product", kind): f for kind, f in products.items()}
     assert len(work) == len(variants) + len(products)           # "bfloat16" names a row and a product
@@ -97,7 +100,7 @@ def comparison(args):
              + ", ".join(f"{p} {value / 1e12:.3g} TFLOP/s" for p, value in peak.items()), "",
              "| variant | ms a step | times as fast | images a second | TFLOP/s | share of the peak | peak memory, MiB "
              "| error | update |", "|---|---|---|---|---|---|---|---|---|"]
-    for name, options in VARIANTS.items():
+    for name, options in asked.items():
         if name in failures:
             lines.append(f"| {name} | {failures[name]} | | | | | | | |")
             continue
@@ -142,7 +145,7 @@ def one(args):
 
 def alone(args, name, **changes):
     """The same from a process of its own."""
-    flags = {k: v for k, v in vars(args).items() if k not in ("one", "growth")} | changes
+    flags = {k: v for k, v in vars(args).items() if k not in ("one", "growth", "variants")} | changes
     command = [sys.executable, __file__, "--one", name, *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items())]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return [float(word) for word in done.stdout.split()[-2:]]
