@@ -510,13 +510,13 @@ def slow_evaluation():
 
     evaluate = metrics.evaluate
 
-    def slow(model, batches, dtype, stop):
+    def slow(model, batches, dtype, stop, add):
         def paused():
             for batch in batches:
                 for part in zip(*(tensor.split(50) for tensor in batch)):
                     time.sleep(0.01)
                     yield part
-        return evaluate(model, paused(), dtype, stop)
+        return evaluate(model, paused(), dtype, stop, add)
     metrics.evaluate = slow
 
 
