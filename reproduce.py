@@ -225,7 +225,7 @@ def draw(table, runs):
         if table == "figure3":
             first = own[:len(TABLES[table])]
             flags = ["--checkpoint-path", *(run.folder / "checkpoint.pth" for run in first),
-                     "--row-label", *("MetaSemi" if run.row == "both" else "Baseline" for run in first), "--mark-errors"]
+                     "--row-label", *("MetaSemi" if run.row == "both" else "Baseline" for run in first)]
         else:
             flags = ["--curves", *(run.folder for run in own)]
         if subprocess.run([sys.executable, HERE / "plot_features.py", *flags, "--save-path", folder]).returncode:

@@ -83,8 +83,8 @@ def style(k, num_classes):
 def draw_curves(folders, save_path):
     """curves.png and curves.pdf: test error and training loss over the steps; returns their paths.
 
-    Runs that differ only in their seed are one line, the mean, in a band from the least to the greatest.  The published
-    error of the same row, if there is one, is a dashed line.
+    Runs that differ only in their seed or list of labeled images are one line, the mean, in a band from the least to the
+    greatest.  The published error of the same row, if there is one, is a dashed line.
     """
     groups = {}
     for folder in map(Path, folders):
@@ -93,8 +93,8 @@ def draw_curves(folders, save_path):
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(f"argument --curves: {folder} is not the folder of a run ({error})") from None
-        key = json.dumps({name: value for name, value in flags.items() if name not in ("seed", "data_path", "num_workers")},
-                         sort_keys=True)
+        own = ("seed", "split", "data_path", "num_workers")
+        key = json.dumps({name: value for name, value in flags.items() if name not in own}, sort_keys=True)
         groups.setdefault(key, []).append((flags, folder, lines))
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
@@ -121,7 +121,7 @@ def draw_curves(folders, save_path):
     for ax in (left, right):
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return save(fig, save_path, "curves")
 
 
