@@ -199,7 +199,8 @@ def test_curves_average_seeds_and_show_the_published_value(runs, tmp_path, monke
     for seed, accuracies in ((1, (0.5, 0.9)), (2, (0.7, 0.8))):
         folder = tmp_path / f"run{seed}"
         folder.mkdir()
-        flags = {"dataset": "cifar10", "num_label": 4000, "arch": "convlarge", "mix_up": True, "no_meta": False, "seed": seed, "split": f"{seed}.txt"}
+        flags = {"dataset": "cifar10", "num_label": 4000, "arch": "convlarge", "mix_up": True, "no_meta": False, "seed": seed,
+                 "split": f"{seed}.txt"}
         (folder / "args.json").write_text(json.dumps({"args": flags}))
         lines = [{"step": s, "test/accuracy": a} for s, a in zip((400, 800), accuracies)] + [{"step": 100, "train/loss": 1.0}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
