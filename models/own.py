@@ -5,12 +5,12 @@ network is compared with the command line and never executed.  Importing this mo
 """
 import ast
 import hashlib
-import sys
+import runpy
 import traceback
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
-MODULE = "own_network"      # what such a file is imported as
+MODULE = "own_network"      # what such a file is run as
 
 
 class NetworkError(ValueError):
@@ -49,12 +49,9 @@ def build_own(name, num_classes):
     from torch.nn.parameter import is_lazy
 
     path, _, wanted = name.rpartition(":")
-    module = sys.modules[MODULE] = ModuleType(MODULE)
-    module.__file__ = path
     try:
         # Not by an importer: it would leave a __pycache__, or run one that is older than the file.
-        exec(compile(Path(path).read_bytes(), path, "exec"), vars(module))
-        model = getattr(module, wanted)(num_classes)
+        model = getattr(SimpleNamespace(**runpy.run_path(path, run_name=MODULE)), wanted)(num_classes)
     except (Exception, SystemExit) as error:
         raise NetworkError(f"argument --arch: {name} cannot be built: {where(error, path)}") from None
     if not isinstance(model, nn.Module):
