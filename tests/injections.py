@@ -69,7 +69,7 @@ def run(folder, flags, *patches, script="train_meta"):
     return code, Path(f"{output}.out").read_text(), Path(f"{output}.err").read_text()
 
 
-def finish(process, seconds=120):
+def finish(process, seconds=600):
     """The exit code; a process that does not end is killed, and named."""
     process.join(seconds)
     if process.exitcode is None:
@@ -142,7 +142,7 @@ def killed(folder, tries, rng, patch=None):
     for i in range(tries):
         process = start([*flags, "--save-path", parts, "--resume"], slow_disk, patch, output=folder / "killed")
         if i % 5:                           # one in five in start-up
-            wait_for(folder / "killed.out", "  loss ")
+            wait_for(folder / "killed.out", "  loss ", process)
         time.sleep(rng.uniform(0, 0.8))
         process.kill()
         process.join()
@@ -259,7 +259,7 @@ def logged(folder, tries, rng, patch=None):
         for _ in range(3):
             (folder / "output.out").unlink(missing_ok=True)
             process = start([*flags, "--save-path", path, "--resume"], slow_disk, patch, output=folder / "output")
-            wait_for(folder / "output.out", "test error")           # the first save follows
+            wait_for(folder / "output.out", "test error", process)           # the first save follows
             time.sleep(rng.uniform(0.1, 0.6))
             process.kill()
             process.join()
@@ -527,8 +527,8 @@ def default_signals():
     Interrupt.__exit__ = lambda self, *exception: None
 
 
-def orphans(group, seconds=10):
-    """What is left of a process group after a while, or None."""
+def orphans(group, seconds=600):
+    """What is left of a process group after a while, or None as soon as nothing is."""
     deadline = time.monotonic() + seconds
     while True:
         left = []
@@ -656,24 +656,24 @@ def leaking_labels():
 # F8, F9, F10, F15: commands
 
 def wrong_lines(folder, tries, rng, patch=None):
-    """Wrong command lines over both scripts, each in a process of its own, from the shell's point of view."""
+    """Wrong command lines over both scripts, each in a process of its own, from the shell's point of view, without torch."""
     from test_command_line import WRONG, make_files
 
     make_files(folder)
+    (folder / "stub").mkdir()
+    (folder / "stub" / "torch.py").write_text("raise SystemExit('torch was loaded')\n")
+    path = {"PYTHONPATH": f"{folder / 'stub'}{os.pathsep}{os.environ['PYTHONPATH']}"}
     before = sorted(folder.rglob("*"))
     chosen = WRONG if tries >= len(WRONG) else [WRONG[i] for i in rng.permutation(len(WRONG))[:tries]]
     for script, flags, parts in chosen:
         if patch:
             with contextlib.chdir(folder):
                 code, _, error = run(folder.parent, flags, patch, script=script)
-            seconds = 0.0
         else:
-            begin = time.perf_counter()
-            done = subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], cwd=folder, capture_output=True, text=True)
-            seconds = time.perf_counter() - begin
+            done = subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], cwd=folder, capture_output=True, text=True,
+                                  env={**os.environ, **path})
             code, error = done.returncode, done.stderr
-        fault = one_line(code, 2, error, *parts) or (None if sorted(folder.rglob("*")) == before else "it wrote something")
-        yield fault or (None if seconds < 1 else f"{flags}: it took {seconds:.1f} s")
+        yield one_line(code, 2, error, *parts) or (None if sorted(folder.rglob("*")) == before else "it wrote something")
 
 
 def lines_of_argparse():
@@ -712,11 +712,12 @@ def two_runs(folder, tries, rng, patch=None):
     """Two processes on one folder, and the same command again on the finished run."""
     flags = [*FLAGS, "--test-freq", "5", "--total-steps", "10"]
     for i in range(tries):
-        path = folder / str(i)
+        path, ended = folder / str(i), folder / f"ended{i}"
         flags_here = [*flags, "--save-path", path, *(["--resume"] if i % 2 else [])]
-        first = start(flags_here, slow_disk, slow_evaluation, patch, output=folder / "first")
-        wait_for(folder / "first.out", "parameters")
+        first = start(flags_here, partial(saving_after, ended), patch, output=folder / "first")
+        wait_for(folder / "first.out", "parameters", first)
         code, _, error = run(folder, flags_here, patch)
+        ended.touch()
         first_code = finish(first)
         fault = one_line(code, 2, error, *([f"in use by process {first.pid}"] if i % 2 else ["holds a run"]))
         if fault or first_code:
@@ -728,10 +729,21 @@ def two_runs(folder, tries, rng, patch=None):
         yield one_line(code, 2, error, "holds a run") or (None if unchanged else "files changed")
 
 
-def wait_for(path, text, seconds=60):
-    """Until a process has said so."""
-    deadline = time.monotonic() + seconds
-    while not (path.exists() and text in path.read_text()) and time.monotonic() < deadline:
+def saving_after(file):
+    """No save begins before a file is there."""
+    save = torch.save
+
+    def wait(*args):
+        deadline = time.monotonic() + 600
+        while not file.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        save(*args)
+    torch.save = wait
+
+
+def wait_for(path, text, process):
+    """Until a process has said so, or has ended."""
+    while process.is_alive() and not (path.exists() and text in path.read_text()):
         time.sleep(0.01)
 
 

@@ -265,7 +265,7 @@ def test_a_signal_to_the_whole_group_saves_the_run_or_kills_it_and_leaves_no_wor
         process.kill()                                  # the parent alone: its workers have to notice
     else:
         os.killpg(process.pid, number)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=600)
     assert (process.returncode, error) == ((143, "") if number == signal.SIGTERM else (-9, error))
     assert (tmp_path / "a" / "checkpoint.pth").exists() == (number == signal.SIGTERM)
     assert orphans(process.pid) is None
@@ -277,7 +277,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line(tmp_path):
         batches(1)
         os.kill(next(iter(images.train_images.workers.pool._processes)), signal.SIGKILL)
         with pytest.raises(OSError, match="killed for its memory perhaps: lower --num-workers"):
-            for step in range(2, 100):
+            for step in range(2, 60_000):
                 batches(step)
                 time.sleep(0.01)
 
