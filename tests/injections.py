@@ -16,9 +16,10 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context, resource_tracker
 from pathlib import Path
 from typing import NamedTuple
@@ -32,9 +33,11 @@ FLAGS = ["--dataset", "digits", "--num-label", "50", "-a", "convsmall", "--batch
          "--milestones", "5", "--mix-up", "--print-freq", "1"]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["injections", "train_meta", "plot_features", "torch", "torch._dynamo", "tensorboardX",
-                               "sklearn.datasets", "datasets.batches", "datasets.loading", "metasemi", "models.convlarge",
-                               "utils.checkpoint", "utils.device", "utils.metrics"])
+SERVER.set_forkserver_preload([
+    "injections", "train_meta", "plot_features", "torch", "torch._dynamo", "torch._decomp.decompositions_for_jvp",
+    "torch.distributed", "torch.utils.serialization.config", "tensorboardX", "sklearn.datasets", "sklearn.datasets.data",
+    "sklearn.datasets.descr", "datasets.batches", "datasets.loading", "metasemi", "models.convlarge", "models.synchronized",
+    "utils.checkpoint", "utils.device", "utils.metrics", "pytest", "hypothesis"])
 
 
 # Runs
@@ -67,6 +70,19 @@ def run(folder, flags, *patches, script="train_meta"):
     process = start(flags, *patches, script=script, output=output)
     code = finish(process)
     return code, Path(f"{output}.out").read_text(), Path(f"{output}.err").read_text()
+
+
+@cache
+def whole(*flags):
+    """The folder of an uninterrupted run with these flags, made once; as long as the process lives."""
+    folder = tempfile.TemporaryDirectory()
+    WHOLE.append(folder)
+    code, _, error = run(Path(folder.name), [*flags, "--save-path", Path(folder.name, "run")])
+    assert code == 0, error
+    return Path(folder.name, "run")
+
+
+WHOLE = []          # what `whole` made
 
 
 def finish(process, seconds=600):
@@ -136,8 +152,6 @@ def slow_disk(pause=0.02, chunks=8):
 def killed(folder, tries, rng, patch=None):
     """SIGKILL at random moments while saving at every step, then --resume."""
     flags = [*FLAGS, "--test-freq", "1", "--total-steps", str(6 * tries)]
-    code, _, error = run(folder, [*flags, "--save-path", folder / "whole"])
-    assert code == 0, error
     parts, reached = folder / "parts", 0
     for i in range(tries):
         process = start([*flags, "--save-path", parts, "--resume"], slow_disk, patch, output=folder / "killed")
@@ -153,7 +167,7 @@ def killed(folder, tries, rng, patch=None):
         reached = last
         yield None
     code, _, error = run(folder, [*flags, "--save-path", parts, "--resume"], patch)
-    yield error if code else unequal(folder / "whole", parts) or unequal(folder / "whole", parts, "model_best.pth")
+    yield error if code else unequal(whole(*flags), parts) or unequal(whole(*flags), parts, "model_best.pth")
 
 
 def readable(folder):
@@ -237,14 +251,12 @@ def resumed(folder, tries, rng, patch=None):
     plain = [flag for flag in flags if flag != "--mix-up"]
     cases = [(row, k) for k in (3, 1, 4, 5, 6) for row in (flags, plain)]
     for row, k in cases[:tries]:
-        whole, parts = (folder / f"{name}{len(row)}" for name in ("whole", f"parts{k}-"))
-        if not whole.exists():
-            run(folder, [*row, "7", "--save-path", whole])
+        parts = folder / f"parts{k}-{len(row)}"
         for steps in (k, min(k + 2, 6), 7):
             code, _, error = run(folder, [*row, steps, "--save-path", parts, "--resume"], patch)
             if code:
                 break
-        yield f"k = {k}: {error}" if code else unequal(whole, parts)
+        yield f"k = {k}: {error}" if code else unequal(whole(*row, "7"), parts)
 
 
 def no_rng():
@@ -433,7 +445,6 @@ def no_sums():
 def disk_full(folder, tries, rng, patch=None):
     """A file-size limit that fails every write over a while of the run; lifted again, or not before the last save."""
     flags = [*FLAGS, "--total-steps", "6", "--test-freq", "1"]
-    run(folder, [*flags, "--save-path", folder / "whole"])
     for i in range(tries):
         path, limit, last = folder / str(i), int(rng.choice([0, 500, 3000, 100_000])), i % 2 == 1
         code, _, error = run(folder, [*flags, "--save-path", path], partial(limited, limit, 2, 99 if last else 5), patch)
@@ -449,8 +460,8 @@ def disk_full(folder, tries, rng, patch=None):
             if fault or code:
                 yield fault or error
                 continue
-        same = records(path) == records(folder / "whole")
-        yield unequal(folder / "whole", path) or (None if same else "records are missing")
+        same = records(path) == records(whole(*flags))
+        yield unequal(whole(*flags), path) or (None if same else "records are missing")
 
 
 def limited(limit, first, last):
@@ -563,14 +574,13 @@ def folder_of_digits(root):
 def not_finite(folder, tries, rng, patch=None):
     """NaN or infinity in the input, the weights, the loss or the gradient alone."""
     flags = [*FLAGS, "--test-freq", "2", "--print-freq", "3", "--total-steps", "9"]
-    run(folder, [*flags, "--total-steps", "4", "--save-path", folder / "whole"])
     for i in range(tries):
         kind, value = ("gradient", "input", "weights", "loss")[i % 4], (float("nan"), float("inf"))[i // 4 % 2]
         path = folder / str(i)
         code, _, error = run(folder, [*flags, "--save-path", path], partial(spoiled, kind, value), patch)
         finite = all(w.isfinite().all() for w in tensors(state_of(path)).values() if w.is_floating_point())
         yield one_line(code, 1, error, "not finite at step 5", "at step 4", "checkpoint.pth of step 4 is intact") or (
-            unequal(folder / "whole", path) if finite else "the last file is not finite")
+            unequal(whole(*flags, "--total-steps", "4"), path) if finite else "the last file is not finite")
 
 
 def spoiled(kind, value):
@@ -756,8 +766,6 @@ def no_lock():
 def odd_places(folder, tries, rng, patch=None):
     """Paths with spaces, unicode and %, a symlinked run folder, closed or broken standard streams."""
     flags = [*FLAGS, "--total-steps", "3", "--test-freq", "2"]
-    code, _, error = run(folder, [*flags, "--save-path", folder / "whole"])
-    assert code == 0, error
     (folder / "elsewhere").mkdir()
     (folder / "link").symlink_to(folder / "elsewhere")
     places = [("closed", (0, 1, 2)), ("broken", "pipe"), ("closed too", (1,)), ("with space", ()), ("ünï ☃", ()),
@@ -770,8 +778,8 @@ def odd_places(folder, tries, rng, patch=None):
             code = finish(process)
             if code:
                 break
-        fault = f"{name}: exit code {code}" if code else unequal(folder / "whole", path)
-        if not fault and records(path) != records(folder / "whole"):
+        fault = f"{name}: exit code {code}" if code else unequal(whole(*flags), path)
+        if not fault and records(path) != records(whole(*flags)):
             fault = f"{name}: the records differ"
         yield fault
     for name in ("ünï ☃", "100 % {x} $HOME")[:max(0, tries - 6)]:

@@ -2,13 +2,13 @@
 import importlib.util
 import json
 import os
-import subprocess
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import SHORT
-from injections import Malicious
+from injections import Malicious, run
 from oracle import close
 from PIL import Image
 
@@ -90,15 +90,16 @@ def test_measures_equal_a_plain_vote_of_the_features(runs, tmp_path):
     assert close(torch.from_numpy(data["coordinates_0"]).abs(), expected.abs(), 1000)
 
 
-def test_same_seed_gives_the_same_coordinates_whatever_the_number_of_threads(runs, tmp_path, command):
+def test_same_seed_gives_the_same_coordinates_whatever_the_number_of_threads(runs, tmp_path):
     coordinates = []
-    for threads in ("1", "2"):
-        checkpoint = tmp_path / threads / "model_best.pth"              # a folder of its own, so without cached features
+    for threads in (1, 2):
+        checkpoint = tmp_path / str(threads) / "model_best.pth"              # a folder of its own, so without cached features
         checkpoint.parent.mkdir()
         checkpoint.write_bytes((runs / "metasemi" / "model_best.pth").read_bytes())
-        subprocess.run(command("plot_features.py", "--checkpoint-path", checkpoint, "--save-path", tmp_path / f"out{threads}",
-                               "--num-point", "150", "--perplexity", "10"), check=True, capture_output=True,
-                       env={**os.environ, "OMP_NUM_THREADS": threads})
+        code, _, error = run(tmp_path, ["--checkpoint-path", checkpoint, "--save-path", tmp_path / f"out{threads}",
+                                        "--num-point", "150", "--perplexity", "10"],
+                             partial(torch.set_num_threads, threads), script="plot_features")
+        assert (code, error) == (0, "")
         with np.load(tmp_path / f"out{threads}" / "embedding.npz") as data:
             coordinates.append(data["coordinates_0"])
     assert np.array_equal(*coordinates)
