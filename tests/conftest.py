@@ -2,7 +2,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+settings.register_profile("busy", deadline=None,        # nothing here depends on how fast the machine is
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.load_profile("busy")
 ROOT = Path(__file__).parent.parent
 SHORT = ["--dataset", "digits", "--num-label", "50", "-a", "convsmall", "--batch-size", "8", "--total-steps", "7",
          "--warmup", "2", "--milestones", "5", "--print-freq", "2", "--test-freq", "3", "--seed", "1"]

@@ -16,9 +16,10 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context, resource_tracker
 from pathlib import Path
 from typing import NamedTuple
@@ -32,9 +33,11 @@ FLAGS = ["--dataset", "digits", "--num-label", "50", "-a", "convsmall", "--batch
          "--milestones", "5", "--mix-up", "--print-freq", "1"]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["injections", "train_meta", "plot_features", "torch", "torch._dynamo", "tensorboardX",
-                               "sklearn.datasets", "datasets.batches", "datasets.loading", "metasemi", "models.convlarge",
-                               "utils.checkpoint", "utils.device", "utils.metrics"])
+SERVER.set_forkserver_preload([
+    "injections", "train_meta", "plot_features", "torch", "torch._dynamo", "torch._decomp.decompositions_for_jvp",
+    "torch.distributed", "torch.utils.serialization.config", "tensorboardX", "sklearn.datasets", "sklearn.datasets.data",
+    "sklearn.datasets.descr", "datasets.batches", "datasets.loading", "metasemi", "models.convlarge", "models.synchronized",
+    "utils.checkpoint", "utils.device", "utils.metrics", "pytest", "hypothesis"])
 
 
 # Runs
@@ -69,7 +72,20 @@ def run(folder, flags, *patches, script="train_meta"):
     return code, Path(f"{output}.out").read_text(), Path(f"{output}.err").read_text()
 
 
-def finish(process, seconds=120):
+@cache
+def whole(*flags):
+    """The folder of an uninterrupted run with these flags, made once; as long as the process lives."""
+    folder = tempfile.TemporaryDirectory()
+    WHOLE.append(folder)
+    code, _, error = run(Path(folder.name), [*flags, "--save-path", Path(folder.name, "run")])
+    assert code == 0, error
+    return Path(folder.name, "run")
+
+
+WHOLE = []          # what `whole` made
+
+
+def finish(process, seconds=600):
     """The exit code; a process that does not end is killed, and named."""
     process.join(seconds)
     if process.exitcode is None:
@@ -136,13 +152,11 @@ def slow_disk(pause=0.02, chunks=8):
 def killed(folder, tries, rng, patch=None):
     """SIGKILL at random moments while saving at every step, then --resume."""
     flags = [*FLAGS, "--test-freq", "1", "--total-steps", str(6 * tries)]
-    code, _, error = run(folder, [*flags, "--save-path", folder / "whole"])
-    assert code == 0, error
     parts, reached = folder / "parts", 0
     for i in range(tries):
         process = start([*flags, "--save-path", parts, "--resume"], slow_disk, patch, output=folder / "killed")
         if i % 5:                           # one in five in start-up
-            wait_for(folder / "killed.out", "  loss ")
+            wait_for(folder / "killed.out", "  loss ", process)
         time.sleep(rng.uniform(0, 0.8))
         process.kill()
         process.join()
@@ -153,7 +167,7 @@ def killed(folder, tries, rng, patch=None):
         reached = last
         yield None
     code, _, error = run(folder, [*flags, "--save-path", parts, "--resume"], patch)
-    yield error if code else unequal(folder / "whole", parts) or unequal(folder / "whole", parts, "model_best.pth")
+    yield error if code else unequal(whole(*flags), parts) or unequal(whole(*flags), parts, "model_best.pth")
 
 
 def readable(folder):
@@ -237,14 +251,12 @@ def resumed(folder, tries, rng, patch=None):
     plain = [flag for flag in flags if flag != "--mix-up"]
     cases = [(row, k) for k in (3, 1, 4, 5, 6) for row in (flags, plain)]
     for row, k in cases[:tries]:
-        whole, parts = (folder / f"{name}{len(row)}" for name in ("whole", f"parts{k}-"))
-        if not whole.exists():
-            run(folder, [*row, "7", "--save-path", whole])
+        parts = folder / f"parts{k}-{len(row)}"
         for steps in (k, min(k + 2, 6), 7):
             code, _, error = run(folder, [*row, steps, "--save-path", parts, "--resume"], patch)
             if code:
                 break
-        yield f"k = {k}: {error}" if code else unequal(whole, parts)
+        yield f"k = {k}: {error}" if code else unequal(whole(*row, "7"), parts)
 
 
 def no_rng():
@@ -259,7 +271,7 @@ def logged(folder, tries, rng, patch=None):
         for _ in range(3):
             (folder / "output.out").unlink(missing_ok=True)
             process = start([*flags, "--save-path", path, "--resume"], slow_disk, patch, output=folder / "output")
-            wait_for(folder / "output.out", "test error")           # the first save follows
+            wait_for(folder / "output.out", "test error", process)           # the first save follows
             time.sleep(rng.uniform(0.1, 0.6))
             process.kill()
             process.join()
@@ -433,7 +445,6 @@ def no_sums():
 def disk_full(folder, tries, rng, patch=None):
     """A file-size limit that fails every write over a while of the run; lifted again, or not before the last save."""
     flags = [*FLAGS, "--total-steps", "6", "--test-freq", "1"]
-    run(folder, [*flags, "--save-path", folder / "whole"])
     for i in range(tries):
         path, limit, last = folder / str(i), int(rng.choice([0, 500, 3000, 100_000])), i % 2 == 1
         code, _, error = run(folder, [*flags, "--save-path", path], partial(limited, limit, 2, 99 if last else 5), patch)
@@ -449,8 +460,8 @@ def disk_full(folder, tries, rng, patch=None):
             if fault or code:
                 yield fault or error
                 continue
-        same = records(path) == records(folder / "whole")
-        yield unequal(folder / "whole", path) or (None if same else "records are missing")
+        same = records(path) == records(whole(*flags))
+        yield unequal(whole(*flags), path) or (None if same else "records are missing")
 
 
 def limited(limit, first, last):
@@ -527,8 +538,8 @@ def default_signals():
     Interrupt.__exit__ = lambda self, *exception: None
 
 
-def orphans(group, seconds=10):
-    """What is left of a process group after a while, or None."""
+def orphans(group, seconds=600):
+    """What is left of a process group after a while, or None as soon as nothing is."""
     deadline = time.monotonic() + seconds
     while True:
         left = []
@@ -563,14 +574,13 @@ def folder_of_digits(root):
 def not_finite(folder, tries, rng, patch=None):
     """NaN or infinity in the input, the weights, the loss or the gradient alone."""
     flags = [*FLAGS, "--test-freq", "2", "--print-freq", "3", "--total-steps", "9"]
-    run(folder, [*flags, "--total-steps", "4", "--save-path", folder / "whole"])
     for i in range(tries):
         kind, value = ("gradient", "input", "weights", "loss")[i % 4], (float("nan"), float("inf"))[i // 4 % 2]
         path = folder / str(i)
         code, _, error = run(folder, [*flags, "--save-path", path], partial(spoiled, kind, value), patch)
         finite = all(w.isfinite().all() for w in tensors(state_of(path)).values() if w.is_floating_point())
         yield one_line(code, 1, error, "not finite at step 5", "at step 4", "checkpoint.pth of step 4 is intact") or (
-            unequal(folder / "whole", path) if finite else "the last file is not finite")
+            unequal(whole(*flags, "--total-steps", "4"), path) if finite else "the last file is not finite")
 
 
 def spoiled(kind, value):
@@ -656,24 +666,24 @@ def leaking_labels():
 # F8, F9, F10, F15: commands
 
 def wrong_lines(folder, tries, rng, patch=None):
-    """Wrong command lines over both scripts, each in a process of its own, from the shell's point of view."""
+    """Wrong command lines over both scripts, each in a process of its own, from the shell's point of view, without torch."""
     from test_command_line import WRONG, make_files
 
     make_files(folder)
+    (folder / "stub").mkdir()
+    (folder / "stub" / "torch.py").write_text("raise SystemExit('torch was loaded')\n")
+    path = {"PYTHONPATH": f"{folder / 'stub'}{os.pathsep}{os.environ['PYTHONPATH']}"}
     before = sorted(folder.rglob("*"))
     chosen = WRONG if tries >= len(WRONG) else [WRONG[i] for i in rng.permutation(len(WRONG))[:tries]]
     for script, flags, parts in chosen:
         if patch:
             with contextlib.chdir(folder):
                 code, _, error = run(folder.parent, flags, patch, script=script)
-            seconds = 0.0
         else:
-            begin = time.perf_counter()
-            done = subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], cwd=folder, capture_output=True, text=True)
-            seconds = time.perf_counter() - begin
+            done = subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], cwd=folder, capture_output=True, text=True,
+                                  env={**os.environ, **path})
             code, error = done.returncode, done.stderr
-        fault = one_line(code, 2, error, *parts) or (None if sorted(folder.rglob("*")) == before else "it wrote something")
-        yield fault or (None if seconds < 1 else f"{flags}: it took {seconds:.1f} s")
+        yield one_line(code, 2, error, *parts) or (None if sorted(folder.rglob("*")) == before else "it wrote something")
 
 
 def lines_of_argparse():
@@ -712,11 +722,12 @@ def two_runs(folder, tries, rng, patch=None):
     """Two processes on one folder, and the same command again on the finished run."""
     flags = [*FLAGS, "--test-freq", "5", "--total-steps", "10"]
     for i in range(tries):
-        path = folder / str(i)
+        path, ended = folder / str(i), folder / f"ended{i}"
         flags_here = [*flags, "--save-path", path, *(["--resume"] if i % 2 else [])]
-        first = start(flags_here, slow_disk, slow_evaluation, patch, output=folder / "first")
-        wait_for(folder / "first.out", "parameters")
+        first = start(flags_here, partial(saving_after, ended), patch, output=folder / "first")
+        wait_for(folder / "first.out", "parameters", first)
         code, _, error = run(folder, flags_here, patch)
+        ended.touch()
         first_code = finish(first)
         fault = one_line(code, 2, error, *([f"in use by process {first.pid}"] if i % 2 else ["holds a run"]))
         if fault or first_code:
@@ -728,10 +739,21 @@ def two_runs(folder, tries, rng, patch=None):
         yield one_line(code, 2, error, "holds a run") or (None if unchanged else "files changed")
 
 
-def wait_for(path, text, seconds=60):
-    """Until a process has said so."""
-    deadline = time.monotonic() + seconds
-    while not (path.exists() and text in path.read_text()) and time.monotonic() < deadline:
+def saving_after(file):
+    """No save begins before a file is there."""
+    save = torch.save
+
+    def wait(*args):
+        deadline = time.monotonic() + 600
+        while not file.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        save(*args)
+    torch.save = wait
+
+
+def wait_for(path, text, process):
+    """Until a process has said so, or has ended."""
+    while process.is_alive() and not (path.exists() and text in path.read_text()):
         time.sleep(0.01)
 
 
@@ -744,8 +766,6 @@ def no_lock():
 def odd_places(folder, tries, rng, patch=None):
     """Paths with spaces, unicode and %, a symlinked run folder, closed or broken standard streams."""
     flags = [*FLAGS, "--total-steps", "3", "--test-freq", "2"]
-    code, _, error = run(folder, [*flags, "--save-path", folder / "whole"])
-    assert code == 0, error
     (folder / "elsewhere").mkdir()
     (folder / "link").symlink_to(folder / "elsewhere")
     places = [("closed", (0, 1, 2)), ("broken", "pipe"), ("closed too", (1,)), ("with space", ()), ("ünï ☃", ()),
@@ -758,8 +778,8 @@ def odd_places(folder, tries, rng, patch=None):
             code = finish(process)
             if code:
                 break
-        fault = f"{name}: exit code {code}" if code else unequal(folder / "whole", path)
-        if not fault and records(path) != records(folder / "whole"):
+        fault = f"{name}: exit code {code}" if code else unequal(whole(*flags), path)
+        if not fault and records(path) != records(whole(*flags)):
             fault = f"{name}: the records differ"
         yield fault
     for name in ("ünï ☃", "100 % {x} $HOME")[:max(0, tries - 6)]:

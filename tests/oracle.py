@@ -26,6 +26,15 @@ def exact_gradient(model, x_l, y_l, x_u, *, consistency="mse", alpha=0.1):
     return y_tilde, gradient * len(x_u) / alpha
 
 
+def close(value, expected, units=100):
+    """Whether two computations of one tensor agree up to rounding: no entry differs by more than `units` in the last place of
+    the largest entry, in the coarser of the two types.  What is not a floating-point number must be equal."""
+    if not expected.is_floating_point():
+        return torch.equal(value, expected)
+    unit = max(torch.finfo(t.dtype).eps for t in (value, expected)) * expected.abs().max()
+    return value.shape == expected.shape and bool((value - expected).abs().max() <= units * unit)
+
+
 def relative_error(value, exact):
     return ((value.double() - exact).norm() / exact.norm()).item()
 

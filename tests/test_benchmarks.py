@@ -1,6 +1,7 @@
 """The benchmarks of the step and of the inputs run, at a tiny size on the CPU."""
 import sys
 from argparse import Namespace
+from functools import partial
 
 import torch
 from conftest import ROOT
@@ -28,6 +29,8 @@ def test_the_step_benchmark_compares_what_can_run_here_and_says_what_cannot(monk
     monkeypatch.setattr(step, "VARIANTS", {name: step.VARIANTS[name] for name in names})
     monkeypatch.setattr(step, "alone", lambda args, name, **changes: [
         float(word) for word in step.one(Namespace(**vars(args) | changes | {"one": name})).split()])
+    product = step.product
+    monkeypatch.setattr(step, "product", lambda size, *args: product(64, *args))
     step.main(TINY)
     table = rows(capsys.readouterr().out)
     assert table["plain recipe"][1] == "1.00" and float(table["plain recipe"][-1]) == 0
@@ -49,7 +52,8 @@ def test_the_input_benchmark_delivers_both_rates(monkeypatch, capsys):
     assert float(rows(capsys.readouterr().out)["datasets.Batches"][1]) > 0
 
 
-def test_the_streaming_benchmark_delivers_both_rates(capsys):
+def test_the_streaming_benchmark_delivers_both_rates(monkeypatch, capsys):
+    monkeypatch.setattr(streaming, "make_tree", partial(streaming.make_tree, images=4))
     streaming.main(["--image-size", "32", "--batch-size", "4", "--num-workers", "1", "--steps", "2", "--repeats", "1"])
     table = rows(capsys.readouterr().out)
     assert float(table["datasets.Batches from disk"][0]) > 0 and float(table["datasets.Batches from disk"][2]) > 1

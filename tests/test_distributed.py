@@ -5,16 +5,16 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHORT
+from conftest import SHORT
 from injections import SERVER, differing, finish, records, start, tensors
+from oracle import close
 from torch import nn
 from torch.distributed import TCPStore
 
@@ -33,10 +33,11 @@ NETWORK = """import torch
 from torch import nn
 
 
-class Net(nn.Module):
+class Net(nn.Module):       # no bias before a batch normalization: its gradient would be rounding alone
     def __init__(self, num_classes):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.Tanh(), nn.Conv2d(6, 8, 3, stride=2))
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6), nn.Tanh(),
+                                  nn.Conv2d(6, 8, 3, stride=2, bias=False))
         self.norm, self.head = nn.BatchNorm1d(8), nn.Linear(8, num_classes)
 
     def forward(self, x):
@@ -66,7 +67,7 @@ def store():
     """What torchrun keeps for its processes."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=10))
 
 
 class Run:
@@ -77,8 +78,8 @@ class Run:
         self.processes = [start([*SHORT, *flags], Become(rank, size, store.port), patch, output=output)
                           for rank, output in enumerate(self.outputs)]
 
-    def end(self, seconds=60):
-        codes = [finish(process, seconds) for process in self.processes]
+    def end(self):
+        codes = [finish(process) for process in self.processes]
         return codes, [Path(f"{output}.err").read_text() for output in self.outputs]
 
 
@@ -141,28 +142,32 @@ def several_steps(place, cases, results):
     world.leave()
 
 
+@pytest.fixture(scope="module")
+def one_process():
+    return {case: steps(*case[:2]) for case in CASES}
+
+
 CASES = [*((Frozen, method, False) for method in METHODS), (nn.BatchNorm2d, "jvp", True)]
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_twenty_steps_of_several_processes_equal_those_of_one_in_float64(store, size):
+def test_twenty_steps_of_several_processes_equal_those_of_one_in_float64(store, one_process, size):
     results = SERVER.Queue()
     processes = [SERVER.Process(target=several_steps, args=((rank, size, store.port), CASES, results)) for rank in range(size)]
     for process in processes:
         process.start()
     found = {}
     for _ in range(size * len(CASES)):
-        norm, method, rank, values = results.get(timeout=60)
+        norm, method, rank, values = results.get(timeout=600)
         found[norm, method, rank] = {name: torch.from_numpy(value) for name, value in values.items()}
     assert [finish(process) for process in processes] == [0] * size
-    for norm, method, _ in CASES:
-        expected = steps(norm, method)
+    for (norm, method, _), expected in one_process.items():
         for rank in range(size):
             several = found[norm.__name__, method, rank]
             rows = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
             for name, value in expected.items():
                 value = value[:, rows] if name in ("gradient", "y_hat") else value
-                assert torch.allclose(several[name].to(value.dtype), value, rtol=0, atol=1e-9), (norm, method, rank, name)
+                assert close(several[name].to(value.dtype), value, 1_000_000), (norm, method, rank, name)
             assert all(torch.equal(several[name], found[norm.__name__, method, 0][name])
                        for name in several if name not in ("gradient", "y_hat"))
         assert expected["gradient"].abs().max() > 1e-3
@@ -178,11 +183,11 @@ def test_synchronized_batch_norm_of_one_process_is_batch_norm():
             y = x.detach().clone().requires_grad_()
             weight = torch.randn(shape)
             (layer(x) * weight).sum().backward(), (own(y) * weight).sum().backward()
-            assert torch.allclose(layer(x), own(y), atol=1e-5) and torch.allclose(x.grad, y.grad, atol=1e-5)
+            assert close(own(y), layer(x)) and close(y.grad, x.grad)
         for mine, theirs in zip(own.state_dict().values(), layer.state_dict().values()):
-            assert torch.allclose(mine, theirs, rtol=1e-5)
+            assert close(mine, theirs)
         with evaluation_mode(layer), evaluation_mode(own):
-            assert torch.allclose(layer(x), own(x), atol=1e-5)
+            assert close(own(x), layer(x))
 
 
 # Whole runs
@@ -194,19 +199,23 @@ def network(tmp_path):
             "--test-freq", "8", "--num-label", "100"]
 
 
+IMAGES = {"train": 16, "validation": 30, "test": 500}          # behind each accuracy of a run of `network`
+
+
 def test_a_run_of_two_processes_equals_a_run_of_one_and_leaves_the_same_files(train, tmp_path, network):
     assert train("one", *network) == 0
     assert run(2, tmp_path, *network, "--save-path", tmp_path / "two") == ([0, 0], "")
     one, two = (tensors(torch.load(tmp_path / name / "checkpoint.pth", weights_only=True)) for name in ("one", "two"))
     for key, value in one.items():
         if "rng" not in key:
-            assert torch.allclose(value, two[key], rtol=0, atol=1e-5), key
+            assert close(two[key], value, 1000), key
     assert sorted(two.keys() - one.keys()) == ["/other_rng/0/0"]
     ours, theirs = records(tmp_path / "one"), records(tmp_path / "two")
     for mine, other in zip(ours, theirs, strict=True):
-        assert mine.keys() == other.keys() and mine == pytest.approx(other, abs=1e-4)
-    assert [r["test/accuracy"] for r in ours if "test/accuracy" in r] == [
-        r["test/accuracy"] for r in theirs if "test/accuracy" in r]
+        assert mine.keys() == other.keys()
+        for name, value in mine.items():            # in an accuracy one image may be as close as rounding
+            tolerance = {"abs": 1.01 / IMAGES[name.split("/")[0]]} if "acc" in name else {"rel": 1e-4}
+            assert other[name] == pytest.approx(value, **tolerance), name
     assert {p.name for p in (tmp_path / "one").iterdir() if "tfevents" not in p.name} == {
         p.name for p in (tmp_path / "two").iterdir() if "tfevents" not in p.name}
     assert len(list((tmp_path / "two").glob("*tfevents*"))) == 1
@@ -240,7 +249,7 @@ def slow_steps():
 
 def wait_for(run, text="  loss "):
     output = Path(f"{run.outputs[0]}.out")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while text not in output.read_text():
         assert time.monotonic() < deadline and run.processes[0].is_alive()
         time.sleep(0.05)
@@ -267,7 +276,7 @@ def test_when_a_process_is_killed_the_others_end_with_one_line_and_the_run_resum
     wait_for(several, "step 8/2000  test error")        # after a save
     time.sleep(random.uniform(0, 0.3))
     several.processes[victim].kill()
-    codes, errors = several.end(30)
+    codes, errors = several.end()
     assert codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(3)]
     assert "".join(errors).count("\n") == 1 and "another process of this run is gone" in "".join(errors)
     saved = torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"]
@@ -331,23 +340,36 @@ def test_a_wrong_flag_ends_every_process_with_two_and_is_said_once(tmp_path, fla
     assert not (tmp_path / "a").exists()
 
 
+def under_torchrun():
+    """train_meta.py as torchrun starts it twice, but forked where torch is loaded; the first is killed at step 5, once."""
+    from torch.distributed import run
+
+    import metasemi
+    import train_meta
+
+    step, main, launch, calls = metasemi.training_step, train_meta.main, run.elastic_launch, []
+
+    def mortal(*args, **options):
+        calls.append(None)
+        if len(calls) == 5 and os.environ["RANK"] == os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*args, **options)
+
+    metasemi.training_step = mortal
+    run.elastic_launch = lambda config, entrypoint: launch(
+        replace(config, start_method="fork"), lambda unbuffered, script, *flags: main(flags))
+    train_meta.main = lambda flags: run.main(["--standalone", "--nproc-per-node=2", "--max-restarts=1", "train_meta", *flags])
+
+
 def test_torchrun_restarts_a_run_whose_process_was_killed(tmp_path):
-    flags = [*SHORT, "--no-meta", "--save-path", tmp_path / "a", "--resume", "--test-freq", "1", "--total-steps", "60"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
-               ROOT / "train_meta.py", *flags]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for line in process.stdout:
-        if line.startswith("step 4/"):
-            break
-    os.kill(int((tmp_path / "a" / ".lock").read_text()), signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert output.count("train_meta.py: another process") <= 1
+    flags = [*SHORT, "--no-meta", "--save-path", tmp_path / "a", "--resume", "--test-freq", "1", "--total-steps", "8"]
+    process = start(flags, under_torchrun, output=tmp_path / "torchrun")
+    assert finish(process) == 0, (tmp_path / "torchrun.err").read_text()
+    assert (tmp_path / "torchrun.err").read_text().count("train_meta.py: another process") <= 1
     log = (tmp_path / "a" / "log.txt").read_text()
-    assert re.search(r"resumed at step [1-9]", log) and "finished 60 steps" in log
+    assert "resumed at step 4 " in log and "finished 8 steps" in log
     assert [json.loads(line)["step"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
-            if "test/accuracy" in line] == list(range(1, 61))
+            if "test/accuracy" in line] == list(range(1, 9))
 
 
 # Parts

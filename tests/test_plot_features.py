@@ -2,13 +2,14 @@
 import importlib.util
 import json
 import os
-import subprocess
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import SHORT
-from injections import Malicious
+from injections import Malicious, run
+from oracle import close
 from PIL import Image
 
 import plot_features
@@ -73,7 +74,9 @@ def test_measures_equal_a_plain_vote_of_the_features(runs, tmp_path):
     x = (pixels / 255 - saved["mean"].view(-1, 1, 1)) / saved["std"].view(-1, 1, 1)
     with torch.no_grad():
         features = model.features(x).double()
-        assert (model(x).argmax(dim=1).numpy() == data["predictions_0"]).all()
+        logits = model(x)
+        predicted = torch.from_numpy(data["predictions_0"])[:, None]
+        assert close(logits.gather(1, predicted)[:, 0], logits.max(dim=1).values)       # the largest, up to rounding
     known = np.flatnonzero(part == "labeled")
     right = []
     for i in np.flatnonzero(part == "test"):
@@ -81,21 +84,22 @@ def test_measures_equal_a_plain_vote_of_the_features(runs, tmp_path):
         votes = np.bincount(classes[nearest], minlength=10)
         right.append(votes.argmax() == classes[i])
     accuracy = json.loads((tmp_path / "embedding.json").read_text())["rows"][0]["knn_accuracy"]["test"]
-    assert accuracy == pytest.approx(np.mean(right), abs=1e-9)
+    assert accuracy == pytest.approx(np.mean(right), abs=1.01 / 60)             # one vote may be as close as rounding
     centered = features - features.mean(dim=0)
     expected = centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:2].T
-    assert torch.allclose(expected.abs(), torch.from_numpy(data["coordinates_0"]).double().abs(), atol=1e-4)
+    assert close(torch.from_numpy(data["coordinates_0"]).abs(), expected.abs(), 1000)
 
 
-def test_same_seed_gives_the_same_coordinates_whatever_the_number_of_threads(runs, tmp_path, command):
+def test_same_seed_gives_the_same_coordinates_whatever_the_number_of_threads(runs, tmp_path):
     coordinates = []
-    for threads in ("1", "2"):
-        checkpoint = tmp_path / threads / "model_best.pth"              # a folder of its own, so without cached features
+    for threads in (1, 2):
+        checkpoint = tmp_path / str(threads) / "model_best.pth"              # a folder of its own, so without cached features
         checkpoint.parent.mkdir()
         checkpoint.write_bytes((runs / "metasemi" / "model_best.pth").read_bytes())
-        subprocess.run(command("plot_features.py", "--checkpoint-path", checkpoint, "--save-path", tmp_path / f"out{threads}",
-                               "--num-point", "150", "--perplexity", "10"), check=True, capture_output=True,
-                       env={**os.environ, "OMP_NUM_THREADS": threads})
+        code, _, error = run(tmp_path, ["--checkpoint-path", checkpoint, "--save-path", tmp_path / f"out{threads}",
+                                        "--num-point", "150", "--perplexity", "10"],
+                             partial(torch.set_num_threads, threads), script="plot_features")
+        assert (code, error) == (0, "")
         with np.load(tmp_path / f"out{threads}" / "embedding.npz") as data:
             coordinates.append(data["coordinates_0"])
     assert np.array_equal(*coordinates)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from oracle import close
 
 from metasemi import cross_domain_mixup, kl_divergence, learning_rate, ramp, squared_error, update_pseudo_labels
 
@@ -8,10 +9,10 @@ def test_meta_step_moves_clips_at_zero_and_renormalizes():
     y_tilde = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.1, 0.0]], dtype=torch.float64)
     gradient = torch.tensor([[1.0, -0.5, -0.5], [-0.2, 0.2, 0.0]], dtype=torch.float64)
     expected = torch.tensor([[0.4, 0.35, 0.25], [0.92, 0.08, 0.0]], dtype=torch.float64)
-    assert torch.allclose(update_pseudo_labels(y_tilde, gradient, 0.1), expected, rtol=0, atol=1e-15)
+    assert close(update_pseudo_labels(y_tilde, gradient, 0.1), expected)
     # At beta = 1 the first row is (-0.5, 0.8, 0.7): clipped, then over 1.5; the second (1.1, -0.1, 0): then over 1.1.
     expected = torch.tensor([[0, 0.8 / 1.5, 0.7 / 1.5], [1.0, 0.0, 0.0]], dtype=torch.float64)
-    assert torch.allclose(update_pseudo_labels(y_tilde, gradient, 1.0), expected, rtol=0, atol=1e-15)
+    assert close(update_pseudo_labels(y_tilde, gradient, 1.0), expected)
 
 
 def test_a_meta_step_of_zero_changes_nothing():
@@ -25,8 +26,8 @@ def test_mixup_equals_an_explicit_loop():
     y_l, y_hat = torch.eye(5)[:4], torch.rand(4, 5)
     x_in, y_in = cross_domain_mixup(x_l, y_l, x_u, y_hat, lam)
     for i in range(4):
-        assert torch.equal(x_in[i], lam[i] * x_l[i] + (1 - lam[i]) * x_u[i])
-        assert torch.equal(y_in[i], lam[i] * y_l[i] + (1 - lam[i]) * y_hat[i])
+        assert close(x_in[i], lam[i] * x_l[i] + (1 - lam[i]) * x_u[i])
+        assert close(y_in[i], lam[i] * y_l[i] + (1 - lam[i]) * y_hat[i])
 
 
 def test_mixup_of_weight_one_is_the_labeled_batch():
@@ -38,8 +39,8 @@ def test_mixup_of_weight_one_is_the_labeled_batch():
 def test_losses_by_hand():
     logits = torch.tensor([[0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
     y = torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
-    assert torch.allclose(squared_error(logits, y), torch.tensor([0.5, 0.0], dtype=torch.float64))
-    assert torch.allclose(kl_divergence(logits, y), torch.tensor([2.0, 1.0], dtype=torch.float64).log())
+    assert close(squared_error(logits, y), torch.tensor([0.5, 0.0], dtype=torch.float64))
+    assert close(kl_divergence(logits, y), torch.tensor([2.0, 1.0], dtype=torch.float64).log())
 
 
 @pytest.mark.parametrize(("step", "rate"), [

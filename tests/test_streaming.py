@@ -3,8 +3,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from math import floor
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from injections import differing, orphans, records
+from injections import differing, finish, orphans, records, start, wait_for
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from test_datasets import make_folder
@@ -257,16 +255,14 @@ def test_a_signal_to_the_whole_group_saves_the_run_or_kills_it_and_leaves_no_wor
     flags = ["--dataset", "imagenet", "--data-path", photographs, "--image-size", "64", "--num-label", "200", "-a", "convsmall",
              "--no-meta", "--batch-size", "8", "--total-steps", "100000", "--print-freq", "1", "--num-workers", "2",
              "--save-path", tmp_path / "a"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_meta.py"), *map(str, flags)], start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "step 2/" not in process.stdout.readline():
-        assert process.poll() is None
+    process = start(flags, output=tmp_path / "output")
+    wait_for(tmp_path / "output.out", "step 2/", process)
     if number == signal.SIGKILL:
         process.kill()                                  # the parent alone: its workers have to notice
     else:
         os.killpg(process.pid, number)
-    _, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == ((143, "") if number == signal.SIGTERM else (-9, error))
+    assert finish(process) == (143 if number == signal.SIGTERM else -9)
+    assert number == signal.SIGKILL or (tmp_path / "output.err").read_text() == ""
     assert (tmp_path / "a" / "checkpoint.pth").exists() == (number == signal.SIGTERM)
     assert orphans(process.pid) is None
 
@@ -277,7 +273,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line(tmp_path):
         batches(1)
         os.kill(next(iter(images.train_images.workers.pool._processes)), signal.SIGKILL)
         with pytest.raises(OSError, match="killed for its memory perhaps: lower --num-workers"):
-            for step in range(2, 100):
+            for step in range(2, 60_000):
                 batches(step)
                 time.sleep(0.01)
 
