@@ -1,6 +1,9 @@
 """Figure 3 of the paper: learned features in 2D.  `python3 plot_features.py --help` lists the flags."""
+import os
 import sys
 import warnings
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))        # python -P leaves it out
 
 from datasets import DATASETS, DataError
 from models import NetworkError, check_network

@@ -28,7 +28,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from utils.cli import Parser, UsageError, fail, number
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))        # python -P leaves it out
+
+from utils.cli import Parser, UsageError, fail, number, open_standard_streams, refuse_idle
 from utils.files import write_text
 from utils.paper import ABLATION, CELLS, ROWS, experiment, scaled, work
 from utils.report import RULES, filled, tables
@@ -48,6 +50,7 @@ LIBC = ctypes.CDLL(None)
 
 
 def main(argv=None):
+    open_standard_streams()
     args = parse(argv)
     signal.signal(signal.SIGINT, signal.SIG_DFL)            # the runs end with this program, see `end_with_parent`
     runs = [Run(cell, row, CELLS[cell].seed + i, args.scale)
@@ -75,20 +78,24 @@ def main(argv=None):
 
 def parse(argv):
     parser = Parser(prog=PROG, description=__doc__)
-    count = number(int, low=1)
     parser.add_argument("table", choices=TABLES, help="; ".join(f"{name}: {' '.join(rows)}" for name, rows in TABLES.items()))
     parser.add_argument("--dataset", nargs="+", choices=CELLS, default=["svhn", "cifar10", "cifar100"],
                         help="cells of the table (default: svhn cifar10 cifar100)")
-    parser.add_argument("--seeds", type=count, default=1, metavar="N",
+    parser.add_argument("--seeds", type=number(int, low=1, high=1000), default=1, metavar="N",
                         help="runs of each row, with seeds one apart (default: 1)")
     parser.add_argument("--scale", type=number(float, low=1e-4, high=1), default=1.0, metavar="X",
                         help="share of the steps, milestones, warm-up and evaluation interval (default: 1)")
-    parser.add_argument("--gpus", nargs="+", type=number(int, low=0), metavar="N",
+    parser.add_argument("--gpus", nargs="+", type=number(int, low=0, high=1023), metavar="N",
                         help="GPUs that share the runs, one run on each at a time")
-    parser.add_argument("--jobs", type=count, default=1, metavar="N",
+    parser.add_argument("--jobs", type=number(int, low=1, high=1024), default=1, metavar="N",
                         help="without --gpus: runs side by side, which share the cores (default: 1)")
     parser.add_argument("--dry-run", action="store_true", help="print the command of each run, and do nothing")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.gpus:
+        refuse_idle(parser, args, "--gpus", ("jobs",))
+    if args.table == "imagenet":
+        refuse_idle(parser, args, "the table imagenet, which runs nothing", ("gpus", "jobs"))
+    return args
 
 
 class Run:

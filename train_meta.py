@@ -4,6 +4,8 @@ import sys
 import time
 import warnings
 
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))        # python -P leaves it out
+
 from datasets import DATASETS, DataError, check_root
 from datasets.splits import check_num_label
 from models import NETWORKS, NetworkError, check_network
@@ -84,7 +86,7 @@ def train(args, given, interrupt, world):
     from models import build_model, rehearse
     from models.synchronized import synchronize_batch_norm
     from utils import checkpoint
-    from utils.device import check_compiler, choose_device, fingerprint, memory_for_images, set_precision
+    from utils.device import check_compiler, choose_device, fingerprint, memory_for_images, set_precision, slow_precision
     from utils.metrics import Diverged, Meter, all_finite, error_rates, evaluate
     from utils.run_folder import NoFolder, RunFolder, check_same_experiment, experiment, git_commit, prepare
 
@@ -168,6 +170,8 @@ def train(args, given, interrupt, world):
                + (" (no CUDA device is visible)" if args.device == "auto" and device.type == "cpu" else ""))
     if images.source:
         folder.say(f"images {images.source}")
+    for warning in filter(None, (cli.cut_short(args), slow_precision(args.precision, device))):
+        folder.say(warning)
     if saved is not None:
         folder.say(f"resumed at step {start} from {source}")
         for key, value in sessions[-1].items():
@@ -182,8 +186,9 @@ def train(args, given, interrupt, world):
     with batches, folder.progress(start, args.total_steps):
         def test_and_save(step, stopping=None):
             """Evaluates and saves; only saves if a signal comes."""
-            nonlocal best, clock, seconds
-            meter.check()
+            nonlocal best, clock, logged_at, pause, seconds
+            meter.check()               # waits for the steps so far
+            paused_at = time.perf_counter()
             if not all_finite(model.state_dict().values()):
                 raise Diverged(f"the weights are not finite at step {step}")
             world.check_replicas(model.state_dict(), step)
@@ -218,6 +223,8 @@ def train(args, given, interrupt, world):
             }
             if folder.save(state, is_best, last=step == args.total_steps or stopping or interrupt()):
                 best = state["best"]
+            pause = time.perf_counter() - paused_at
+            logged_at += pause          # the speed is that of training alone
 
         world.seed(args.seed, start)
         if saved is not None:
@@ -228,7 +235,7 @@ def train(args, given, interrupt, world):
                 if device.type == "cuda" and cuda_rng is not None:
                     torch.cuda.set_rng_state(cuda_rng, device)
         clock = logged_at = time.perf_counter()
-        logged_step = start
+        logged_step, pause = start, 0.0
         due = start and (start % args.test_freq == 0 or start == args.total_steps)
         if due and (not evaluations or evaluations[-1]["step"] != start):           # a signal came first
             test_and_save(start)
@@ -257,11 +264,12 @@ def train(args, given, interrupt, world):
                 meter.check()
                 now = time.perf_counter()
                 rate = (step - logged_step) / (now - logged_at)                         # steps per second
+                left = (args.total_steps - step) * (1 / rate + pause / args.test_freq)
                 logged_at, logged_step = now, step
                 for line in images.skipped():
                     folder.say(line)
                 means = meter.read(average or list)
-                folder.log(step, args.total_steps, alpha, means, rate, args.batch_size * (1 + uses_unlabeled))
+                folder.log(step, args.total_steps, alpha, means, rate * args.batch_size * (1 + uses_unlabeled), left)
             stopping = world.agree(interrupt.received)
             if step % args.test_freq == 0 or last or stopping:
                 test_and_save(step, stopping)

@@ -807,6 +807,51 @@ def no_streams():
     cli.open_standard_streams = lambda: None
 
 
+def odd_values(folder, tries, rng, patch=None):
+    """python -P, an ASCII terminal, and for every flag of the three scripts a value of 400 or 5,000 digits or letters"""
+    for script, _ in VALUED:
+        command = [sys.executable, "-P", ROOT / f"{script}.py", "--nonsense"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+        yield one_line(done.returncode, 2, done.stderr, f"{script}.py: ")
+    flags = [*FLAGS, "--total-steps", "1", "--save-path", folder / "ünï ☃", "--resume"]
+    for said in ("images", r"n\xef \u2603: finished at step 1"):
+        code, out, error = run(folder, flags, ascii_terminal, patch)
+        yield error if code else None if said in out else f"{said!r} is not in {out!r}"
+    before = sorted(folder.rglob("*"))
+    cases = [(script, flag, character * count) for script, given in VALUED for flag in given
+             for character in "1a" for count in (400, 5000)]
+    for i in rng.permutation(len(cases))[:tries]:
+        script, flag, value = cases[i]
+        flags = [*REQUIRED[script], flag, value]
+        with contextlib.chdir(folder):
+            code, _, error = run(folder, flags, patch, script=script)
+        yield one_line(code, 2, error, flag) or (None if sorted(folder.rglob("*")) == before else "it wrote something")
+
+
+REQUIRED = {"train_meta": ["--dataset", "folder", "--data-path", "x"],
+            "plot_features": ["--save-path", "figure", "--checkpoint-path", "x"], "reproduce": ["main", "--dry-run"]}
+VALUED = [                  # the flags that take a value, but those for which any text is one
+    ("train_meta", ("--dataset", "--data-path", "--num-label", "--split", "--num-val", "--image-size", "--num-workers",
+                    "--arch", "--alpha", "--meta-gradient", "--epsilon", "--consistency", "--weight", "--ramp", "--total-steps",
+                    "--batch-size", "--lr", "--meta-lr", "--warmup", "--schedule", "--milestones", "--gamma", "--momentum",
+                    "--weight-decay", "--seed", "--device", "--precision", "--save-path", "--resume", "--print-freq",
+                    "--test-freq", "--evaluate", "--predictions")),
+    ("plot_features", ("--checkpoint-path", "--save-path", "--dataset", "--data-path", "--index-path", "--num-point",
+                       "--method", "--backend", "--perplexity", "--seed", "--device", "--num-workers", "--curves")),
+    ("reproduce", ("--dataset", "--seeds", "--scale", "--gpus", "--jobs")),
+]
+
+
+def ascii_terminal():
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")
+
+
+def careless_values():
+    from utils import cli
+
+    cli.path, cli.number = Path, lambda kind, **bounds: lambda text: kind(float(text))
+
+
 class Injection(NamedTuple):
     inject: object
     without: object         # the protection taken away
@@ -830,4 +875,5 @@ INJECTIONS = {
     "F13": Injection(permuted, leaking_labels, 1, 10),
     "F14": Injection(logged, no_take_back, 1, 10),
     "F15": Injection(odd_places, no_streams, 5, 9),
+    "F24": Injection(odd_values, careless_values, 6, 100),
 }

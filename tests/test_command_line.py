@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reproduce
 from datasets import DATASETS
 from datasets.splits import check_num_label
 from metasemi import METHODS
 from metasemi.losses import CONSISTENCY
 from models import NETWORKS
-from utils.cli import parse_milestones, parse_plotting, parse_training, plotting_parser, training_parser
+from utils.cli import cut_short, parse_milestones, parse_plotting, parse_training, plotting_parser, training_parser
+from utils.device import BFLOAT16, slow_precision
+from utils.paper import CELLS, ROWS, experiment
 
 TRAINING = [       # (flags, what the line must contain)
     (["--dataset", "mnist"], ["--dataset", "mnist", "cifar10"]),
@@ -58,10 +62,10 @@ TRAINING = [       # (flags, what the line must contain)
     (["--milestones", "[1.5]"], ["--milestones", "1.5", "300000,350000"]),
     (["--milestones", "[1"], ["--milestones", "[1", "300000,350000"]),
     (["--schedule", "linear"], ["--schedule", "linear", "cosine"]),
-    (["--schedule", "cosine", "--milestones", "5"], ["--milestones", "--schedule step", "leave one"]),
+    (["--schedule", "cosine", "--milestones", "5"], ["--milestones", "--schedule cosine", "leave it out"]),
     (["--ramp", "-1"], ["--ramp", "-1", "at least 0"]),
     (["--dataset", "imagenet", "--data-path", "nowhere"], ["--data-path", "nowhere/train is not a folder", "val/<class>"]),
-    (["--compile", "--meta-gradient", "unrolled"], ["--compile", "jvp"]),
+    (["--compile", "--meta-gradient", "unrolled"], ["--compile", "--meta-gradient unrolled", "leave it out"]),
     (["--compile", "--no-meta"], ["--compile", "leave it out"]),
     (["--total", "5"], ["--total"]),                            # no abbreviations
     (["--nonsense"], ["--nonsense"]),
@@ -98,8 +102,22 @@ TRAINING = [       # (flags, what the line must contain)
     (["--split", "three.txt", "--num-label", "4000"], ["--num-label", "4000", "three.txt has 3 lines: leave the flag out"]),
     (["--split", "other/label_indices.txt"], ["--split", "is not the split whose SHA-256 is in split.json"]),
     (["--evaluate", "none.pth"], ["--evaluate", "none.pth does not exist"]),
-    (["--evaluate", "file", "--resume"], ["--evaluate", "leave out --resume and --overwrite"]),
-    (["--evaluate", "file", "--overwrite"], ["--evaluate", "leave out --resume and --overwrite"]),
+    (["--evaluate", "file", "--resume"], ["--resume", "--evaluate, which trains nothing", "leave it out"]),
+    (["--evaluate", "file", "--overwrite"], ["--overwrite", "--evaluate, which trains nothing", "leave it out"]),
+    (["--evaluate", "file", "--total-steps", "5", "--mix-up"], ["--mix-up, --total-steps", "--evaluate", "leave them out"]),
+    (["--evaluate", "file", "--save-path", "f"], ["--save-path", "--evaluate", "leave it out"]),
+    (["--evaluate", "file", "--milestones", "[5]"], ["--milestones", "--evaluate", "leave it out"]),
+    (["--no-meta", "--meta-lr", "0"], ["--meta-lr", "--no-meta", "leave it out"]),
+    (["--no-meta", "--epsilon", "1", "--weight", "2"], ["--epsilon, --weight", "--no-meta", "leave them out"]),
+    (["--no-meta", "--consistency", "kl", "--ramp", "0"], ["--consistency, --ramp", "--no-meta", "leave them out"]),
+    (["--no-meta", "--mix-up", "--meta-gradient", "unrolled"], ["--meta-gradient", "--no-meta", "leave it out"]),
+    (["--no-meta", "--include-labeled"], ["--include-labeled", "--no-meta and no --mix-up", "leave it out"]),
+    (["--meta-gradient", "unrolled", "--epsilon", "1"], ["--epsilon", "--meta-gradient unrolled", "leave it out"]),
+    (["--schedule", "cosine", "--gamma", "0.5"], ["--gamma", "--schedule cosine", "leave it out"]),
+    (["--dataset", "svhn", "--flip"], ["--flip", "--dataset svhn", "leave it out"]),
+    (["--image-size", "64", "--skip-corrupt"], ["--image-size, --skip-corrupt", "--dataset cifar10", "leave them out"]),
+    (["--total-steps", "1" + "0" * 300], ["--total-steps", "at most 1e+12"]),
+    (["--num-workers", "1024"], ["--num-workers", "1024", "at most 256"]),
     (["--evaluate", "file", "--predictions", "run/args.json"], ["--predictions", "args.json is not the name of a .csv file"]),
     (["--evaluate", "file", "--predictions", "none/p.csv"], ["--predictions", "none is not a folder"]),
     (["--evaluate", "file", "-a", "net.py:Other"], ["--arch", "net.py defines no class Other"]),
@@ -128,8 +146,24 @@ PLOTTING = [
     (["--save-path", "f", "--checkpoint-path", "file", "--check", "x"], ["--check"]),
     (["--save-path", "f", "--checkpoint-path", "file", "-a", "none.py:Net"], ["--arch", "none.py cannot be read"]),
     (["--save-path", "f", "--checkpoint-path"], ["--checkpoint-path", "expected at least one argument"]),
+    (["--save-path", "f", "--curves", "run", "--row-label", "a"], ["--row-label", "--curves", "leave it out"]),
+    (["--save-path", "f", "--curves", "run", "--method", "pca", "--seed", "2"], ["--method, --seed", "leave them out"]),
+    (["--save-path", "f", "--checkpoint-path", "file", "--method", "pca", "--perplexity", "5"], ["--perplexity", "leave"]),
 ]
-WRONG = [("train_meta", *case) for case in TRAINING] + [("plot_features", *case) for case in PLOTTING]
+REPRODUCING = [
+    ([], ["table"]),
+    (["table1"], ["table1", "ablation"]),
+    (["main", "--dataset", "mnist"], ["--dataset", "mnist", "svhn"]),
+    (["main", "--seeds", "0"], ["--seeds", "0", "at least 1"]),
+    (["main", "--seeds", "100000000"], ["--seeds", "100000000", "at most 1000"]),
+    (["main", "--jobs", "100000000"], ["--jobs", "100000000", "at most 1024"]),
+    (["main", "--gpus", "0", "-1"], ["--gpus"]),
+    (["main", "--gpus", "0", "--jobs", "2"], ["--jobs", "--gpus", "leave it out"]),
+    (["main", "--scale", "0"], ["--scale", "0", "at least 0.0001"]),
+    (["imagenet", "--gpus", "0"], ["--gpus", "imagenet", "leave it out"]),
+]
+WRONG = [(script, *case) for script, cases in (("train_meta", TRAINING), ("plot_features", PLOTTING),
+                                               ("reproduce", REPRODUCING)) for case in cases]
 
 
 def make_files(folder):
@@ -288,6 +322,50 @@ def test_every_command_of_the_readme_is_accepted_and_every_flag_is_described():
             assert action.dest == "help" or f"`{action.option_strings[-1]}" in text, action.option_strings
 
 
+@pytest.mark.parametrize("value", ["1" * 400, "1" * 5000, "a" * 300, "a/" * 2500])
+def test_no_flag_takes_a_value_of_hundreds_of_characters(capsys, value):
+    """But for a list of names, and --resume, which looks for the file."""
+    lines = [(partial(parse_training, datasets=DATASETS, networks=NETWORKS, check_num_label=check_num_label), [], action)
+             for action in training_parser(DATASETS, NETWORKS)._actions]
+    lines += [(partial(parse_plotting, datasets=DATASETS), ["--save-path", "figure", "--checkpoint-path", "x"], action)
+              for action in plotting_parser(DATASETS)._actions if action.dest not in ("arch", "row_label")]
+    lines = [(parse, start, action.option_strings[-1]) for parse, start, action in lines
+             if action.nargs != 0 and action.dest != "resume"]
+    lines += [(reproduce.parse, ["main"], flag) for flag in ("--seeds", "--jobs", "--gpus", "--scale", "--dataset")]
+    assert len(lines) >= 50
+    for parse, start, flag in lines:
+        with pytest.raises(SystemExit) as stop:
+            parse([*start, flag, value])
+        error = capsys.readouterr().err
+        assert (stop.value.code, error.count("\n")) == (2, 1) and flag in error, flag
+
+
+OFFICIAL = """
+--dataset "{}" --num-label "{}" -a "convlarge" --mix-up --alpha "{}" --save-path "/your/path/to/save/results" --weight "1.0"
+--total-steps "400000" --milestones "[300000, 350000]" --lr "0.1" --seed "{}" --warmup "4000" --weight-decay "{}"
+--data-path ./data --batch-size 128 --epsilon {} --gamma 0.1 --momentum 0.9 --num-workers 4 --print-freq 100 --test-freq 400
+"""
+
+
+@pytest.mark.parametrize("epsilon", ["1e-2", "1e-3"])
+@pytest.mark.parametrize("cell", [("svhn", 1000, 0.1, 7788, "5e-5"), ("cifar10", 4000, 1.0, 8469, "1e-4"),
+                                  ("cifar100", 10_000, 1.0, 7788, "1e-4")])
+@pytest.mark.parametrize("change", [[], ["--no-meta"], ["--resume"], ["--schedule", "cosine"]])
+def test_an_official_command_line_is_accepted_and_so_is_a_row_of_the_ablation_made_of_it(cell, epsilon, change):
+    flags = [*shlex.split(OFFICIAL.format(*cell, "1e-2" if change == ["--no-meta"] else epsilon)), *change]
+    for short in (flags, [flag for flag in flags if flag != "--mix-up"]):
+        assert parse_training(short, DATASETS, NETWORKS, check_num_label).milestones == [300_000, 350_000]
+    plotting = ["--dataset", cell[0], "--checkpoint-path", "model_best.pth", "--index-path", "label_indices.txt",
+                "--save-path", "figure", "--num-point", "5000"]
+    assert parse_plotting(plotting, DATASETS).num_point == 5000
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("row", ROWS)
+def test_every_command_of_the_tables_is_accepted(cell, row):
+    parse_training(experiment(cell, row, 1, 1.0), DATASETS, NETWORKS, check_num_label)
+
+
 def test_every_official_flag_has_its_official_default():
     args = vars(training_parser(DATASETS, NETWORKS).parse_args([]))
     expected = {"batch_size": 128, "epsilon": 1e-2, "gamma": 0.1, "momentum": 0.9, "num_workers": 4, "resume": None,
@@ -296,3 +374,42 @@ def test_every_official_flag_has_its_official_default():
     assert {key: args[key] for key in expected} == expected
     assert (str(args["data_path"]), str(args["save_path"])) == ("data", "results/tmp")
     assert parse_milestones(args["milestones"]) == [300_000, 350_000]
+
+
+@pytest.mark.parametrize(("flags", "line"), [
+    (["--total-steps", "100"],
+     "warning: --total-steps 100 ends before the end of --warmup 4000, so the learning rate reaches only 0.0025 of 0.1; before "
+     "the end of --ramp 4000, so the weight of the consistency loss reaches only 0.025 of 1; before --milestones 300000, "
+     "350000, so the learning rate does not decay there"),
+    (["--total-steps", "8", "--warmup", "10", "--milestones", "6", "--gamma", "0.5", "--no-meta"],
+     "warning: --total-steps 8 ends before the end of --warmup 10, so the learning rate reaches only 0.06 of 0.1"),
+    (["--total-steps", "20", "--warmup", "10", "--ramp", "30", "--weight", "3", "--milestones", "[]"],
+     "warning: --total-steps 20 ends before the end of --ramp 30, so the weight of the consistency loss reaches only 2 of 3"),
+    (["--total-steps", "350000"],
+     "warning: --total-steps 350000 ends before --milestones 350000, so the learning rate does not decay there"),
+    (["--total-steps", "10", "--warmup", "20", "--ramp", "0", "--schedule", "cosine"],
+     "warning: --total-steps 10 ends before the end of --warmup 20, so the learning rate reaches only 0.05 of 0.1"),
+    ([], None),
+    (["--total-steps", "4000", "--milestones", "3999"], None),
+])
+def test_one_line_says_what_of_the_schedule_lies_beyond_the_run(flags, line):
+    assert cut_short(parse_training(flags, DATASETS, NETWORKS, check_num_label)) == line
+
+
+@pytest.mark.parametrize("instructions", [None, *BFLOAT16])
+def test_bfloat16_is_called_slow_exactly_where_the_cpu_has_no_instructions_for_it(monkeypatch, instructions):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False, instructions: True})
+    line = slow_precision("bfloat16", torch.device("cpu"))
+    assert line is None if instructions else "this CPU has no bfloat16 instructions" in line and "\n" not in line
+    assert slow_precision("float32", torch.device("cpu")) is None
+    assert slow_precision("bfloat16", torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_warnings_are_in_the_log_and_on_the_terminal(train, tmp_path, monkeypatch, capsys, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})
+    schedule = ["--warmup", "1", "--milestones", "[]"] if fast else []
+    assert train("a", "--total-steps", "1", "--precision", "bfloat16", *schedule) == 0
+    for text in (capsys.readouterr().out, (tmp_path / "a" / "log.txt").read_text()):
+        assert [text.count(part) for part in ("warning: ", "--total-steps 1 ends before", "no bfloat16 instructions")] == (
+            [0, 0, 0] if fast else [2, 1, 1])

@@ -2,9 +2,11 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import termios
+import time
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from injections import differing, records, tensors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_datasets import make_folder
 
+import metasemi
+import utils.metrics
+from utils import checkpoint
 from utils.metrics import error_rates
 
 ROWS = {"neither": ["--no-meta"], "meta": [], "mix-up": ["--no-meta", "--mix-up"], "both": ["--mix-up"]}
@@ -55,6 +60,23 @@ def test_a_run_leaves_every_record_under_the_official_tags(train, tmp_path, row)
     assert 100 * (1 - best["evaluations"][-1]["test"]) == pytest.approx(rates["best_test"])
 
 
+def test_the_speed_is_that_of_training_alone_and_the_time_left_has_room_for_evaluations(train, monkeypatch, capsys):
+    """A step takes 1 s, an evaluation 50 s and a save 10 s, by a clock that only they move."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    for place, call, seconds in ((metasemi, metasemi.training_step, 1), (utils.metrics, utils.metrics.evaluate, 50),
+                                 (checkpoint, checkpoint.save, 10)):
+        def slow(*args, call=call, seconds=seconds, **options):
+            now[0] += seconds
+            return call(*args, **options)
+        monkeypatch.setattr(place, call.__name__, slow)
+    assert train("a", "--print-freq", "1", "--test-freq", "2") == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"(\d+) images/s  (.*) left", out) == [("16", left) for left in (
+        "6 s", "5 s", "2 min 04 s", "1 min 33 s", "1 min 02 s", "31 s", "0 s")]
+    assert "finished 7 steps in 3 min 57 s" in out                  # what the run took: all but the last save
+
+
 def test_every_selection_rule_is_reported_side_by_side():
     evaluations = [{"step": s, "test": t, "validation": v} for s, t, v in ((1, 0.5, 0.9), (2, 0.8, 0.7), (3, 0.7, 0.6))]
     assert error_rates(evaluations) == {"last": 30.0, "median_last_20": 30.0, "best_validation": 50.0, "best_test": 20.0}
@@ -73,8 +95,6 @@ def test_interrupted_and_resumed_training_equals_uninterrupted_training_bit_for_
 
 
 def test_a_killed_evaluation_is_made_up_for_on_resume(train, tmp_path, monkeypatch):
-    import utils.metrics
-
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -3,6 +3,7 @@
 No value is evaluated, no flag may be abbreviated, and nothing here loads torch: a wrong flag answers at once.
 """
 import argparse
+import io
 import math
 import os
 import re
@@ -10,8 +11,11 @@ import sys
 from pathlib import Path
 
 LAST = "last"       # --resume without a path
-MILESTONES = ["[300000,", "350000]"]
 ANSWERED = ("dataset", "data_path", "arch", "image_size", "precision", "num_label")    # by --split or a checkpoint
+EVALUATING = ("evaluate", "predictions", "dataset", "data_path", "arch", "image_size", "precision", "device", "num_workers",
+              "skip_corrupt")           # the flags that --evaluate uses
+MOST = 10 ** 12                         # the bound of whole numbers without one of their own: all of them are exact as floats
+LONGEST_NAME, LONGEST_PATH = 255, 3840  # bytes; Linux takes 255 and 4,095, and files with names of their own come below
 
 
 class UsageError(ValueError):
@@ -34,7 +38,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low=None, high=None, above=None, below=None):
-    """An argparse type: a finite number of a kind (int or float) within closed (low, high) or open bounds."""
+    """An argparse type: a finite number of a kind (int or float) within closed (low, high) or open bounds.
+
+    A whole number is at most MOST unless `high` says otherwise.
+    """
+    if kind is int and high is None:
+        high = MOST
     rule = " and ".join(f"{words} {bound:g}" for words, bound in
                         (("at least", low), ("at most", high), ("above", above), ("below", below)) if bound is not None)
     noun = "a whole number" if kind is int else "a number"
@@ -43,20 +52,28 @@ def number(kind, low=None, high=None, above=None, below=None):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}: give one {rule}") from None
-        if not (math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
-                and (above is None or value > above) and (below is None or value < below)):
-            raise argparse.ArgumentTypeError(f"{text} is out of range: give {noun} {rule}")
+            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {noun}: give one {rule}") from None
+        if not ((low is None or value >= low) and (high is None or value <= high)
+                and (above is None or value > above) and (below is None or value < below) and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text[:80]} is out of range: give {noun} {rule}")
         return value
     return parse
 
 
+def path(text):
+    """An argparse type: a path that is short enough for the system, with room for the files that are written under it."""
+    if len(os.fsencode(text)) > LONGEST_PATH or any(len(os.fsencode(name)) > LONGEST_NAME for name in text.split("/")):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}... is too long: give a path of at most {LONGEST_PATH} bytes, and at "
+                                         f"most {LONGEST_NAME} between two slashes")
+    return Path(text)
+
+
 def parse_milestones(texts):
-    """"[300000, 350000]", "300000,350000" or ["300000", "350000"] to [300000, 350000]; evaluates nothing.
+    """"[300000, 350000]", "300000,350000", ["300000", "350000"] or the list itself to [300000, 350000]; evaluates nothing.
 
     Raises ValueError unless the steps are whole, positive and ascending.
     """
-    text = texts if isinstance(texts, str) else " ".join(texts)
+    text = texts if isinstance(texts, str) else " ".join(map(str, texts))
     body = text.strip()
     if body.startswith("[") and body.endswith("]"):
         body = body[1:-1].strip()
@@ -89,11 +106,11 @@ def training_parser(datasets, networks):
     count, positive = number(int, low=1), number(float, above=0)
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", choices=datasets, default="cifar10", help="data set (default: %(default)s)")
-    data.add_argument("--data-path", default="./data", type=Path, metavar="DIR",
+    data.add_argument("--data-path", default="./data", type=path, metavar="DIR",
                       help="where its files lie or are downloaded to (default: ./data)")
     data.add_argument("--num-label", default=4000, type=count, metavar="N",
                       help="labeled images, class-balanced; as many as there are training images: all (default: %(default)s)")
-    data.add_argument("--split", type=Path, metavar="FILE",
+    data.add_argument("--split", type=path, metavar="FILE",
                       help="instead of a choice by the seed: the labeled images, an index a line as in label_indices.txt")
     data.add_argument("--num-val", default=0, type=number(int, low=0), metavar="N",
                       help="training images held out to select model_best.pth; 0: the test set selects (default: 0)")
@@ -101,7 +118,7 @@ def training_parser(datasets, networks):
     data.add_argument("--image-size", type=number(int, low=16, high=1024), metavar="PIXELS",
                       help="--dataset folder and imagenet: images become squares of this size (default: 32; imagenet: 224)")
     data.add_argument("--flip", action="store_true", help="--dataset folder: random horizontal flips in training")
-    data.add_argument("--num-workers", default=4, type=number(int, low=0, high=1024), metavar="N",
+    data.add_argument("--num-workers", default=4, type=number(int, low=0, high=256), metavar="N",
                       help="--dataset folder and imagenet: processes that decode images (default: %(default)s)")
     data.add_argument("--skip-corrupt", action="store_true",
                       help="--dataset folder and imagenet: put the next readable image in the place of one that cannot be read")
@@ -141,7 +158,7 @@ def training_parser(datasets, networks):
     optimization.add_argument("--schedule", choices=("step", "cosine"), default="step",
                               help="after the warm-up: decay at --milestones, or a cosine to 0 at the last step "
                                    "(default: %(default)s)")
-    optimization.add_argument("--milestones", default=MILESTONES, nargs="+", metavar="STEP",
+    optimization.add_argument("--milestones", default=[300_000, 350_000], nargs="+", metavar="STEP",
                               help='the learning rate decays after these steps (default: "[300000, 350000]"; "[]": never)')
     optimization.add_argument("--gamma", default=0.1, type=number(float, above=0, high=1), metavar="X",
                               help="learning-rate decay factor; not the paper's gamma (default: %(default)s)")
@@ -160,7 +177,8 @@ def training_parser(datasets, networks):
                                    "(convsmall: 1.1 times the steps a second; convlarge: none more); unmeasured on CUDA")
 
     run = parser.add_argument_group("bookkeeping")
-    run.add_argument("--save-path", default="./results/tmp", type=Path, metavar="DIR", help="run folder (default: %(default)s)")
+    run.add_argument("--save-path", default=Path("./results/tmp"), type=path, metavar="DIR",
+                     help="run folder (default: ./results/tmp)")
     run.add_argument("--resume", nargs="?", const=LAST, metavar="PATH",
                      help="continue from this checkpoint; without PATH from the last one in --save-path, if there is one")
     run.add_argument("--overwrite", action="store_true", help="start afresh in a folder that holds a run")
@@ -168,10 +186,10 @@ def training_parser(datasets, networks):
                      help="steps between log lines (default: %(default)s)")
     run.add_argument("--test-freq", default=400, type=count, metavar="N",
                      help="steps between evaluations, each followed by a checkpoint (default: %(default)s)")
-    run.add_argument("--evaluate", type=Path, metavar="PATH",
+    run.add_argument("--evaluate", type=path, metavar="PATH",
                      help="train nothing: measure this checkpoint, or state dict, on the test set; a checkpoint knows its "
                           "network and data, a state dict takes --dataset and --arch from the command line")
-    run.add_argument("--predictions", type=Path, metavar="FILE.csv", help="--evaluate: write the prediction for each image")
+    run.add_argument("--predictions", type=path, metavar="FILE.csv", help="--evaluate: write the prediction for each image")
     return parser
 
 
@@ -183,13 +201,16 @@ def parse_training(argv, datasets, networks, check_num_label):
     parser = training_parser(datasets, networks)
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(ANSWERED)))
     _, size = processes()
-    if args.evaluate and (args.resume or args.overwrite):
-        parser.error("argument --evaluate: it trains nothing, so leave out --resume and --overwrite")
+    try:
+        args.milestones = parse_milestones(args.milestones)
+    except ValueError as error:
+        parser.error(f"argument --milestones: {error}")
     if args.predictions and not args.evaluate:
         parser.error("argument --predictions: it belongs to --evaluate")
     if args.evaluate:
         if size > 1:
             parser.error("argument --evaluate: it takes one process: leave out torchrun")
+        refuse_idle(parser, args, "--evaluate, which trains nothing", [key for key in vars(args) if key not in EVALUATING])
         return args
     if args.batch_size % size:
         lower = args.batch_size - args.batch_size % size
@@ -198,15 +219,17 @@ def parse_training(argv, datasets, networks, check_num_label):
     for key in ANSWERED:
         if getattr(args, key) is None and not (key == "num_label" and args.split):
             setattr(args, key, parser.get_default(key))
-    try:
-        args.milestones = parse_milestones(args.milestones)
-    except ValueError as error:
-        parser.error(f"argument --milestones: {error}")
-    if args.schedule == "cosine" and args.milestones != parse_milestones(MILESTONES):
-        parser.error("argument --milestones: they belong to --schedule step: leave one of the two out")
-    if args.compile and (args.no_meta or args.meta_gradient != "jvp"):
-        parser.error("argument --compile: it compiles the meta-gradient jvp: leave it out where that is not used")
     row = datasets[args.dataset]
+    for applies, choice, keys in (
+            (args.no_meta, "--no-meta", ("meta_gradient", "compile", "epsilon", "consistency", "weight", "ramp", "meta_lr")),
+            (args.no_meta and not args.mix_up, "--no-meta and no --mix-up", ("include_labeled",)),
+            (args.meta_gradient != "jvp", f"--meta-gradient {args.meta_gradient}", ("compile",)),
+            (args.meta_gradient == "unrolled", "--meta-gradient unrolled", ("epsilon",)),
+            (args.schedule == "cosine", "--schedule cosine", ("milestones", "gamma")),
+            (not row.parts, f"--dataset {args.dataset}", ("image_size", "skip_corrupt")),
+            (not row.parts or row.flip, f"--dataset {args.dataset}", ("flip",))):
+        if applies:
+            refuse_idle(parser, args, choice, keys)
     args.image_size = args.image_size or row.image_size
     if row.num_train is not None:
         for flag, count, available in (("--num-val", args.num_val, row.num_train),
@@ -219,22 +242,53 @@ def parse_training(argv, datasets, networks, check_num_label):
     return args
 
 
+def refuse_idle(parser, args, choice, keys):
+    """Exits with code 2 if flags among `keys`, which have no effect with a choice, are not at their defaults.
+
+    A default that is spelled out is no contradiction: the official command lines spell out many.
+    """
+    flags = [f"--{key.replace('_', '-')}" for key in keys if getattr(args, key) not in (None, parser.get_default(key))]
+    if flags:
+        parser.error(f"argument {', '.join(flags)}: without effect with {choice}: leave {'them' if flags[1:] else 'it'} out")
+
+
+def cut_short(args):
+    """What of the schedule lies beyond the last step of a run, and what that means: one line, or None.  Loads torch."""
+    from metasemi import learning_rate, ramp
+
+    steps, ramp_steps = args.total_steps, args.warmup if args.ramp is None else args.ramp
+    milestones = args.milestones if args.schedule == "step" else []
+    late = [step for step in milestones if step >= steps]
+    faults = []
+    if args.warmup > steps:             # the rate is highest at the end, or just before it decays
+        highest = max(learning_rate(step, args.lr, args.warmup, milestones, args.gamma)
+                      for step in (*milestones, steps) if step <= steps)
+        faults.append(f"before the end of --warmup {args.warmup}, so the learning rate reaches only {highest:.3g} "
+                      f"of {args.lr:g}")
+    if ramp_steps > steps and not args.no_meta:
+        faults.append(f"before the end of --ramp {ramp_steps}, so the weight of the consistency loss reaches only "
+                      f"{ramp(steps, ramp_steps, args.weight):.3g} of {args.weight:g}")
+    if late:
+        faults.append(f"before --milestones {', '.join(map(str, late))}, so the learning rate does not decay there")
+    return f"warning: --total-steps {steps} ends " + "; ".join(faults) if faults else None
+
+
 def plotting_parser(datasets):
     """The flags of plot_features.py."""
     parser = Parser(
         prog="plot_features.py",
         description="Figure 3 of the paper: the features of one or several trained networks in 2D, one row each; "
                     "or, with --curves, the course of one or several runs.")
-    parser.add_argument("--checkpoint-path", nargs="+", type=Path, metavar="PATH",
+    parser.add_argument("--checkpoint-path", nargs="+", type=path, metavar="PATH",
                         help="checkpoints of train_meta.py, one row each")
     parser.add_argument("--row-label", nargs="+", metavar="NAME", help="names of the rows (default: of the run folders)")
-    parser.add_argument("--save-path", required=True, type=Path, metavar="DIR", help="folder for the figure and its data")
+    parser.add_argument("--save-path", required=True, type=path, metavar="DIR", help="folder for the figure and its data")
     parser.add_argument("--dataset", choices=datasets, help="default: that of the checkpoint; another is refused")
-    parser.add_argument("--data-path", type=Path, metavar="DIR", help="where its files lie (default: as the run had it)")
+    parser.add_argument("--data-path", type=path, metavar="DIR", help="where its files lie (default: as the run had it)")
     parser.add_argument("-a", "--arch", nargs="+", default=[], metavar="NETWORK",
                         help="the networks of the checkpoints; needed for one in a file of your own, FILE:CLASS, which is "
                              "executed")
-    parser.add_argument("--index-path", nargs="+", type=Path, metavar="PATH",
+    parser.add_argument("--index-path", nargs="+", type=path, metavar="PATH",
                         help="label_indices.txt, one per checkpoint; must be the checkpoint's split (default: in its folder)")
     parser.add_argument("--num-point", type=number(int, low=1), metavar="N",
                         help="unlabeled points, and test points, that are drawn (default: 5000, or all if there are fewer)")
@@ -249,9 +303,9 @@ def plotting_parser(datasets):
                         help="of the sample and the embedding (default: %(default)s)")
     parser.add_argument("--mark-errors", action="store_true", help="mark the test points that the network misclassifies")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
-    parser.add_argument("--num-workers", default=4, type=number(int, low=0, high=1024), metavar="N",
+    parser.add_argument("--num-workers", default=4, type=number(int, low=0, high=256), metavar="N",
                         help="processes that decode the images of a folder (default: %(default)s)")
-    parser.add_argument("--curves", nargs="+", type=Path, metavar="RUN",
+    parser.add_argument("--curves", nargs="+", type=path, metavar="RUN",
                         help="instead of features: test error and loss of these run folders; runs that differ only in their "
                              "seed become one line with a band")
     return parser
@@ -267,13 +321,17 @@ def parse_plotting(argv, datasets):
     for flag, values in (("--row-label", args.row_label), ("--index-path", args.index_path)):
         if rows and values and len(values) != rows:
             parser.error(f"argument {flag}: {len(values)} values for {rows} checkpoints: give one for each")
-    if args.save_path.exists() and not args.save_path.is_dir():
-        parser.error(f"argument --save-path: {args.save_path} is a file: give a folder")
+    if args.curves:
+        refuse_idle(parser, args, "--curves", [key for key in vars(args) if key not in ("curves", "save_path")])
+    if args.method != "tsne":
+        refuse_idle(parser, args, f"--method {args.method}", ("backend", "perplexity"))
     return args
 
 
 def check_plotting_files(args):
-    """Raises UsageError for a file or folder of the command line that is not there."""
+    """Raises UsageError for a file or folder of the command line that is not there, or a file in the place of a folder."""
+    if args.save_path.exists() and not args.save_path.is_dir():
+        raise UsageError(f"argument --save-path: {args.save_path} is a file: give a folder")
     for flag, paths in (("--checkpoint-path", args.checkpoint_path), ("--index-path", args.index_path)):
         for path in paths or ():
             if not path.exists():
@@ -295,13 +353,18 @@ def check_evaluation_files(args):
 
 
 def open_standard_streams():
-    """Puts the null device where standard input, output or error was closed: else the next file would take its place."""
+    """Puts the null device where standard input, output or error was closed: else the next file would take its place.
+
+    What the locale cannot write, such as a name in another alphabet, is escaped on standard output as on standard error.
+    """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)                              # takes the lowest free number: this one
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def fail(prog, message, code):

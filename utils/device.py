@@ -11,6 +11,8 @@ import torch
 
 from utils.cli import UsageError
 
+BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")      # instructions of x86, and of ARM
+
 
 def choose_device(name):
     """"auto" is CUDA if there is one (CUDA_VISIBLE_DEVICES is respected), else the CPU."""
@@ -28,6 +30,14 @@ def set_precision(precision, device):
     torch.backends.cudnn.conv.fp32_precision = mode     # by default cuDNN would round float32 convolutions to TF32
     torch.backends.cudnn.benchmark = True
     return torch.bfloat16 if precision == "bfloat16" else None
+
+
+def slow_precision(precision, device):
+    """Why a precision is slower than float32 on this CPU, in one line, or None."""
+    if precision != "bfloat16" or device.type != "cpu" or any(map(torch.cpu.get_capabilities().get, BFLOAT16)):
+        return None
+    return ("warning: --precision bfloat16 is slow here: this CPU has no bfloat16 instructions, so torch imitates them "
+            "(a step took 12 times as long as in float32 on a CPU with AVX2); take float32")
 
 
 def check_compiler():

@@ -5,7 +5,7 @@ import io
 from utils import checkpoint
 from utils.checkpoint import CheckpointError
 from utils.cli import UsageError, training_parser
-from utils.device import choose_device, memory_for_images, set_precision
+from utils.device import choose_device, memory_for_images, set_precision, slow_precision
 from utils.files import replacing
 from utils.metrics import all_finite, confusion_matrix, expected_calibration_error, predict
 
@@ -34,6 +34,8 @@ def evaluate_file(args, sha256, datasets, models):
         raise CheckpointError(f"argument --evaluate: {path} speaks of an unknown data set {flags['dataset']!r}")
 
     dtype = set_precision(flags["precision"], device)
+    if slow := slow_precision(flags["precision"], device):
+        print(slow)
     images = datasets.load_dataset(flags["dataset"], flags["data_path"], flags["image_size"],
                                    num_workers=args.num_workers, memory=memory_for_images(device),
                                    statistics=(state["mean"], state["std"]) if "mean" in state else None)

@@ -33,6 +33,7 @@ class Cell(NamedTuple):
     milestones: tuple = (300_000, 350_000)      # none: a cosine
     warmup: int = 4000
     test_freq: int = 400
+    ramp: int | None = None         # of the weight of the consistency loss; None: as the warm-up
     macs: float = 731.4e6           # multiplications of one forward pass of one image
     published: dict = {}            # row -> error rate in percent
 
@@ -61,8 +62,8 @@ CELLS = {
     **{f"cifar10-jpeg-{count}": Cell(f"CIFAR-10 (JPEG) at 16x16, {count:,} labels", (*JPEG, "--image-size", "16"), count,
                                      50_000, 11, **FEW) for count in (250, 500, 1000)},
     "imagenet": Cell("ImageNet, 10 % of the labels, top-1", ("--dataset", "imagenet", "--data-path", "data/imagenet",
-                                                             "--schedule", "cosine", "--ramp", "0"), 128_000, 1_281_167, 1234,
-                     "resnet18", 512, 1_351_200, (), 11_260, 2252, macs=1.82e9,
+                                                             "--schedule", "cosine"), 128_000, 1_281_167, 1234,
+                     "resnet18", 512, 1_351_200, (), 11_260, 2252, ramp=0, macs=1.82e9,
                      published={"neither": 53.65, "both": 44.87, "supervised": 29.15}),
     "digits": Cell("digits, 50 labels", ("--dataset", "digits"), 50, 1297, 1, "convsmall", 64, 800, (600, 700), 80, 100,
                    macs=2.85e6),
@@ -80,6 +81,7 @@ def experiment(name, row, seed, scale):
     return [*cell.flags, "--num-label", str(cell.num_train if row == "supervised" else cell.num_label), "-a", cell.arch,
             *ROWS[row].flags, "--batch-size", str(cell.batch_size), "--total-steps", str(steps),
             *(["--milestones", ",".join(str(scaled(m, scale)) for m in cell.milestones)] if cell.milestones else []),
+            *(["--ramp", str(cell.ramp)] if cell.ramp is not None and "--no-meta" not in ROWS[row].flags else []),
             "--warmup", str(scaled(cell.warmup, scale)), "--test-freq", str(scaled(cell.test_freq, scale)),
             "--print-freq", str(min(100, scaled(steps, 0.05))), "--seed", str(seed)]
 

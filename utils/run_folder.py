@@ -189,12 +189,11 @@ class RunFolder:
         for tag, value in scalars.items():
             self.events.add_scalar(tag, value, step)
 
-    def log(self, step, total_steps, alpha, means, rate, images_per_step):
-        """A line of training means; rate in steps per second."""
+    def log(self, step, total_steps, alpha, means, rate, left):
+        """A line of training means; rate: images per second of training, left: seconds to the end, evaluations included."""
         self.record(step, {f"train/{name}": value for name, value in means.items()} | {"train/lr": alpha})
         values = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-        self.say(f"step {step}/{total_steps}  {values}  lr {alpha:.4g}  {rate * images_per_step:.0f} images/s  "
-                 f"{duration((total_steps - step) / rate)} left")
+        self.say(f"step {step}/{total_steps}  {values}  lr {alpha:.4g}  {rate:.0f} images/s  {duration(left)} left")
 
     def finish(self, steps, seconds, rates, top5, labeled, evaluations, flags, sessions):
         """Writes results.json and says the error rates under every selection rule; top5: likewise, or None.
