@@ -30,6 +30,12 @@ def main(argv=None):
         cli.fail(PROG, error, 2)
     except OSError as error:
         cli.fail(PROG, error, 1)
+    except RuntimeError as error:
+        from utils.failure import NetworkFailure
+
+        if not isinstance(error, NetworkFailure):
+            raise
+        cli.fail(PROG, error, 1)
     except KeyboardInterrupt:
         cli.fail(PROG, "interrupted; nothing was written", 130)
     print("\n".join(str(path) for path in paths))
@@ -165,6 +171,7 @@ def cached_features(path, state, images, row, device):
     from datasets import normalized_batches
     from models import build_model, is_own
     from utils.checkpoint import load_weights
+    from utils.failure import own_network
 
     made_of = (path.read_bytes(), row["sample"].astype("<i8").tobytes(), "".join(row["part"]).encode(),
                images.labels_sha256.encode())
@@ -185,7 +192,7 @@ def cached_features(path, state, images, row, device):
     test = row["part"] == "test"
     features, predictions = [], []
     for source, index in ((images.train_images, row["sample"][~test]), (images.test_images, row["sample"][test])):
-        with torch.no_grad():
+        with torch.no_grad(), own_network(arch):
             for x, _ in normalized_batches(source[index], torch.zeros(len(index)), state["mean"], state["std"], device, 500):
                 features.append(model.features(x))
                 if features[-1].dim() != 2:

@@ -51,13 +51,14 @@ def main(argv=None):
         except (ArithmeticError, MemoryError, RuntimeError) as error:
             from utils.checkpoint import describe_last
             from utils.device import is_out_of_memory
+            from utils.failure import NetworkFailure
             from utils.metrics import Diverged
 
             if is_out_of_memory(error):
                 error = f"out of memory with --batch-size {args.batch_size}: lower it, or take --precision bfloat16"
-            elif not isinstance(error, (Diverged, WorldError)):
+            elif not isinstance(error, (Diverged, NetworkFailure, WorldError)):
                 raise
-            world.fail(PROG, f"{error}; {describe_last(args.save_path)}", 1)
+            world.fail(PROG, error if args.evaluate else f"{error}; {describe_last(args.save_path)}", 1)
 
 
 def evaluate_only(args):
@@ -87,7 +88,8 @@ def train(args, given, interrupt, world):
     from models.synchronized import synchronize_batch_norm
     from utils import checkpoint
     from utils.device import check_compiler, choose_device, fingerprint, memory_for_images, set_precision, slow_precision
-    from utils.metrics import Diverged, Meter, all_finite, error_rates, evaluate
+    from utils.failure import own_network
+    from utils.metrics import Diverged, Meter, all_finite, error_rates, evaluate, finite_names
     from utils.run_folder import NoFolder, RunFolder, check_same_experiment, experiment, git_commit, prepare
 
     device = choose_device(args.device)
@@ -133,10 +135,13 @@ def train(args, given, interrupt, world):
                         "or train supervised with --no-meta and no --mix-up")
 
     # Model
-    rehearse(args.arch, images.num_classes, images.train_images.shape[-1], device, dtype,
-             partial(meta_gradient, method=args.meta_gradient, consistency=args.consistency, dtype=dtype) if meta else None)
+    warned = rehearse(
+        args.arch, images.num_classes, images.train_images.shape[-1], device, dtype,
+        partial(meta_gradient, method=args.meta_gradient, consistency=args.consistency, dtype=dtype) if meta else None,
+        min(4, args.batch_size // world.size))
     torch.manual_seed(args.seed)
     model = build_model(args.arch, images.num_classes, device)
+    always_finite = finite_names(model)             # an infinite buffer, such as the mask of an attention, may be so
     average = None                      # of tensors over the processes, if there are several
     if world.size > 1:
         average = world.average
@@ -170,7 +175,7 @@ def train(args, given, interrupt, world):
                + (" (no CUDA device is visible)" if args.device == "auto" and device.type == "cpu" else ""))
     if images.source:
         folder.say(f"images {images.source}")
-    for warning in filter(None, (cli.cut_short(args), slow_precision(args.precision, device))):
+    for warning in filter(None, (cli.cut_short(args), slow_precision(args.precision, device), *warned)):
         folder.say(warning)
     if saved is not None:
         folder.say(f"resumed at step {start} from {source}")
@@ -189,13 +194,14 @@ def train(args, given, interrupt, world):
             nonlocal best, clock, logged_at, pause, seconds
             meter.check()               # waits for the steps so far
             paused_at = time.perf_counter()
-            if not all_finite(model.state_dict().values()):
+            if not all_finite(value for name, value in model.state_dict().items() if name in always_finite):
                 raise Diverged(f"the weights are not finite at step {step}")
             world.check_replicas(model.state_dict(), step)
             accuracies = {}
             for part, (x, y) in held_out.items():
-                measured = evaluate(model, normalized_batches(x, y, images.mean, images.std, device), dtype,
-                                    lambda: stopping or interrupt(), world.sum)
+                with own_network(args.arch, step):
+                    measured = evaluate(model, normalized_batches(x, y, images.mean, images.std, device), dtype,
+                                        lambda: stopping or interrupt(), world.sum)
                 if measured is None:
                     break
                 accuracies |= {f"{part}/{name}": value for name, value in measured.items()}
@@ -245,10 +251,11 @@ def train(args, given, interrupt, world):
             alpha = learning_rate(step, args.lr, args.warmup, args.milestones, args.gamma,
                                   args.total_steps if args.schedule == "cosine" else None)
             beta = alpha if args.meta_lr is None else args.meta_lr
-            result = training_step(                                                     # lines 3-8, 10-15
-                model, optimizer, x_l, y_l, x_u, alpha=alpha, beta=beta, weight=ramp(step, ramp_steps, args.weight),
-                lam=lam, meta=meta, method=method, epsilon=args.epsilon, consistency=args.consistency,
-                dtype=dtype, average=average)
+            with own_network(args.arch, step):
+                result = training_step(                                                 # lines 3-8, 10-15
+                    model, optimizer, x_l, y_l, x_u, alpha=alpha, beta=beta, weight=ramp(step, ramp_steps, args.weight),
+                    lam=lam, meta=meta, method=method, epsilon=args.epsilon, consistency=args.consistency,
+                    dtype=dtype, average=average)
             world.copy_first(list(model.buffers()))             # batch statistics: a process has its own, rank 0's count
 
             telemetry = {"loss": result.loss, **result.telemetry}

@@ -1,4 +1,7 @@
-"""The two discrepancies Phi between a prediction and a target distribution."""
+"""The discrepancies Phi between a prediction and a target distribution."""
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 
@@ -12,4 +15,19 @@ def squared_error(logits, y):
     return (logits.softmax(dim=1) - y).square().sum(dim=1)
 
 
-CONSISTENCY = {"mse": squared_error, "kl": kl_divergence}
+class Consistency(NamedTuple):
+    """A consistency loss, with what the meta-gradient is the derivative of.
+
+    The minimum over the logits must be where their softmax is y.  All that the meta-gradient needs of the loss is its
+    mixed second derivative there, and that is minus the Jacobian of `link` in the logits: for f(y) - f(p) - f'(p) (y - p),
+    p the softmax, link is f'(p); for an f-divergence it is f''(1) log p.
+    """
+    loss: Callable          # logits (B, K), y (B, K) with rows on the simplex -> (B,)
+    link: Callable          # logits (B, K) -> (B, K)
+    inverse: Callable       # link(logits) -> softmax(logits), (B, K)
+
+
+CONSISTENCY = {
+    "mse": Consistency(squared_error, lambda logits: 2 * logits.softmax(dim=1), lambda linked: linked / 2),
+    "kl": Consistency(kl_divergence, lambda logits: logits.log_softmax(dim=1), torch.exp),
+}

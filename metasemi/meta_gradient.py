@@ -35,7 +35,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import get_total_norm
 
-from metasemi.losses import CONSISTENCY
+from metasemi.losses import CONSISTENCY, Consistency
 
 
 class MetaGradient(NamedTuple):
@@ -60,7 +60,7 @@ def meta_gradient(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency=
             difference of the paper (eqs. 15, 16); "unrolled", double backward through the virtual step (eqs. 2-5);
             or what `compiled_jvp` returns.
         epsilon: > 0, the length in parameter space of each half-step of the finite difference.
-        consistency: "mse" or "kl", the Phi of the consistency loss.
+        consistency: "mse" or "kl", the Phi of the consistency loss, or another key of `metasemi.losses.CONSISTENCY`.
         dtype: computing type of the network, e.g. torch.bfloat16; default: that of the parameters.
         average: where x_l and x_u are one of several equal parts of a batch, each with a process: a function from a list of
             tensors to the list of their means over the processes.  g is then that of the whole batch.
@@ -70,7 +70,7 @@ def meta_gradient(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency=
         gradient: (B_u, K), 2 J g for "mse" (rows sum to zero), J_log g for "kl".  Zero where g is zero.
 
     Raises:
-        ValueError: for an unknown method or consistency.
+        ValueError: for an unknown method or consistency, or a consistency that is not a `Consistency`.
     """
     return meta_gradient_with_telemetry(model, x_l, y_l, x_u, method, epsilon, consistency, dtype, average)[:2]
 
@@ -82,9 +82,11 @@ def meta_gradient_with_telemetry(model, x_l, y_l, x_u, method="jvp", epsilon=1e-
         raise ValueError(f"no method is named {method!r}; choose from {', '.join(METHODS)}")
     if consistency not in CONSISTENCY:
         raise ValueError(f"no consistency is named {consistency!r}; choose from {', '.join(CONSISTENCY)}")
+    if not isinstance(CONSISTENCY[consistency], Consistency):
+        raise ValueError(f"the consistency {consistency!r} is a loss without its derivative: register a Consistency")
     theta = {k: w for k, w in model.named_parameters() if w.requires_grad}
-    with evaluation_mode(model), torch.enable_grad():
-        parts = METHODS.get(method, method)(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype,
+    with evaluation_mode(model), differentiable_attention(), torch.enable_grad():
+        parts = METHODS.get(method, method)(model, theta, x_l, y_l, x_u, epsilon, CONSISTENCY[consistency], dtype,
                                              average or list)
     return MetaGradient(*(part.detach() for part in parts))
 
@@ -101,11 +103,8 @@ def derivative_along(model, theta, g, x_u, consistency, dtype):
     with forward_ad.dual_level():
         dual = {k: forward_ad.make_dual(w, g[k]) for k, w in theta.items()}
         logits_u = logits(model, dual, x_u, dtype)
-        if consistency == "mse":
-            y_tilde, J_g = forward_ad.unpack_dual(logits_u.softmax(dim=1))              # lines 3, 7
-            return y_tilde, 2 * J_g
-        log_y_tilde, J_log_g = forward_ad.unpack_dual(logits_u.log_softmax(dim=1))
-        return log_y_tilde.exp(), J_log_g
+        linked, gradient = forward_ad.unpack_dual(consistency.link(logits_u))           # line 7
+        return consistency.inverse(linked), gradient                                    # line 3
 
 
 def compiled_jvp():
@@ -121,20 +120,17 @@ def by_finite_difference(model, theta, x_l, y_l, x_u, epsilon, consistency, dtyp
     def at(sign):
         # Moved copies: adding epsilon g in place and taking it off again changes half of all float32 weights.
         moved = {k: w + sign * half_step * g[k] for k, w in theta.items()}
-        return logits(model, moved, x_u, dtype)
+        return consistency.link(logits(model, moved, x_u, dtype))
 
     y_tilde = logits(model, theta, x_u, dtype).softmax(dim=1)                       # line 3
-    if consistency == "mse":
-        difference = at(+1).softmax(dim=1) - at(-1).softmax(dim=1)                  # line 7
-    else:
-        difference = (at(+1).log_softmax(dim=1) - at(-1).log_softmax(dim=1)) / 2
+    difference = (at(+1) - at(-1)) / 2                                              # line 7
     return y_tilde, difference * (g_norm / epsilon), logits_l, g_norm
 
 
 def by_unrolling(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, average):
     logits_u = logits(model, theta, x_u, dtype)
     y_tilde = logits_u.softmax(dim=1).detach().requires_grad_()                     # eq. 2
-    loss_u = CONSISTENCY[consistency](logits_u, y_tilde).mean()
+    loss_u = consistency.loss(logits_u, y_tilde).mean()
     g_u = torch.autograd.grad(loss_u, list(theta.values()), create_graph=True, materialize_grads=True)   # eq. 3
     virtual = {k: w - d for (k, w), d in zip(theta.items(), g_u)}                   # eq. 4 with alpha = 1
     logits_l = logits(model, virtual, x_l, dtype)
@@ -159,10 +155,20 @@ def logits(model, theta, x, dtype):
 
     Explicit copies rather than autocast: under it, forward-mode differentiation fails.
     """
-    if dtype is None:
-        return functional_call(model, theta, (x,))
-    state = {k: v for k, v in (*model.named_parameters(), *model.named_buffers()) if v.is_floating_point()} | theta
-    return functional_call(model, {k: v.to(dtype) for k, v in state.items()}, (x.to(dtype),)).float()
+    state = tensors(model)
+    values = {w: theta[k] for k, w in state.items() if k in theta}
+    if dtype is not None:
+        values = {v: values.get(v, v).to(dtype) for v in state.values() if v.is_floating_point()}
+        x = x.to(dtype)
+    # tie_weights=True would give a module with two names its values twice, and put copies back in place of parameters.
+    y = functional_call(model, {k: values[v] for k, v in state.items() if v in values}, (x,), tie_weights=False)
+    return y if dtype is None else y.float()
+
+
+def tensors(model):
+    """name -> parameter or buffer: a shared tensor under a name in each module that has it, each module under one name."""
+    return {k: v for prefix, module in model.named_modules() for named in (module.named_parameters, module.named_buffers)
+            for k, v in named(prefix, recurse=False, remove_duplicate=False)}
 
 
 @contextmanager
@@ -175,6 +181,24 @@ def evaluation_mode(model):
     finally:
         for module in training:
             module.training = True
+
+
+FAST_ATTENTION = tuple((getattr(torch.backends.cuda, f"{kind}_sdp_enabled"), getattr(torch.backends.cuda, f"enable_{kind}_sdp"))
+                       for kind in ("flash", "mem_efficient", "cudnn")) + (
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),)
+
+
+@contextmanager
+def differentiable_attention():
+    """Attention by its formula, since the fused kernels have no forward-mode and no second derivative; afterwards as before."""
+    before = [enabled() for enabled, _ in FAST_ATTENTION]
+    for _, enable in FAST_ATTENTION:
+        enable(False)
+    try:
+        yield
+    finally:
+        for (_, enable), value in zip(FAST_ATTENTION, before):
+            enable(value)
 
 
 def detached(theta):

@@ -27,17 +27,19 @@ class Step(NamedTuple):
     finite: torch.Tensor                # () bool, whether loss and gradient were; if not, the update was left out
 
 
-def training_step(model, optimizer, x_l, y_l, x_u=None, *, alpha, beta=0.0, weight=1.0, lam=None, meta=True,
+def training_step(model, optimizer, x_l, y_l, x_u=None, *, alpha=None, beta=0.0, weight=1.0, lam=None, meta=True,
                   method="jvp", epsilon=1e-2, consistency="mse", dtype=None, average=None):
     """One optimizer step; the model ends in training mode.  With a fused optimizer nothing in here waits for the device.
 
     An update whose loss or gradient is not finite is left out: weights and momenta stay as they are.
 
     Args:
-        model, optimizer: the optimizer's learning rate is set to alpha.
+        model, optimizer: of the same parameters.
         x_l, y_l: (B, C, H, W) float and (B,) int64.
         x_u: (B, C, H, W) float; only the supervised baseline does without.
-        alpha, beta, weight: learning rate, meta learning rate, weight of the consistency loss; floats.
+        alpha, beta, weight: learning rate, meta learning rate, weight of the consistency loss; floats.  Of several
+            parameter groups the one that began with the largest rate gets alpha, and the others keep their ratio to it.
+            alpha=None leaves the rates to the optimizer and its scheduler.
         lam: (B,) mix-up weights, or None for no mix-up.
         meta: whether pseudo-labels are improved by the meta-gradient and the consistency loss is used.
         method, epsilon, consistency, dtype: as in `meta_gradient`; with a dtype the training-mode passes run
@@ -76,7 +78,7 @@ def training_step(model, optimizer, x_l, y_l, x_u=None, *, alpha, beta=0.0, weig
         loss = cross_entropy(full_precision(logits_in), y_l)
         telemetry = {"label-loss": loss.detach(), "label-acc": accuracy(logits_in, y_l)} | telemetry
     if meta:
-        loss_cons = CONSISTENCY[consistency](full_precision(logits_u), y_hat).mean()         # line 13
+        loss_cons = CONSISTENCY[consistency].loss(full_precision(logits_u), y_hat).mean()    # line 13
         telemetry["unlabel-loss"] = loss_cons.detach()
         loss = loss + weight * loss_cons
 
@@ -88,10 +90,21 @@ def training_step(model, optimizer, x_l, y_l, x_u=None, *, alpha, beta=0.0, weig
         for d, mean in zip(gradients, means):
             d.copy_(mean)
     finite = loss.isfinite() & get_total_norm(gradients).isfinite()
-    for group in optimizer.param_groups:
-        group["lr"] = alpha
+    if alpha is not None:
+        set_learning_rate(optimizer, alpha)
     update_if(finite, optimizer)                                                             # line 15
     return Step(loss, telemetry, y_tilde, y_hat, finite)
+
+
+def set_learning_rate(optimizer, alpha):
+    """Makes alpha the largest rate of the parameter groups, in the ratios that they had at the first call."""
+    groups = optimizer.param_groups
+    ratios = [1.0]
+    if len(groups) > 1:
+        rates = [group.setdefault("initial_lr", group["lr"]) for group in groups]       # a key of torch's schedulers, too
+        ratios = [rate / max(rates) if any(rates) else 1.0 for rate in rates]
+    for group, ratio in zip(groups, ratios):
+        group["lr"] = alpha * ratio
 
 
 def update_if(finite, optimizer):

@@ -1,4 +1,4 @@
-"""Faults injected into runs of the two scripts, F1 to F15: short forms in the test suite, all of them by `make torture`.
+"""Faults injected into runs of the two scripts, F1 to F25: short forms in the test suite, all of them by `make torture`.
 
 Each injection is a generator `inject(folder, tries, rng, patch)`: it yields, for each try, None if the run survived or
 what was lost.  `patch` is None, or a function that takes one protection away in the process under test: then something
@@ -852,6 +852,69 @@ def careless_values():
     cli.path, cli.number = Path, lambda kind, **bounds: lambda text: kind(float(text))
 
 
+# F25: networks of the user's own
+
+OWN = """import torch
+from torch import nn
+{}
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head, self.calls = nn.Linear(768, num_classes), 0
+        {}
+
+    def forward(self, x):
+        self.calls += self.training
+        fails = self.calls == 7     # in step 4, the first after a save
+        logits = self.head(x.flatten(1))
+        {}
+
+{}
+"""
+MISBEHAVIOR = [     # import, constructor, end of forward, more; exit code, parts of the line
+    ("", "", "return logits if fails else logits / (1 // 0)", "", 2, ["fails in evaluation mode", "ZeroDivisionError"]),
+    ("", "", "return int('x') if fails else logits", "", 1, ["fails at step 4", "line 15: ValueError", "of step 3 is intact"]),
+    ("", "", "return logits[:-1] if fails else logits", "", 1, ["fails at step 4: RuntimeError", "of step 3 is intact"]),
+    ("", "", "return open('gone') if fails else logits", "", 1, ["fails at step 4", "line 15: FileNotFoundError", "is intact"]),
+    ("", "", "return logits.detach() if fails else logits", "", 0, []),
+    ("", "", "return logits + x.zero_().sum()", "", 2, ["changes its input"]),
+    ("", "", "return logits.softmax(dim=1)", "", 0, []),
+    ("from gone import x", "", "return logits", "", 2, ["net.py, line 3: ModuleNotFoundError: No module named 'gone'"]),
+    ("from beside import scale", "", "return scale(logits)", "", 0, []),
+    ("", "self.more = nn.LazyLinear(3)", "return logits", "", 2, ["lazy layers"]),
+    ("", "self.w = nn.Parameter(torch.ones(2) * 1j)", "return logits", "", 2, ["the complex parameter w"]),
+    ("", "self.w = nn.Parameter(torch.eye(2).to_sparse())", "return logits", "", 2, ["the sparse parameter w"]),
+    ("", "", "return logits", "    def get_extra_state(self):\n        return [1]\n", 2, ["the extra state _extra_state"]),
+    ("", "self.register_buffer('mask', torch.full((9,), -torch.inf))", "return logits", "", 0, []),
+    ("", "self.again = self.head", "return logits + self.again(x.flatten(1))", "", 0, []),
+    ("", "self.bn = nn.BatchNorm1d(num_classes)", "return self.bn(logits)", "", 2, ["take a larger --batch-size"]),
+]
+
+
+def misbehaving(folder, tries, rng, patch=None):
+    """A network of the user's own that fails, imports, shares, changes its input or keeps what a checkpoint cannot."""
+    (folder / "beside.py").write_text("def scale(x):\n    return 2 * x\n")
+    for i, (*parts, expected, said) in enumerate(MISBEHAVIOR[:tries]):
+        (folder / "net.py").write_text(OWN.format(*parts))
+        path = folder / str(i)
+        one = ["--batch-size", "1"] if "larger --batch-size" in " ".join(said) else []
+        code, out, error = run(folder, [*FLAGS, *one, "--total-steps", "5", "--test-freq", "3", "--save-path", path,
+                                        "-a", f"{folder / 'net.py'}:Net"], patch)
+        fault = one_line(code, expected, error, *said) if expected else error[-300:] or (f"exit code {code}" if code else None)
+        if expected == 2 and path.exists():
+            fault = fault or "it wrote something"
+        if "softmax" in parts[2] and out.count("gives probabilities") != 1:
+            fault = fault or "no warning was said"
+        yield fault
+
+
+def no_own_network():
+    from utils import failure
+
+    failure.own_network = lambda name, step=None: contextlib.nullcontext()
+
+
 class Injection(NamedTuple):
     inject: object
     without: object         # the protection taken away
@@ -876,4 +939,5 @@ INJECTIONS = {
     "F14": Injection(logged, no_take_back, 1, 10),
     "F15": Injection(odd_places, no_streams, 5, 9),
     "F24": Injection(odd_values, careless_values, 6, 100),
+    "F25": Injection(misbehaving, no_own_network, 2, 99),
 }

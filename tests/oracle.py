@@ -1,23 +1,42 @@
 """The meta-gradient by another road: eqs. 2-5 taken literally, double backward through the virtual step."""
 import torch
 from torch import nn
-from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, kl_div
 
 
 def double_backward(model, x_l, y_l, x_u, *, consistency="mse", alpha=0.1):
-    """(y_tilde, the derivative of the labeled loss after the virtual step, the virtual step itself)."""
-    theta = dict(model.named_parameters())
-    logits_u = model(x_u)
-    y_tilde = logits_u.softmax(dim=1).detach().requires_grad_()
-    if consistency == "mse":
-        loss_u = (logits_u.softmax(dim=1) - y_tilde).square().sum(dim=1).mean()
-    else:
-        loss_u = kl_div(logits_u.log_softmax(dim=1), y_tilde, reduction="batchmean")
-    g_u = torch.autograd.grad(loss_u, list(theta.values()), create_graph=True)
-    virtual = {k: w - alpha * d for (k, w), d in zip(theta.items(), g_u)}
-    loss_l = cross_entropy(functional_call(model, virtual, (x_l,)), y_l)
-    return y_tilde.detach(), torch.autograd.grad(loss_l, y_tilde)[0], g_u
+    """(y_tilde, the derivative of the labeled loss after the virtual step, the virtual step itself).
+
+    consistency: "mse", "kl", or a function of probabilities p, y (B, K) that gives (B,).
+    """
+    theta = list(model.parameters())
+    with sdpa_kernel(SDPBackend.MATH):
+        p_u = model(x_u).softmax(dim=1)
+        y_tilde = p_u.detach().requires_grad_()
+        if consistency == "mse":
+            loss_u = (p_u - y_tilde).square().sum(dim=1).mean()
+        elif consistency == "kl":
+            loss_u = kl_div(p_u.log(), y_tilde, reduction="batchmean")
+        else:
+            loss_u = consistency(p_u, y_tilde).mean()
+        g_u = torch.autograd.grad(loss_u, theta, create_graph=True, materialize_grads=True)
+        virtual = {w: w - alpha * d for w, d in zip(theta, g_u)}
+        loss_l = cross_entropy(call(model, virtual, x_l), y_l)
+        return y_tilde.detach(), torch.autograd.grad(loss_l, y_tilde)[0], g_u
+
+
+def call(model, values, x):
+    """model(x) with values[w] in place of each parameter w, put in and taken out again by hand."""
+    places = [(module._parameters, name, w) for module in model.modules() for name, w in module._parameters.items()
+              if w in values]
+    try:
+        for parameters, name, w in places:
+            parameters[name] = values[w]
+        return model(x)
+    finally:
+        for parameters, name, w in places:
+            parameters[name] = w
 
 
 def exact_gradient(model, x_l, y_l, x_u, *, consistency="mse", alpha=0.1):

@@ -5,8 +5,10 @@ import pytest
 import torch
 from oracle import close, double_backward, exact_gradient, random_case, relative_error, smooth_network
 from torch import nn
+from torchvision.models import VisionTransformer
 
 from metasemi import METHODS, meta_gradient, update_pseudo_labels
+from metasemi.losses import CONSISTENCY, Consistency
 from metasemi.meta_gradient import compiled_jvp
 from models import NETWORKS, build_model
 from models.layers import ConvBN
@@ -181,6 +183,127 @@ def test_works_where_the_caller_has_switched_gradients_off():
     expected = meta_gradient(model, *case)[1]
     with torch.no_grad():
         assert torch.equal(meta_gradient(model, *case)[1], expected)
+
+
+class Shared(nn.Module):
+    """A network in which a module or a tensor has two names."""
+
+    def __init__(self, pattern):
+        super().__init__()
+        torch.manual_seed(4)
+        self.pattern, self.head = pattern, nn.Linear(6, 5)
+        self.first, self.block1 = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.bn = nn.BatchNorm2d(6)
+        if pattern == "module under two names":
+            self.block2 = self.block1
+        elif pattern == "activation used twice":
+            self.net = nn.Sequential(self.block1, prelu := nn.PReLU(6), self.bn, prelu)
+        elif pattern == "alias of a part":
+            self.net = nn.Sequential(nn.Sequential(self.block1, nn.Tanh()), self.bn)
+            self.encoder = self.net[0]
+        elif pattern == "tied weight":
+            self.block3 = nn.Conv2d(6, 6, 3, padding=1)
+            self.block3.weight = self.block1.weight
+        elif pattern == "shared batch norm":
+            self.body = nn.ModuleList([nn.Sequential(self.block1, self.bn), nn.Sequential(nn.Conv2d(6, 6, 1), self.bn)])
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        if self.pattern == "module under two names":
+            x = self.block2(self.bn(self.block1(x)).tanh())
+        elif self.pattern == "activation used twice":
+            x = self.net(x)
+        elif self.pattern == "alias of a part":
+            x = self.encoder(self.net(x))
+        elif self.pattern == "tied weight":
+            x = self.block3(self.bn(self.block1(x)).tanh())
+        else:
+            for part in self.body:
+                x = part(x).tanh()
+        return self.head(x.tanh().mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("pattern", ["module under two names", "activation used twice", "alias of a part", "tied weight",
+                                     "shared batch norm"])
+def test_shared_modules_and_tensors_are_exact_and_stay_the_parameters_that_they_were(pattern):
+    model, case = Shared(pattern).double(), random_case()
+    with torch.no_grad():
+        model(case[2])
+    holders = [(module._parameters, name, w) for module in model.modules() for name, w in module._parameters.items()]
+    _, exact = exact_gradient(model.eval(), *case)
+    for method, tolerance in (("jvp", 1e-9), ("unrolled", 1e-9), ("finite-difference", 2e-2)):
+        for _ in range(2):
+            assert relative_error(meta_gradient(model, *case, method=method)[1], exact) < tolerance
+    _, gradient = meta_gradient(model.float(), case[0].float(), case[1], case[2].float(), dtype=torch.bfloat16)
+    assert relative_error(gradient, exact) < 0.1
+    assert all(parameters[name] is w for parameters, name, w in holders)
+
+
+class Encoder(nn.Module):
+    """nn.TransformerEncoder, whose evaluation mode has a fast path, on the rows of an image; the mask is a buffer of -inf."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(24, 4, 32, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(24, 5)
+        self.register_buffer("mask", torch.full((8, 8), -torch.inf).triu(1))
+
+    def forward(self, x):
+        return self.head(self.encoder(x.transpose(1, 2).flatten(2), mask=self.mask).mean(dim=1))
+
+
+def transformers():
+    torch.manual_seed(5)
+    vit = VisionTransformer(8, 4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5)
+    nn.init.normal_(vit.heads.head.weight, std=0.1)         # it begins at zero, where nothing moves
+    return [vit.double().eval(), Encoder().double().eval()]
+
+
+def test_attention_is_exact_and_its_kernels_are_as_before_also_after_an_exception():
+    def kernels():
+        cuda = torch.backends.cuda
+        return [cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled(), cuda.math_sdp_enabled(),
+                torch.backends.mha.get_fastpath_enabled()]
+
+    before, case = kernels(), random_case()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        assert kernels() != before
+        with pytest.raises(RuntimeError):
+            meta_gradient(transformers()[0], case[0][:, :2], *case[1:])
+        assert kernels() == [*before[:-1], False]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before[-1])
+    for model in transformers():
+        _, exact = exact_gradient(model, *case)
+        for method, tolerance in (("jvp", 1e-9), ("unrolled", 1e-9), ("finite-difference", 2e-2)):
+            assert relative_error(meta_gradient(model, *case, method=method, epsilon=1e-3)[1], exact) < tolerance
+        assert kernels() == before
+
+
+def test_every_consistency_and_any_other_with_its_link_is_exact(monkeypatch):
+    model, case = smooth_network().eval(), random_case()
+    others = {      # name -> loss of probabilities, link of probabilities, inverse of the link
+        "squared Hellinger": (lambda p, y: (p.sqrt() - y.sqrt()).square(), lambda p: p.log() / 2, lambda m: (2 * m).exp()),
+        "Bregman of cubes": (lambda p, y: y ** 3 - p ** 3 - 3 * p ** 2 * (y - p), lambda p: 3 * p ** 2,
+                             lambda m: (m / 3).sqrt()),
+    }
+    for name, (loss, link, inverse) in others.items():
+        monkeypatch.setitem(CONSISTENCY, name, Consistency(lambda z, y, loss=loss: loss(z.softmax(dim=1), y).sum(dim=1),
+                                                           lambda z, link=link: link(z.softmax(dim=1)), inverse))
+    for name in CONSISTENCY:
+        loss = others[name][0] if name in others else None
+        y, exact = exact_gradient(model, *case, consistency=name if loss is None
+                                  else lambda p, y, loss=loss: loss(p, y).sum(dim=1))
+        for method, tolerance in (("jvp", 1e-9), ("unrolled", 1e-9), ("finite-difference", 1e-3)):
+            y_tilde, gradient = meta_gradient(model, *case, method=method, consistency=name)
+            assert torch.allclose(y_tilde, y, rtol=0, atol=1e-12) and relative_error(gradient, exact) < tolerance, name
+
+
+def test_a_loss_without_its_derivative_is_refused(monkeypatch):
+    monkeypatch.setitem(CONSISTENCY, "l1", lambda logits, y: (logits.softmax(dim=1) - y).abs().sum(dim=1))
+    with pytest.raises(ValueError, match="'l1' is a loss without its derivative: register a Consistency"):
+        meta_gradient(smooth_network(), *random_case(), consistency="l1")
 
 
 def test_unknown_names_are_refused_with_the_choices():

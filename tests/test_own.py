@@ -1,7 +1,10 @@
 """The user's own images, network and list of labeled images."""
+import importlib.util
 import json
+import py_compile
 import re
 import shlex
+import sys
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ import plot_features
 import train_meta
 from datasets import DataError, load_dataset
 from datasets.splits import split_labels, split_training
-from models import NetworkError, build_model, rehearse
+from metasemi import meta_gradient
+from models import NetworkError, build_model, check_network, rehearse
 
 HEAD = """import torch
 from torch import nn
@@ -143,6 +147,123 @@ def test_a_network_that_cannot_be_trained_is_one_line_and_writes_nothing(train, 
     error = capsys.readouterr().err
     assert message in error and "net.py" in error and error.count("\n") == 1, error
     assert [path.name for path in tmp_path.iterdir()] == ["net.py"]
+
+
+@pytest.mark.parametrize(("body", "message"), [
+    ("        self.head = nn.Linear(768, num_classes, dtype=torch.complex64)\n", "has the complex parameter head.weight"),
+    ("        self.w = nn.Parameter(torch.eye(3).to_sparse())\n", "has the sparse parameter w"),
+    (LINEAR + "logits\n\n    def get_extra_state(self):\n        return {'n': 1}\n", "has the extra state _extra_state, a"),
+    (LINEAR.replace("x.flatten(1)", "x.relu_().flatten(1)") + "logits\n", "changes its input in evaluation mode"),
+    (LINEAR.replace("nn.Linear(768, num_classes)", "nn.Embedding(4, num_classes, sparse=True)").replace(
+        "x.flatten(1)", "(x.flatten(1)[:, 0] > 0).long()") + "logits\n", "gives head.weight a sparse gradient"),
+    (LINEAR.replace("nn.Linear(768, num_classes)", "nn.utils.parametrizations.weight_norm(nn.Linear(768, num_classes))")
+     + "logits\n", "does not support it because it has not been implemented yet.): take --meta-gradient finite-difference")])
+def test_a_network_that_would_train_wrong_or_fail_later_is_refused_in_its_rehearsal(net, body, message):
+    with pytest.raises(NetworkError) as error:
+        rehearse(net(body), 10, 16, torch.device("cpu"), meta_gradient=meta_gradient)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_batch_normalization_over_one_value_is_refused_for_every_network(net):
+    for name in (net(NETWORKS["batch norm of its own, and dropout"]), "resnet18"):
+        with pytest.raises(NetworkError, match="more than 1 value per channel .*: take a larger --batch-size"):
+            rehearse(name, 10, 16, torch.device("cpu"), batch=1)
+    assert rehearse("convsmall", 10, 16, torch.device("cpu"), batch=1) == []
+
+
+def test_probabilities_in_the_place_of_logits_are_one_warning(net):
+    for body, mode in ((LINEAR + "logits.softmax(dim=1)\n", "in evaluation mode"),
+                       (LINEAR + "logits if not self.training else logits.softmax(dim=1)\n", "in training mode"),
+                       (LINEAR + "logits\n", None)):
+        lines = rehearse(net(body), 10, 16, torch.device("cpu"), meta_gradient=meta_gradient)
+        assert len(lines) == (mode is not None) and all(f"gives probabilities {mode}" in line for line in lines)
+
+
+def test_a_file_imports_its_neighbors_without_a_cache_and_its_sum_covers_them(tmp_path, monkeypatch):
+    def write(name, text):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    ours, executed = dict(sys.modules), tmp_path / "executed"
+    mark = f"open({str(executed)!r}, 'w').close()\n"
+    write("net.py", mark + "import utils\nfrom parts import Body as Imported\nAlias = utils.Net\n")
+    write("utils.py", "from torch import nn\nfrom folder.blocks import head\n\n\nclass Net(nn.Module):\n"
+          "    def __init__(self, num_classes):\n        super().__init__()\n        self.head = head(num_classes)\n\n"
+          "    def forward(self, x):\n        return self.head(x)\n")
+    write("parts/__init__.py", "from .body import *\n")
+    write("parts/body.py", "from utils import Net\n\n\nclass Body(Net):\n    pass\n")
+    write("folder/blocks.py", "from torch import nn\n\n\ndef head(k):\n"
+          "    return nn.Sequential(nn.Flatten(), nn.Linear(768, k))\n")
+    write("unrelated.py", "1 +\n")
+    write("evil.py", "raise RuntimeError('an old cache was run')\n")
+    py_compile.compile(tmp_path / "evil.py", importlib.util.cache_from_source(tmp_path / "utils.py"),
+                       invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "net.py", "net.py"):
+        for name in (f"{path}:Alias", f"{path}:Imported"):
+            before, first = sorted(tmp_path.rglob("*")), check_network(name)
+            assert sorted(tmp_path.rglob("*")) == before and not executed.exists()
+            assert build_model(name, 10)(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
+            executed.unlink()
+            assert sorted(tmp_path.rglob("*")) == before
+            assert {name: module for name, module in sys.modules.items() if name in ours} == ours
+    sums = {first}
+    for file in ("net.py", "utils.py", "parts/__init__.py", "parts/body.py", "folder/blocks.py"):
+        write(file, (tmp_path / file).read_text() + "# changed\n")
+        sums.add(check_network("net.py:Imported"))
+    write("unrelated.py", "changed")
+    assert len(sums) == 6 and check_network("net.py:Imported") in sums
+    for name, text, message in (("net.py:Missing", None, "net.py defines no class Missing"),
+                                ("net.py:Imported", "def", "body.py is not Python")):
+        if text:
+            write("parts/body.py", text)
+        with pytest.raises(NetworkError, match=message):
+            check_network(name)
+
+
+FAILING = """
+        self.head, self.calls = nn.Linear(768, num_classes), 0
+        self.register_buffer("mask", torch.full((1, num_classes), -torch.inf).triu(1))
+
+    def forward(self, x):
+        self.calls += self.training
+        return check(self, x, self.head(x.flatten(1)) + self.mask.exp())
+"""
+
+
+def test_a_network_that_fails_in_use_is_one_line_with_place_and_step_and_an_infinite_buffer_is_none(
+        train, tmp_path, net, capsys):
+    helper = tmp_path / "helper.py"
+    helper.write_text(f"""from pathlib import Path
+
+
+def check(net, x, logits):
+    if net.calls == 9 and Path({str(tmp_path / 'training')!r}).exists():
+        raise ValueError('two\\nlines')
+    if len(x) > 4 and not net.training and Path({str(tmp_path / 'evaluation')!r}).exists():
+        return logits[1:]
+    return logits
+""")
+    name = net(FAILING + "\n    def features(self, x):\n        return x.missing\n", HEAD.replace(
+        "import torch\n", "import torch\nfrom helper import check\n"))
+    (tmp_path / "training").touch()
+    assert train("a", "-a", name) == 1
+    error = capsys.readouterr().err
+    assert error == (f"train_meta.py: {name} fails at step 5: {helper}, line 6: ValueError: two; "
+                     f"{tmp_path / 'a' / 'checkpoint.pth'} of step 3 is intact\n")
+    (tmp_path / "training").unlink()
+    assert train("a", "-a", name, "--resume") == 0
+    assert evaluate(tmp_path / "a" / "checkpoint.pth", "-a", name) == 0
+    (tmp_path / "evaluation").touch()
+    capsys.readouterr()
+    assert evaluate(tmp_path / "a" / "checkpoint.pth", "-a", name) == 1
+    with pytest.raises(SystemExit, match="1"):
+        plot_features.main(["--checkpoint-path", str(tmp_path / "a" / "checkpoint.pth"), "-a", name, "--method", "pca",
+                            "--save-path", str(tmp_path / "figure"), "--num-point", "40"])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "fails: ValueError: 499 rows of logits for 500 images" in lines[0], lines
+    assert f"fails: {tmp_path / 'net.py'}, line 18: AttributeError" in lines[1], lines
+    assert not (tmp_path / "figure").exists()
 
 
 def test_a_rehearsal_leaves_the_random_state_as_it_was(net):

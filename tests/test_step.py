@@ -135,3 +135,20 @@ def test_bfloat16_step_keeps_float32_weights_statistics_and_losses():
                            alpha=0.1, beta=0.1, lam=torch.rand(4), dtype=torch.bfloat16)
     assert {v.dtype for v in model.state_dict().values()} == {torch.float32, torch.int64}
     assert result.loss.dtype == torch.float32 and result.loss.isfinite()
+
+
+def test_alpha_is_the_largest_rate_of_the_groups_which_keep_their_ratios_and_none_leaves_them():
+    model = make_model()
+    optimizer = torch.optim.SGD([{"params": model.conv.parameters(), "lr": 0.01}, {"params": model.bn.parameters(), "lr": 0.0},
+                                 {"params": model.linear.parameters()}], lr=0.1)
+    x_l, x_u = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
+
+    def rates(**options):
+        training_step(model, optimizer, x_l, torch.tensor([0, 1, 2, 0]), x_u, beta=0.1, **options)
+        return [group["lr"] for group in optimizer.param_groups]
+
+    before = [w.detach().clone() for w in model.bn.parameters()]
+    assert rates() == rates(alpha=None) == [0.01, 0.0, 0.1]
+    for alpha in (0.5, 0.0, 0.2):                           # zero, as at the end of a cosine, forgets no ratio
+        assert rates(alpha=alpha) == pytest.approx([alpha / 10, 0.0, alpha])
+    assert rates()[2] == 0.2 and all(torch.equal(w, a) for w, a in zip(model.bn.parameters(), before))

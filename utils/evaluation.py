@@ -6,8 +6,9 @@ from utils import checkpoint
 from utils.checkpoint import CheckpointError
 from utils.cli import UsageError, training_parser
 from utils.device import choose_device, memory_for_images, set_precision, slow_precision
+from utils.failure import own_network
 from utils.files import replacing
-from utils.metrics import all_finite, confusion_matrix, expected_calibration_error, predict
+from utils.metrics import all_finite, confusion_matrix, expected_calibration_error, finite_names, predict
 
 MOST_CLASSES = 20       # whose confusion matrix is printed whole
 
@@ -41,18 +42,20 @@ def evaluate_file(args, sha256, datasets, models):
                                    statistics=(state["mean"], state["std"]) if "mean" in state else None)
     if saved and list(images.class_names) != state["class_names"]:
         raise datasets.DataError(f"argument --data-path: {flags['data_path']} has other classes than {path} was trained on")
-    models.rehearse(flags["arch"], images.num_classes, images.test_images.shape[-1], device, dtype)
+    warned = models.rehearse(flags["arch"], images.num_classes, images.test_images.shape[-1], device, dtype)
     model = models.build_model(flags["arch"], images.num_classes, device)
+    always_finite = finite_names(model)
     checkpoint.load_weights({"model": state["model"], "args": flags}, model, f"argument --evaluate: {path}")
-    if not all_finite(model.state_dict().values()):
+    if not all_finite(value for name, value in model.state_dict().items() if name in always_finite):
         raise CheckpointError(f"argument --evaluate: the weights in {path} are not finite")
     mean, std = state.get("mean", images.mean), state.get("std", images.std)
-    predicted, confidence = predict(model, datasets.normalized_batches(images.test_images, images.test_labels, mean, std,
-                                                                       device), dtype)
+    with own_network(flags["arch"]):
+        predicted, confidence = predict(model, datasets.normalized_batches(images.test_images, images.test_labels, mean, std,
+                                                                           device), dtype)
 
     names = [name.encode(errors="replace").decode() for name in images.class_names]
     step = f" of step {state['step']}" if saved else ", a state dict"
-    print(f"{path}{step}: {flags['arch']} on {device.type}, {flags['precision']}")
+    print("\n".join([*warned, f"{path}{step}: {flags['arch']} on {device.type}, {flags['precision']}"]))
     print(f"test set of {flags['dataset']}" + (f" under {flags['data_path']}" if images.test_files else "")
           + f": {len(predicted):,} images, {len(names)} classes")
     print("\n".join(report(images.test_labels, predicted, confidence, names)))

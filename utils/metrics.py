@@ -52,6 +52,11 @@ def all_finite(tensors):
     return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
+def finite_names(model):
+    """Names of the parameters and buffers of a model that are finite throughout."""
+    return {name for name, value in model.state_dict().items() if all_finite([value])}
+
+
 @torch.no_grad()
 def evaluate(model, batches, dtype=None, stop=lambda: False, add=list):
     """{"accuracy"} in [0, 1] over batches of (x, y), in evaluation mode; None if `stop()` became true on the way.
@@ -91,6 +96,8 @@ def predict(model, batches, dtype=None):
     for x, _ in batches:
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
             logits = model(x)
+        if len(logits) != len(x):
+            raise ValueError(f"{len(logits)} rows of logits for {len(x)} images")
         predicted.append(logits.argmax(dim=1))
         confidence.append(logits.float().softmax(dim=1).gather(1, predicted[-1][:, None])[:, 0])
     return torch.cat(predicted).cpu(), torch.cat(confidence).cpu()
