@@ -302,6 +302,8 @@ def open_standard_streams():
         except OSError:
             os.open(os.devnull, os.O_RDWR)                              # takes the lowest free number: this one
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
+    if hasattr(sys.stdout, "reconfigure"):                              # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")               # names of files need not be text
 
 
 def fail(prog, message, code):
