@@ -64,7 +64,8 @@ def plot(args):
         if state["labels_sha256"] != saved[0]["labels_sha256"]:
             raise cli.UsageError(f"argument --checkpoint-path: {path} was trained on other data than {args.checkpoint_path[0]}")
     images = load_dataset(flags["dataset"], args.data_path or flags["data_path"], flags["image_size"], flags["flip"],
-                          args.num_workers, memory=memory_for_images(device), statistics=(saved[0]["mean"], saved[0]["std"]))
+                          args.num_workers, memory=memory_for_images(device), statistics=(saved[0]["mean"], saved[0]["std"]),
+                          skip_corrupt=any(state["args"].get("skip_corrupt") for state in saved))
     if images.labels_sha256 != saved[0]["labels_sha256"]:
         raise DataError(f"argument --data-path: {args.data_path or flags['data_path']} is not what {args.checkpoint_path[0]} "
                         "was trained on: the training labels differ")
@@ -80,9 +81,17 @@ def plot(args):
                      **choose_points(args, labeled, unlabeled, len(images.test_labels))})
         check_embedding(args, len(rows[-1]["sample"]))
     all_labels = np.concatenate([images.train_labels.numpy(), images.test_labels.numpy()])
+    if images.ignored:
+        print(f"ignored: {images.ignored}")
     for row, path, state in zip(rows, args.checkpoint_path, saved):
+        row["features"], row["predictions"], kept = cached_features(path, state, images, row, device)
+        if len(kept) < len(row["sample"]):
+            print("\n".join([*images.skipped(), f"{row['label']}: {len(kept):,} of {len(row['sample']):,} images, the others "
+                                                "cannot be read"]))
+            for key in ("part", "sample", "drawn"):
+                row[key] = row[key][kept]
+            check_embedding(args, len(kept))
         row["classes"] = all_labels[row["sample"] + (row["part"] == "test") * len(images.train_labels)]
-        row["features"], row["predictions"] = cached_features(path, state, images, row, device)
         if not np.isfinite(row["features"]).all():
             raise cli.UsageError(f"argument --checkpoint-path: the features of {path} are not finite")
         row["knn_accuracy"], row["silhouette"] = measure(row)
@@ -161,7 +170,10 @@ def check_embedding(args, count):
 
 
 def cached_features(path, state, images, row, device):
-    """Features (N, D) float32 and predicted classes (N,), kept beside the checkpoint until it or the sample changes."""
+    """Features (N, D) float32, predicted classes (N,) and places (N,) in the sample of the images that can be read.
+
+    They are kept beside the checkpoint until it or the sample changes.
+    """
     import hashlib
     import zipfile
 
@@ -180,7 +192,7 @@ def cached_features(path, state, images, row, device):
     try:
         with np.load(cache, allow_pickle=False) as stored:
             if str(stored["key"]) == key:
-                return stored["features"], stored["predictions"]
+                return stored["features"], stored["predictions"], stored["kept"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         pass                                                            # none, or not ours: computed afresh
     arch = state["args"]["arch"]
@@ -190,24 +202,29 @@ def cached_features(path, state, images, row, device):
         raise cli.UsageError(f"argument --arch: {arch} has no features(x): add it, and let it return (B, D), what the figure "
                              "is to show")
     test = row["part"] == "test"
-    features, predictions = [], []
-    for source, index in ((images.train_images, row["sample"][~test]), (images.test_images, row["sample"][test])):
+    features, predictions, kept = [], [], []
+    for source, places in ((images.train_images, np.flatnonzero(~test)), (images.test_images, np.flatnonzero(test))):
         with torch.no_grad(), own_network(arch):
-            for x, _ in normalized_batches(source[index], torch.zeros(len(index)), state["mean"], state["std"], device, 500):
+            for x, y in normalized_batches(source[row["sample"][places]], torch.from_numpy(places), state["mean"], state["std"],
+                                           device, 500):
+                kept.append(y)
                 features.append(model.features(x))
                 if features[-1].dim() != 2:
                     raise cli.UsageError(f"argument --arch: features(x) of {arch} has shape {tuple(features[-1].shape)}: "
                                          "expected (B, D)")
                 logits = model(x) if is_own(arch) else model.classifier(features[-1])
                 predictions.append(logits.argmax(dim=1))
+    kept = torch.cat([torch.empty(0), *kept]).long().cpu().numpy()
+    if (row["part"][kept] == "labeled").sum() < 2 or not test[kept].any():
+        raise DataError("fewer than two labeled images, or no test image, can be read: the figure needs both")
     features, predictions = torch.cat(features).cpu().numpy(), torch.cat(predictions).cpu().numpy()
     if np.isfinite(features).all():
         try:
             with replacing(cache) as file:
-                np.savez(file, key=key, features=features, predictions=predictions)
+                np.savez(file, key=key, features=features, predictions=predictions, kept=kept)
         except OSError as error:
             print(f"{cache} cannot be written ({error}); the features are computed again next time")
-    return features, predictions
+    return features, predictions, kept
 
 
 def measure(row):

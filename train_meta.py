@@ -15,6 +15,7 @@ from utils.interrupt import Interrupt, Stopped, exit_code
 from utils.run_folder import check_paths, read_given_split
 
 PROG = "train_meta.py"
+FAULT = 1000            # where a signal's number would be: some process cannot read the images of the next step
 REPLICAS_FREQ = 1000    # steps between checks that all processes have the same weights; every save has one, too
 
 
@@ -89,7 +90,7 @@ def train(args, given, interrupt, world):
     from utils import checkpoint
     from utils.device import check_compiler, choose_device, fingerprint, memory_for_images, set_precision, slow_precision
     from utils.failure import own_network
-    from utils.metrics import Diverged, Meter, all_finite, error_rates, evaluate, finite_names
+    from utils.metrics import Diverged, Meter, all_finite, coverage, error_rates, evaluate, finite_names
     from utils.run_folder import NoFolder, RunFolder, check_same_experiment, experiment, git_commit, prepare
 
     device = choose_device(args.device)
@@ -118,7 +119,7 @@ def train(args, given, interrupt, world):
     with world.one_first():             # it may download
         images = load_dataset(args.dataset, args.data_path, args.image_size, args.flip, args.num_workers,
                               memory=memory_for_images(device), skip_corrupt=args.skip_corrupt,
-                              statistics=saved and (saved["mean"], saved["std"]))
+                              statistics=saved and (saved["mean"], saved["std"]), stop=interrupt)
     if saved is None:
         labeled, validation = split_training(images.train_labels, args.num_label, args.num_val, images.num_classes, args.seed,
                                              given)
@@ -162,6 +163,7 @@ def train(args, given, interrupt, world):
     if len(validation):
         mine = world.part(validation)
         held_out["validation"] = images.train_images[mine].to(device), images.train_labels[mine]
+    counts = {"test": len(images.test_labels), "validation": len(validation)}
     select_by = "validation" if len(validation) else "test"
 
     # Run folder
@@ -175,8 +177,9 @@ def train(args, given, interrupt, world):
                + (" (no CUDA device is visible)" if args.device == "auto" and device.type == "cpu" else ""))
     if images.source:
         folder.say(f"images {images.source}")
-    for warning in filter(None, (cli.cut_short(args), slow_precision(args.precision, device), *warned)):
-        folder.say(warning)
+    ignored = images.ignored and f"ignored: {images.ignored}"
+    for line in filter(None, (ignored, cli.cut_short(args), slow_precision(args.precision, device), *warned)):
+        folder.say(line)
     if saved is not None:
         folder.say(f"resumed at step {start} from {source}")
         for key, value in sessions[-1].items():
@@ -187,33 +190,49 @@ def train(args, given, interrupt, world):
 
     method = compiled_jvp() if args.compile else args.meta_gradient
     meter = Meter()
+    fault, said = None, set()           # an error of images that this process could not read; skipped files that were said
     interrupt.defer()
     with batches, folder.progress(start, args.total_steps):
+        def say_skipped():
+            if args.skip_corrupt:
+                for line in {line: None for lines in world.gather(images.skipped()) for line in lines if line not in said}:
+                    folder.say(line)
+                    said.add(line)
+
         def test_and_save(step, stopping=None):
-            """Evaluates and saves; only saves if a signal comes."""
-            nonlocal best, clock, logged_at, pause, seconds
+            """Evaluates and saves; only saves if a signal comes, or images cannot be read: then that is raised."""
+            nonlocal best, clock, fault, logged_at, pause, seconds
             meter.check()               # waits for the steps so far
             paused_at = time.perf_counter()
             if not all_finite(value for name, value in model.state_dict().items() if name in always_finite):
                 raise Diverged(f"the weights are not finite at step {step}")
             world.check_replicas(model.state_dict(), step)
-            accuracies = {}
+            accuracies, fewer = {}, {}
             for part, (x, y) in held_out.items():
-                with own_network(args.arch, step):
-                    measured = evaluate(model, normalized_batches(x, y, images.mean, images.std, device), dtype,
-                                        lambda: stopping or interrupt(), world.sum)
+                try:
+                    with own_network(args.arch, step):
+                        measured = evaluate(model, normalized_batches(x, y, images.mean, images.std, device), dtype,
+                                            lambda: stopping or interrupt(), world.sum)
+                except (DataError, OSError) as error:
+                    measured, fault = None, error
                 if measured is None:
                     break
+                covered = measured.pop("images")
+                if covered < counts[part]:
+                    fewer[f"{part}/images"] = covered
                 accuracies |= {f"{part}/{name}": value for name, value in measured.items()}
+            say_skipped()
             is_best = False
             if measured is not None:
                 is_best = best is None or accuracies[f"{select_by}/accuracy"] > best
                 evaluations.append({"step": step} | {name.removesuffix("/accuracy").replace("/", "_"): value
-                                                     for name, value in accuracies.items()})
-                folder.record(step, accuracies)
+                                                     for name, value in (accuracies | fewer).items()})
+                folder.record(step, accuracies | fewer)
                 folder.say(f"step {step}/{args.total_steps}  " + "  ".join(
                     f"{name.replace('/accuracy', '').replace('/top5', ' top-5')} error {100 * (1 - value):.2f} %"
-                    for name, value in accuracies.items()))
+                    for name, value in accuracies.items())
+                    + "".join(f"  over {covered:,} of {counts[part]:,} {part} images: the others cannot be read"
+                              for part, covered in ((name.split("/")[0], n) for name, n in fewer.items())))
             now = time.perf_counter()
             seconds, clock = seconds + now - clock, now
             (rng, cuda_rng), *other_rng = world.gather(
@@ -227,10 +246,14 @@ def train(args, given, interrupt, world):
                 "mean": images.mean, "std": images.std, "image_size": images.train_images.shape[-1],
                 "rng": rng, "cuda_rng": cuda_rng, **({"other_rng": other_rng} if other_rng else {}),
             }
-            if folder.save(state, is_best, last=step == args.total_steps or stopping or interrupt()):
+            if folder.save(state, is_best, last=step == args.total_steps or measured is None or interrupt()):
                 best = state["best"]
             pause = time.perf_counter() - paused_at
             logged_at += pause          # the speed is that of training alone
+            if measured is None:
+                faults = [error for error in world.gather(fault and str(fault)) if error]
+                if faults:
+                    raise OSError(f"{faults[0]}; step {step} is saved, and --resume continues from there")
 
         world.seed(args.seed, start)
         if saved is not None:
@@ -273,11 +296,11 @@ def train(args, given, interrupt, world):
                 rate = (step - logged_step) / (now - logged_at)                         # steps per second
                 left = (args.total_steps - step) * (1 / rate + pause / args.test_freq)
                 logged_at, logged_step = now, step
-                for line in images.skipped():
-                    folder.say(line)
+                say_skipped()
                 means = meter.read(average or list)
                 folder.log(step, args.total_steps, alpha, means, rate * args.batch_size * (1 + uses_unlabeled), left)
-            stopping = world.agree(interrupt.received)
+            fault = None if last else batches.fault(step + 1)
+            stopping = world.agree(FAULT if fault else interrupt.received)
             if step % args.test_freq == 0 or last or stopping:
                 test_and_save(step, stopping)
                 stopping = world.agree(interrupt.received)      # it may have come meanwhile
@@ -297,7 +320,8 @@ def train(args, given, interrupt, world):
         world.leave()
         return exit_code(world.agree(interrupt.received))
     folder.finish(args.total_steps, seconds, error_rates(evaluations), error_rates(evaluations, "test_top5"),
-                  round(100 * (1 - fitted["accuracy"]), 4), len(evaluations), experiment(args), sessions)
+                  round(100 * (1 - fitted["accuracy"]), 4), len(evaluations), experiment(args), sessions,
+                  coverage(evaluations, counts))
     world.leave()
     return 0
 

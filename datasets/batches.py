@@ -7,6 +7,7 @@ import torch
 from datasets.augment import crop_and_flip, normalize
 from datasets.sampling import IndexStream, crop_and_flip_choices, mixup_weights
 from datasets.streaming import Files, Stream, most_images
+from datasets.table import DataError
 
 
 class Batch(NamedTuple):
@@ -39,11 +40,27 @@ class Batches:
         self.mean, self.std = images.mean.to(self.device), images.std.to(self.device)
         self.streams = {part: IndexStream(indices, batch_size, seed, part)
                         for part, indices in (("labeled", labeled), ("unlabeled", unlabeled)) if indices is not None}
-        self.disk = None
+        self.disk, self.ahead = None, None
         if isinstance(self.train_images, Files):
             self.disk = Stream(self.train_images, self.streams, seed, rows, pin=self.device.type == "cuda")
 
+    def fault(self, step):
+        """What keeps the batch of a step from being read from disk, an error; or None, and the batch is kept for its call.
+
+        None as well if `Workers.stop` has ended the waiting.
+        """
+        try:
+            self.ahead = self.disk and (step, self(step))
+        except InterruptedError:
+            pass                        # whoever waits for the signal sees it
+        except (DataError, OSError) as error:
+            return error
+        return None
+
     def __call__(self, step):
+        ahead, self.ahead = self.ahead, None
+        if ahead and ahead[0] == step:
+            return ahead[1]
         x_l, y_l = self.draw("labeled", step)
         x_u, hidden = self.draw("unlabeled", step) if "unlabeled" in self.streams else (None, None)
         lam = None
@@ -66,6 +83,7 @@ class Batches:
     def __exit__(self, *exception):
         if self.disk:
             self.disk.close()
+            self.train_images.workers.close()
 
     def to_device(self, array):
         tensor = torch.from_numpy(array)

@@ -1,5 +1,6 @@
 """From files, or scikit-learn's own digits, to one uint8 tensor per split."""
 import hashlib
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ class Images(NamedTuple):
     flip: bool                          # whether training flips images at random
     source: str = ""                    # of "folder" and "imagenet": where the pixels are kept, and why
     test_files: tuple = ()              # M paths, likewise
+    ignored: str = ""                   # how many entries of their folders are not taken for images, and why; or nothing
 
     @property
     def num_classes(self):
@@ -58,7 +60,8 @@ class Images(NamedTuple):
                 f"SHA-256 of the labels {self.labels_sha256}")
 
 
-def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memory=None, skip_corrupt=False, statistics=None):
+def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memory=None, skip_corrupt=False, statistics=None,
+                 stop=lambda: False):
     """The whole data set, in memory on the CPU if it can be.
 
     Args:
@@ -71,6 +74,7 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
         memory: bytes that the decoded images of "folder" may take, else they are read from disk when they are needed;
             None: any number.  "imagenet" is always read from disk.
         skip_corrupt: for both: read from disk, and pass over files that cannot be read.
+        stop: once this is true, waiting for a process that decodes ends in InterruptedError.
         statistics: mean and std (3,) if they are known; measuring those of "folder" on disk reads every training image.
 
     Raises:
@@ -80,7 +84,7 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
         raise DataError(f"no data set is named {name!r}; choose from {', '.join(DATASETS)}")
     row, options = DATASETS[name], ()
     if row.loader == "folder":
-        options = (name, image_size or row.image_size, num_workers, memory, skip_corrupt)
+        options = (name, image_size or row.image_size, num_workers, memory, skip_corrupt, stop)
     train, test, class_names, *more = LOADERS[row.loader](row, Path(root), *options)
     train_images, train_labels, test_images, test_labels = (
         part if isinstance(part, Files) else torch.from_numpy(np.ascontiguousarray(part)) for part in (*train, *test))
@@ -168,12 +172,17 @@ def fetch(files, source, root, **kwargs):
         raise DataError(f"{root}: {error}") from None
 
 
-def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt):
-    """root/<part>/<class>/* of both parts of a data set, images of any size and type that Pillow reads."""
+def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, stop):
+    """root/<part>/<class>/* of both parts of a data set, images of any size and of the types in `decoding.FORMATS`."""
     check_root(name, root)
-    class_names, parts = None, []
+    class_names, parts, ignored = None, [], {}
     for folder in (root / part for part in row.parts):
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        names = []
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+            if entry.is_dir() and not entry.name.startswith("."):
+                names.append(entry.name)
+            else:
+                ignored.setdefault("outside a class folder", []).append(entry)
         if class_names is not None and names != class_names:
             odd = sorted(set(names) ^ set(class_names))
             raise DataError(f"{root}: {' and '.join(row.parts)} must have the same classes, but only one has "
@@ -181,24 +190,27 @@ def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt):
         if len(names) < 2:
             raise DataError(f"{folder} has {len(names)} class folders: at least 2 are needed")
         class_names = names
-        found = [list_images(folder / k) for k in names]
+        found = [list_images(folder / k, ignored) for k in names]
         parts.append(([path for paths in found for path in paths],
                       np.repeat(np.arange(len(names), dtype=np.int64), [len(paths) for paths in found])))
     (train, train_labels), (test, test_labels) = parts
+    ignored = "; ".join(f"{len(paths):,} {reason} ({os.path.relpath(paths[0], root)!r}{', ...' * (len(paths) > 1)})"
+                        for reason, paths in ignored.items())
 
     size = (len(train) + len(test)) * 3 * image_size ** 2
     needed = f"{size / 1e9:,.2f} GB as pixels"
     if not (row.resized_crop or skip_corrupt or memory is not None and size > memory):
         pixels = decode_files(train + test, image_size, num_workers)
         return ((pixels[:len(train)], train_labels), (pixels[len(train):], test_labels), class_names,
-                f"in memory: {needed}", tuple(test))
+                f"in memory: {needed}", tuple(test), ignored)
     why = ("random resized crops need the files" if row.resized_crop else "--skip-corrupt" if skip_corrupt
            else f"they may take {memory / 1e9:,.2f} GB of memory")
-    workers = Workers(num_workers)
+    workers = Workers(num_workers, stop)
     crop = "center" if row.resized_crop else None
     train, test = (Files(paths, image_size, workers, crop, row.resized_crop, skip_corrupt) for paths in (train, test))
     return ((train, train_labels), (test, test_labels), class_names,
-            f"read from disk by {num_workers or 'no'} worker{'s' * (num_workers != 1)}: {needed}, {why}", tuple(test.paths))
+            f"read from disk by {num_workers or 'no'} worker{'s' * (num_workers != 1)}: {needed}, {why}", tuple(test.paths),
+            ignored)
 
 
 LOADERS = {"cifar": load_cifar, "svhn": load_svhn, "digits": load_digits, "folder": load_folder}

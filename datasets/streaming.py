@@ -4,7 +4,7 @@ from collections import deque
 import numpy as np
 import torch
 
-from datasets.decoding import REMEDY, results
+from datasets.decoding import REMEDY
 from datasets.sampling import resized_crop_choices
 from datasets.table import DataError
 
@@ -54,7 +54,7 @@ class Files:
 
     def collect(self, futures, pin=False):
         """Pixels (B, 3, S, S) uint8, in pinned memory on demand, and position -> what is wrong for unreadable files."""
-        parts = results(futures)
+        parts = self.workers.results(futures)
         pixels = torch.empty((sum(len(part) for part, _ in parts), *self.shape[1:]), dtype=torch.uint8, pin_memory=pin)
         start, faults = 0, {}
         for part, found in parts:

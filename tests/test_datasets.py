@@ -1,5 +1,6 @@
 """Splits, order, augmentation and loading."""
 import hashlib
+import os
 import pickle
 from urllib.error import URLError
 
@@ -13,6 +14,7 @@ from torchvision.transforms import functional as F
 import datasets.loading
 from datasets import DATASETS, Batches, DataError, load_dataset, normalized_batches, split_labels
 from datasets.augment import crop_and_flip, normalize
+from datasets.decoding import decode_chunk, decode_file
 from datasets.sampling import IndexStream, crop_and_flip_choices, mixup_weights
 from datasets.splits import split_training
 from utils.cli import training_parser
@@ -203,6 +205,140 @@ def test_folders_that_cannot_be_trained_on_are_refused(tmp_path):
         load_dataset("folder", root)
     with pytest.raises(DataError, match="1 class folders: at least 2"):
         load_dataset("folder", make_folder(tmp_path / "b", classes=("ant",)))
+
+
+# Files of the user's own
+
+def decoded(path, crop=None):
+    """Pixels (16, 16, 3) of a file."""
+    return decode_file(path, 16, crop).transpose(1, 2, 0)
+
+
+def write_gray(path, values):
+    Image.fromarray(values).save(path)
+    return path
+
+
+def test_gray_images_of_16_bits_and_of_floats_keep_their_levels(tmp_path):
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    big_endian = Image.frombytes("I;16B", (16, 16), (levels * 257).astype(">u2").tobytes())
+    big_endian.save(tmp_path / "b.tiff")
+    paths = [tmp_path / "b.tiff", write_gray(tmp_path / "float.tiff", levels.astype(np.float32) / 255),
+             *(write_gray(tmp_path / name, levels * 257) for name in ("a.png", "a.tiff", "a.pgm", "a.jp2"))]
+    assert {Image.open(path).mode for path in paths} == {"I;16", "I;16B", "I", "F"}
+    for path in paths:
+        assert np.array_equal(decoded(path), np.repeat(levels[:, :, None], 3, axis=2)), path.name
+    odd = np.random.default_rng(0).integers(0, 65_536, (16, 16), dtype=np.uint16)
+    assert np.array_equal(decoded(write_gray(tmp_path / "odd.png", odd))[:, :, 0], (odd / 257).round())
+    Image.fromarray(levels * 257).save(tmp_path / "clear.png", transparency=257 * 7)
+    assert (decoded(tmp_path / "clear.png")[:, :, 0] == np.where(levels == 7, 255, levels)).all()
+
+
+@pytest.mark.parametrize(("value", "words"), [(np.int32(65_536), "from 0 to 65536"), (np.int32(-1), "from -1 to 0"),
+                                              (np.float32(1.5), "from 0 to 1.5"), (np.float32(np.nan), "from nan")])
+def test_numbers_whose_range_is_unknown_are_refused_with_the_ranges_that_are_known(tmp_path, value, words):
+    values = np.zeros((16, 16), value.dtype)
+    values[3, 3] = value
+    with pytest.raises(DataError, match=f"{words}.*: scale whole ones to 0 to 65,535, floats to 0 to 1"):
+        decoded(write_gray(tmp_path / "a.tiff", values))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])
+def test_images_are_upright_as_their_exif_says_and_damaged_exif_turns_nothing(tmp_path, suffix):
+    blocks = np.kron(np.arange(8).reshape(2, 4) * 36, np.ones((8, 4), int))
+    upright = Image.fromarray(blocks.astype(np.uint8)).convert("RGB")
+    turned = {1: upright, 3: upright.rotate(180), 6: upright.transpose(Image.Transpose.ROTATE_90),
+              8: upright.transpose(Image.Transpose.ROTATE_270), 5: upright.transpose(Image.Transpose.TRANSPOSE)}
+    for orientation, image in turned.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.save(tmp_path / f"a.{suffix}", exif=exif, quality=100)
+        assert np.abs(decoded(tmp_path / f"a.{suffix}").astype(int) - np.asarray(upright)).max() < 9, orientation
+    if suffix in ("jpg", "png"):
+        upright.save(tmp_path / f"b.{suffix}", exif=b"Exif\x00\x00MM\x00*damaged", quality=100)
+        assert np.abs(decoded(tmp_path / f"b.{suffix}").astype(int) - np.asarray(upright)).max() < 9
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    left = np.arange(16) < 8
+    rgba = np.zeros((16, 16, 4), np.uint8)
+    rgba[:, left] = 10, 200, 30, 255
+    rgba[:, ~left, :3] = 66, 66, 66
+    Image.fromarray(rgba).save(tmp_path / "rgba.png")
+    Image.fromarray(rgba[:, :, [1, 3]]).save(tmp_path / "la.png")
+    palette = Image.fromarray(rgba[:, :, :3]).convert("P", palette=Image.Palette.ADAPTIVE)
+    palette.save(tmp_path / "p.png", transparency=palette.getpixel((15, 0)))
+    Image.fromarray(rgba).save(tmp_path / "p.gif")
+    Image.fromarray(rgba[:, :, :3]).save(tmp_path / "key.png", transparency=(66, 66, 66))
+    assert [Image.open(tmp_path / name).mode for name in ("la.png", "p.png", "p.gif")] == ["LA", "P", "P"]
+    for name in ("rgba.png", "p.png", "p.gif", "key.png", "la.png"):
+        pixels = decoded(tmp_path / name)
+        assert (pixels[:, ~left] == 255).all(), name
+        assert (pixels[:, left] == ((200, 200, 200) if name == "la.png" else (10, 200, 30))).all(), name
+    rgba[:, :, 3] = 51                                                      # a fifth
+    Image.fromarray(rgba).save(tmp_path / "half.png")
+    assert np.abs(decoded(tmp_path / "half.png")[0, 0].astype(int) - (206, 244, 210)).max() <= 1
+
+
+def test_opaque_images_of_8_bits_are_what_pillow_makes_of_them(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    rgb, gray = Image.fromarray(pixels[:, :, :3]), Image.fromarray(pixels[:, :, 0])
+    for name, image in (("rgb.png", rgb), ("rgb.jpg", rgb), ("gray.png", gray), ("1.png", gray.convert("1")),
+                        ("p.png", rgb.convert("P")), ("ycbcr.tiff", rgb.convert("YCbCr")),
+                        ("cmyk.jpg", Image.frombytes("CMYK", (16, 16), pixels.tobytes()))):
+        image.save(tmp_path / name)
+        assert np.array_equal(decoded(tmp_path / name), np.asarray(Image.open(tmp_path / name).convert("RGB"))), name
+
+
+@pytest.mark.filterwarnings("error")
+def test_hostile_files_are_refused_before_they_cost_anything(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "script.png").write_bytes(script)
+    Image.new("1", (20_000, 1)).save(tmp_path / "thin.png")
+    Image.new("1", (1, 20_000)).save(tmp_path / "tall.png")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.avif")
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.dds")
+    whole = {suffix: (tmp_path / f"a.{suffix}").read_bytes() for suffix in ("avif", "dds")}
+    (tmp_path / "cut.avif").write_bytes(whole["avif"][:-20])
+    (tmp_path / "cut.dds").write_bytes(whole["dds"][:60])
+    names = ["script.png", "bomb.png", "cut.avif", "cut.dds"]
+    for crop, more in ((None, ["none.png", "bin"]), ("center", ["thin.png", "tall.png"])):
+        _, faults = decode_chunk([tmp_path / name for name in names + more], 224, [crop] * 6)
+        assert len(faults) == 6 and all("cannot be read as an image (" in fault for fault in faults.values()), faults
+    assert "20000x1 pixels are too long and thin to cut out the center" in faults[4] and not (tmp_path / "ran").exists()
+    assert decode_file(tmp_path / "thin.png", 16).shape == (3, 16, 16)
+    monkeypatch.setattr("datasets.decoding.to_rgb", lambda image: 1 / 0)         # whatever Pillow may raise
+    with pytest.raises(DataError, match="division by zero"):
+        decoded(tmp_path / "a.dds")
+
+
+def test_what_is_no_image_is_ignored_with_its_number_and_reason_and_never_opened(tmp_path):
+    root = make_folder(tmp_path, count=2)
+    ant = root / "train" / "ant"
+    for name in ("x.gif", "x.jfif", "x.tga", "x.bmp", "x.jp2", "x.PGM"):
+        Image.new("RGB", (8, 8)).save(ant / name, format="JPEG" if name == "x.jfif" else None)
+    (ant / "._x.jpg").write_bytes(b"")
+    (ant / ".DS_Store").write_bytes(b"")
+    (ant / "notes.txt").write_bytes(b"")
+    (ant / "script.eps").write_bytes(b"%!PS")
+    os.mkfifo(root / "test" / "bee" / "x.png")
+    (ant / "more.png").mkdir()
+    (root / "train" / ".thumbnails").mkdir()
+    images = load_dataset("folder", root, 16)
+    assert images.train_labels.tolist() == [0] * 8 + [1] * 2 and len(images.test_labels) == 4
+    assert images.ignored == ("1 outside a class folder ('train/.thumbnails'); 2 hidden ('train/ant/.DS_Store', ...); "
+                              "1 a folder in a class folder ('train/ant/more.png'); "
+                              "2 of another suffix ('train/ant/notes.txt', ...); 1 not a regular file ('test/bee/x.png')")
+    assert load_dataset("digits", root).ignored == ""
+    (ant / "lost.png").symlink_to("nowhere")                             # an image that is missing
+    with pytest.raises(DataError, match="lost.png cannot be read.*No such file"):
+        load_dataset("folder", root, 16)
 
 
 def write_cifar(root, source, monkeypatch, label_key):

@@ -1,10 +1,13 @@
 """Images read from disk: the same batches as from memory, whatever the number of workers; ImageNet's crops and recipe."""
+import csv
 import json
 import os
+import re
 import shlex
 import signal
 import time
 from math import floor
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -17,6 +20,10 @@ from test_datasets import make_folder
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
 from torchvision.transforms import functional as F
 
+import datasets.loading
+import metasemi
+import plot_features
+import train_meta
 import utils.device
 import utils.metrics
 from datasets import Batches, DataError, load_dataset, normalized_batches, split_labels
@@ -241,15 +248,6 @@ def test_features_of_a_run_from_disk_are_drawn(imagenet, tmp_path):
     assert (tmp_path / "f" / "features.png").exists()
 
 
-def test_a_skipped_image_is_in_the_log(train, tmp_path):
-    root = make_folder(tmp_path / "images", count=8)
-    (root / "train/ant/03.png").write_bytes(b"")
-    flags = ["--dataset", "folder", "--data-path", str(root), "--image-size", "16", "--num-label", "4", "--num-workers", "0"]
-    assert train("a", *flags) == 2
-    assert train("a", *flags, "--skip-corrupt") == 0
-    assert (tmp_path / "a" / "log.txt").read_text().count("skipped: ") == 1
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_to_the_whole_group_saves_the_run_or_kills_it_and_leaves_no_worker_behind(tmp_path, photographs, number):
     flags = ["--dataset", "imagenet", "--data-path", photographs, "--image-size", "64", "--num-label", "200", "-a", "convsmall",
@@ -267,15 +265,136 @@ def test_a_signal_to_the_whole_group_saves_the_run_or_kills_it_and_leaves_no_wor
     assert orphans(process.pid) is None
 
 
-def test_a_worker_that_is_killed_ends_the_run_with_one_line(tmp_path):
-    images = load_dataset("folder", make_folder(tmp_path), 16, num_workers=1, memory=0)
-    with batches_of(images) as batches:
-        batches(1)
-        os.kill(next(iter(images.train_images.workers.pool._processes)), signal.SIGKILL)
-        with pytest.raises(OSError, match="killed for its memory perhaps: lower --num-workers"):
-            for step in range(2, 60_000):
-                batches(step)
-                time.sleep(0.01)
+@pytest.fixture
+def from_disk(train, tmp_path, monkeypatch):
+    """from_disk(folder, *flags): four steps on a folder of images that are read from disk; at_step(step, action) during one."""
+    root = make_folder(tmp_path / "images", count=8)
+    flags = ["--dataset", "folder", "--data-path", str(root), "--image-size", "16", "--num-label", "4", "--total-steps", "4",
+             "--batch-size", "2", "--num-workers", "0", "--print-freq", "2", "--test-freq", "2"]
+    monkeypatch.setattr(utils.device, "memory_for_images", lambda device: 0)
+
+    def run(folder, *more, actions=()):
+        load, step, calls = datasets.loading.load_dataset, metasemi.training_step, []
+
+        def loading(*args, **options):
+            run.images = load(*args, **options)
+            return run.images
+
+        def stepping(*args, **options):
+            result = step(*args, **options)
+            calls.append(1)
+            dict(actions).get(len(calls), lambda images: None)(run.images)
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(datasets.loading, "load_dataset", loading)
+            patch.setattr(metasemi, "training_step", stepping)
+            return train(folder, *flags, *more)
+    run.root = root
+    return run
+
+
+@pytest.mark.parametrize(("part", "step"), [("train", 1), ("test", 2)])
+def test_images_that_vanish_end_a_run_once_it_is_saved_and_a_resume_is_exact(from_disk, tmp_path, capsys, part, step):
+    assert from_disk("whole") == 0
+    capsys.readouterr()
+    folder, away = from_disk.root / part / "ant", from_disk.root / "away"
+    assert from_disk("a", actions=[(step, lambda images: folder.rename(away))]) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"train_meta.py: {folder}/0.\.png cannot be read .*No such file.*; step {step} is saved.*\n", error)
+    assert torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"] == step
+    away.rename(folder)
+    assert from_disk("a", "--resume") == 0
+    assert differing(tmp_path / "whole", tmp_path / "a") == []
+    whole, parts = ([r for r in records(tmp_path / name) if "test/accuracy" in r] for name in ("whole", "a"))
+    assert whole == parts and len(whole) == 2
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_one_line_once_its_weights_are_saved(from_disk, tmp_path, capsys):
+    def kill(images):
+        pool = images.train_images.workers.pool
+        os.kill(next(iter(pool._processes)), signal.SIGKILL)
+        while not pool._broken:                         # until the pool knows
+            time.sleep(0.01)
+
+    assert from_disk("a", "--num-workers", "2", "--total-steps", "9", "--test-freq", "9", actions=[(1, kill)]) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"train_meta.py: .*killed for its memory perhaps: lower --num-workers; step 1 is saved.*\n", error)
+    assert torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"] == 1
+
+
+def test_a_signal_ends_a_run_whose_workers_are_stopped(from_disk, tmp_path, capsys):
+    processes = []
+
+    def stop(images):
+        processes.extend(images.train_images.workers.pool._processes.values())
+        for process in processes:
+            os.kill(process.pid, signal.SIGSTOP)
+        Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    assert from_disk("a", "--num-workers", "1", "--total-steps", "50", "--test-freq", "90", actions=[(1, stop)]) == 143
+    assert 1 <= torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"] < 50
+    for process in processes:
+        process.join()                                  # it goes on, and ends
+    assert capsys.readouterr().err == ""
+
+
+def test_a_program_without_a_main_guard_is_told_so(tmp_path):
+    root = make_folder(tmp_path / "images", count=2)
+    (tmp_path / "own.py").write_text(f"from datasets import load_dataset\nimages = load_dataset('folder', {str(root)!r}, 16, "
+                                     "num_workers=1, memory=0, statistics=(0, 1))\nnext(images.test_images.split(4))\n")
+    done = subprocess.run([sys.executable, tmp_path / "own.py"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stderr.splitlines()[-1].endswith('start the work under if __name__ == "__main__":')
+
+
+def test_every_evaluation_of_fewer_images_says_so_and_the_run_can_be_evaluated_and_plotted(from_disk, tmp_path, capsys):
+    (from_disk.root / "train/bee/02.png").write_bytes(b"")
+    (from_disk.root / "test/ant/03.png").write_bytes(b"")
+
+    def damage(images):
+        (from_disk.root / "test/bee/07.png").write_bytes(b"")
+
+    assert from_disk("a", "--skip-corrupt", "--num-val", "2", actions=[(4, damage)]) == 0
+    log = (tmp_path / "a" / "log.txt").read_text()
+    for name in ("train/bee/02", "test/ant/03", "test/bee/07"):
+        assert log.count(f"skipped: {from_disk.root}/{name}.png") == 1
+    tests = [record for record in records(tmp_path / "a") if "test/accuracy" in record]
+    assert [record["test/images"] for record in tests] == [15, 14]
+    assert "over 15 of 16 test images" in log and "over 14 of 16 test images: the others cannot be read" in log
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert results["images_covered"]["test"] == [14, 16]
+
+    capsys.readouterr()
+    path = str(tmp_path / "a" / "checkpoint.pth")
+    assert train_meta.main(["--evaluate", path, "--num-workers", "0", "--predictions", str(tmp_path / "p.csv")]) == 0
+    out = capsys.readouterr().out
+    assert out.count("skipped: ") == 2 and "over 14 of 16 images" in out
+    assert int(re.search(r"of (\d+) are right", out)[1]) == 14
+    assert f"{100 * tests[-1]['test/accuracy']:.2f} %" in out
+    with open(tmp_path / "p.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == [i for i in range(16) if i not in (3, 15)]
+    assert all(row["file"].endswith(f"{row['label_name']}/{int(row['index']) % 8:02d}.png") for row in rows)
+    for _ in range(2):                                  # the second time from the features that are kept
+        assert plot_features.main(["--checkpoint-path", path, "--save-path", str(tmp_path / "f"), "--method", "pca",
+                                   "--num-workers", "0"]) == 0
+        assert "images, the others cannot be read" in capsys.readouterr().out
+        with np.load(tmp_path / "f" / "embedding.npz") as arrays:
+            test = arrays["sample_0"][arrays["part_0"] == "test"]
+            assert test.tolist() == [i for i in range(16) if i not in (3, 15)]
+            assert arrays["classes_0"][arrays["part_0"] == "test"].tolist() == [int(i > 7) for i in test]
+
+
+def test_a_test_set_without_one_readable_image_is_one_line(from_disk, tmp_path, capsys):
+    for path in from_disk.root.glob("test/*/*"):
+        path.write_bytes(b"")
+    assert from_disk("a", "--skip-corrupt") == 1
+    assert capsys.readouterr().err == ("train_meta.py: not one of the images to evaluate can be read: give readable ones; "
+                                       "step 2 is saved, and --resume continues from there\n")
+    with pytest.raises(SystemExit, match="2"):
+        train_meta.main(["--evaluate", str(tmp_path / "a" / "checkpoint.pth"), "--num-workers", "0"])
+    assert capsys.readouterr().err == "train_meta.py: not one of the images to evaluate can be read: give readable ones\n"
 
 
 # Schedule and top-5
@@ -295,8 +414,8 @@ def test_top_five_counts_the_classes_among_the_five_likeliest():
     x, y = torch.randn(90, 12), torch.randint(0, 12, (90,))
     measured = utils.metrics.evaluate(torch.nn.Identity(), [(x[:50], y[:50]), (x[50:], y[50:])])
     assert measured == {"accuracy": pytest.approx(top_k_accuracy_score(y, x, k=1, labels=range(12))),
-                        "top5": pytest.approx(top_k_accuracy_score(y, x, k=5, labels=range(12)))}
-    assert set(utils.metrics.evaluate(torch.nn.Identity(), [(x[:, :10], y % 10)])) == {"accuracy"}
+                        "top5": pytest.approx(top_k_accuracy_score(y, x, k=5, labels=range(12))), "images": 90}
+    assert set(utils.metrics.evaluate(torch.nn.Identity(), [(x[:, :10], y % 10)])) == {"accuracy", "images"}
 
 
 def test_top_five_is_reported_for_what_the_rules_select_by_top_one():

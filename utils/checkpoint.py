@@ -69,6 +69,8 @@ def read(path):
     try:
         if not path.exists():
             raise CheckpointError(f"{path}: no such checkpoint (a missing file never means a fresh start)")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not a regular file: give a file that a run has left")
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:

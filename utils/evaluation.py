@@ -2,6 +2,8 @@
 import csv
 import io
 
+import torch
+
 from utils import checkpoint
 from utils.checkpoint import CheckpointError
 from utils.cli import UsageError, training_parser
@@ -39,6 +41,7 @@ def evaluate_file(args, sha256, datasets, models):
         print(slow)
     images = datasets.load_dataset(flags["dataset"], flags["data_path"], flags["image_size"],
                                    num_workers=args.num_workers, memory=memory_for_images(device),
+                                   skip_corrupt=args.skip_corrupt or saved.get("skip_corrupt", False),
                                    statistics=(state["mean"], state["std"]) if "mean" in state else None)
     if saved and list(images.class_names) != state["class_names"]:
         raise datasets.DataError(f"argument --data-path: {flags['data_path']} has other classes than {path} was trained on")
@@ -49,18 +52,24 @@ def evaluate_file(args, sha256, datasets, models):
     if not all_finite(value for name, value in model.state_dict().items() if name in always_finite):
         raise CheckpointError(f"argument --evaluate: the weights in {path} are not finite")
     mean, std = state.get("mean", images.mean), state.get("std", images.std)
+    count = len(images.test_labels)
     with own_network(flags["arch"]):
-        predicted, confidence = predict(model, datasets.normalized_batches(images.test_images, images.test_labels, mean, std,
-                                                                           device), dtype)
+        predicted, confidence, index = predict(model, datasets.normalized_batches(
+            images.test_images, torch.arange(count), mean, std, device), dtype)
 
     names = [name.encode(errors="replace").decode() for name in images.class_names]
     step = f" of step {state['step']}" if saved else ", a state dict"
     print("\n".join([*warned, f"{path}{step}: {flags['arch']} on {device.type}, {flags['precision']}"]))
     print(f"test set of {flags['dataset']}" + (f" under {flags['data_path']}" if images.test_files else "")
-          + f": {len(predicted):,} images, {len(names)} classes")
-    print("\n".join(report(images.test_labels, predicted, confidence, names)))
+          + f": {count:,} images, {len(names)} classes")
+    if images.ignored:
+        print(f"ignored: {images.ignored}")
+    if len(index) < count:
+        print("\n".join(images.skipped()))
+        print(f"the following is over {len(index):,} of {count:,} images: the others cannot be read")
+    print("\n".join(report(images.test_labels[index], predicted, confidence, names)))
     if args.predictions:
-        write_predictions(args.predictions, images, predicted, confidence)
+        write_predictions(args.predictions, images, index, predicted, confidence)
         print(f"{args.predictions}: {len(predicted):,} predictions")
     return 0
 
@@ -75,7 +84,7 @@ def report(labels, predicted, confidence, names):
     yield f"expected calibration error {expected_calibration_error(confidence, correct):.4f} (15 bins)"
     yield f"\n{'class':{width}}  images  accuracy"
     for name, row, hits in zip(names, matrix, matrix.diagonal()):
-        yield f"{name:{width}}  {row.sum():6}  {100 * hits / row.sum():6.2f} %"
+        yield f"{name:{width}}  {row.sum():6}  " + (f"{100 * hits / row.sum():6.2f} %" if row.sum() else "     -")
     if len(names) <= MOST_CLASSES:
         cell = max(3, len(str(matrix.max().item())), len(str(len(names) - 1)))
         yield "\nconfusion matrix: a row for each true class, a column for each predicted one, in the same order"
@@ -89,12 +98,13 @@ def report(labels, predicted, confidence, names):
                 yield f"{wrong[i]:6}  {names[i // len(names)]} taken for {names[i % len(names)]}"
 
 
-def write_predictions(path, images, predicted, confidence):
-    """A row for each test image: index, file (of a folder), label, predicted, confidence in [0, 1], and the two names."""
+def write_predictions(path, images, index, predicted, confidence):
+    """A row for each test image, index (N,): index, file (of a folder), label, predicted, confidence in [0, 1], both names."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["index", "file", "label", "predicted", "confidence", "label_name", "predicted_name"])
-    for i, (label, guess, sure) in enumerate(zip(images.test_labels.tolist(), predicted.tolist(), confidence.tolist())):
+    columns = index, images.test_labels[index], predicted, confidence
+    for i, label, guess, sure in zip(*(column.tolist() for column in columns)):
         file = images.test_files[i] if images.test_files else ""
         table.writerow([i, file, label, guess, f"{sure:.9g}", images.class_names[label], images.class_names[guess]])
     with replacing(path) as out:

@@ -77,7 +77,7 @@ class Appender:
 
     def write(self, data):
         """data: bytes or text."""
-        self.pending += data.encode() if isinstance(data, str) else data
+        self.pending += data.encode(errors="backslashreplace") if isinstance(data, str) else data
         try:
             while self.pending:
                 self.pending = self.pending[self.file.write(self.pending):]

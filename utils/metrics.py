@@ -3,6 +3,10 @@ import statistics
 
 import torch
 
+from datasets.table import DataError
+
+NO_IMAGE = "not one of the images to evaluate can be read: give readable ones"
+
 
 class Meter:
     """Means of training scalars since the last `read`, summed on the device: only `read` and `check` wait for it.
@@ -62,45 +66,58 @@ def evaluate(model, batches, dtype=None, stop=lambda: False, add=list):
     """{"accuracy"} in [0, 1] over batches of (x, y), in evaluation mode; None if `stop()` became true on the way.
 
     With more than ten classes there is "top5" as well, the share of images whose class is among the five likeliest.
-    add: a list of numbers to their sums over the processes that have the parts of one set.
+    "images" is how many there were; DataError if there was none.
+    add: a list of numbers to their sums over the processes that have the parts of one set.  An error that the batches
+    raise in one of them is raised there, and the others get None.
     """
     model.eval()
     correct, among_five, count, many, stopped = torch.tensor(0), torch.tensor(0), 0, False, False
-    for x, y in batches:
-        if stop():
-            stopped = True
-            break
-        if len(y) == 0:                 # fewer images than processes
-            continue
-        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
-            logits = model(x)
-        correct = correct + (logits.argmax(dim=1) == y).sum()
-        many = logits.shape[1] > 10
-        if many:
-            among_five = among_five + (logits.topk(5, dim=1).indices == y[:, None]).sum()
-        count += len(y)
+    fault = None
+    try:
+        for x, y in batches:
+            if stop():
+                stopped = True
+                break
+            if len(y) == 0:             # fewer images than processes
+                continue
+            with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
+                logits = model(x)
+            correct = correct + (logits.argmax(dim=1) == y).sum()
+            many = logits.shape[1] > 10
+            if many:
+                among_five = among_five + (logits.topk(5, dim=1).indices == y[:, None]).sum()
+            count += len(y)
+    except (DataError, OSError) as error:
+        fault, stopped = error, True
     correct, among_five, count, many, stopped = add([correct.item(), among_five.item(), count, many, stopped])
+    if fault and not isinstance(fault, InterruptedError):
+        raise fault
     if stopped:
         return None
-    return {"accuracy": correct / count} | ({"top5": among_five / count} if many else {})
+    if count == 0:
+        raise DataError(NO_IMAGE)
+    return {"accuracy": correct / count} | ({"top5": among_five / count} if many else {}) | {"images": int(count)}
 
 
 @torch.no_grad()
 def predict(model, batches, dtype=None):
-    """Predicted classes (N,) int64 and their probabilities (N,) float32, on the CPU, in the order of the batches (x, y).
+    """Predicted classes (N,) int64, their probabilities (N,) float32 and all y, on the CPU, over the batches (x, y).
 
-    In evaluation mode, and with the same batches as in `evaluate` the same predictions.
+    In evaluation mode, and with the same batches as in `evaluate` the same predictions.  DataError if there is no image.
     """
     model.eval()
-    predicted, confidence = [], []
-    for x, _ in batches:
+    predicted, confidence, targets = [], [], []
+    for x, y in batches:
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
             logits = model(x)
         if len(logits) != len(x):
             raise ValueError(f"{len(logits)} rows of logits for {len(x)} images")
+        targets.append(y)
         predicted.append(logits.argmax(dim=1))
         confidence.append(logits.float().softmax(dim=1).gather(1, predicted[-1][:, None])[:, 0])
-    return torch.cat(predicted).cpu(), torch.cat(confidence).cpu()
+    if not predicted:
+        raise DataError(NO_IMAGE)
+    return torch.cat(predicted).cpu(), torch.cat(confidence).cpu(), torch.cat(targets).cpu()
 
 
 def confusion_matrix(labels, predicted, num_classes):
@@ -120,6 +137,16 @@ def expected_calibration_error(confidence, correct, bins=15):
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1
     gap = torch.zeros(bins, dtype=torch.float64).index_add(0, index, correct.double() - confidence)
     return (gap.abs().sum() / len(confidence)).item()
+
+
+def coverage(evaluations, counts):
+    """part -> [images that the evaluation with the fewest covered, of how many], of the parts where some were left out.
+
+    evaluations: as in `error_rates`, with "test_images" or "validation_images" where an evaluation left some out.
+    counts: part -> of how many images.
+    """
+    fewest = {part: min([e.get(f"{part}_images", count) for e in evaluations]) for part, count in counts.items()}
+    return {part: [fewest[part], count] for part, count in counts.items() if fewest[part] < count}
 
 
 def error_rates(evaluations, measure="test"):

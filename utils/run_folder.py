@@ -195,13 +195,14 @@ class RunFolder:
         values = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
         self.say(f"step {step}/{total_steps}  {values}  lr {alpha:.4g}  {rate:.0f} images/s  {duration(left)} left")
 
-    def finish(self, steps, seconds, rates, top5, labeled, evaluations, flags, sessions):
+    def finish(self, steps, seconds, rates, top5, labeled, evaluations, flags, sessions, covered):
         """Writes results.json and says the error rates under every selection rule; top5: likewise, or None.
 
         labeled: error in percent on the run's own labeled images, without augmentation.
+        covered: as `metrics.coverage` returns it.
         """
         self.write_json(RESULTS, {"error_rate": rates, **({"top5_error_rate": top5} if top5 else {}),
-                                  "labeled_error_rate": labeled,
+                                  "labeled_error_rate": labeled, **({"images_covered": covered} if covered else {}),
                                   "evaluations": evaluations, "steps": steps,
                                   "seconds": round(seconds, 1), "args": flags, "sessions": sessions})
         validated = rates["best_validation"]
@@ -210,7 +211,8 @@ class RunFolder:
                  + (f"{validated:.2f} % (best on validation), " if validated is not None else "")
                  + f"{rates['best_test']:.2f} % (lowest, so selected on the test set)"
                  + (f"; top-5 error {top5['last']:.2f} % (last)" if top5 else "")
-                 + f"; error on its own labeled images {labeled:.2f} %")
+                 + f"; error on its own labeled images {labeled:.2f} %"
+                 + "".join(f"; over {fewest:,} of {count:,} {part} images" for part, (fewest, count) in covered.items()))
         self.close()
 
     def has_results(self):
@@ -281,6 +283,8 @@ def read_split(path):
 
     Raises UsageError, which names the file, for anything that is not a list of different indices, one a line.
     """
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is not a regular file: give a file of indices, one a line")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
