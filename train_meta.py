@@ -189,8 +189,11 @@ def train(args, given, interrupt, world):
             world.check_replicas(model.state_dict(), step)
             accuracies = {}
             for part, (x, y) in held_out.items():
-                measured = evaluate(model, normalized_batches(x, y, images.mean, images.std, device), dtype,
-                                    lambda: stopping or interrupt(), world.sum)
+                try:
+                    measured = evaluate(model, normalized_batches(x, y, images.mean, images.std, device), dtype,
+                                        lambda: stopping or interrupt(), world.sum)
+                except Diverged as error:
+                    raise Diverged(f"{error} at step {step}") from None
                 if measured is None:
                     break
                 accuracies |= {f"{part}/{name}": value for name, value in measured.items()}

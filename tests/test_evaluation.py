@@ -123,6 +123,39 @@ def test_many_classes_are_told_by_their_most_frequent_confusions():
     assert "confusion matrix" not in "".join(lines)
 
 
+@pytest.fixture
+def no_number(monkeypatch):
+    """Finite weights whose logits are not a number in evaluation mode: from step 5 on a batch variance is negative."""
+    import metasemi
+
+    step, calls = metasemi.training_step, [0]
+
+    def spoiling(model, *args, **options):
+        result, calls[0] = step(model, *args, **options), calls[0] + 1
+        if calls[0] >= 5:
+            next(buffer for name, buffer in model.named_buffers() if name.endswith("running_var")).fill_(-1)
+        return result
+    monkeypatch.setattr(metasemi, "training_step", spoiling)
+
+
+def test_logits_that_are_no_numbers_end_the_training_at_its_last_good_checkpoint(no_number, train, tmp_path, capsys):
+    assert train("a", "--no-meta") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "the logits of 500 of 500 images are not finite in evaluation mode at step 6" in error
+    assert "checkpoint.pth of step 3 is intact" in error
+    assert [line["step"] for line in records(tmp_path / "a") if "test/accuracy" in line] == [3]
+
+
+def test_logits_that_are_no_numbers_are_no_predictions(run, tmp_path, capsys):
+    saved = torch.load(run / "checkpoint.pth", weights_only=True)
+    saved["model"][next(name for name in saved["model"] if name.endswith("running_var"))].fill_(-1)
+    torch.save(saved, tmp_path / "x.pth")
+    assert evaluate(tmp_path / "x.pth", "--predictions", tmp_path / "p.csv") == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1 and not (tmp_path / "p.csv").exists()
+    assert f"argument --evaluate: {tmp_path / 'x.pth'}: the logits of 500 of 500 images are not finite" in error
+
+
 def test_what_cannot_be_evaluated_is_one_line_and_writes_nothing(run, tmp_path, capsys):
     state = torch.load(run / "checkpoint.pth", weights_only=True)
     spoiled = {k: v * float("nan") if v.is_floating_point() else v for k, v in state["model"].items()}

@@ -7,7 +7,7 @@ from utils.checkpoint import CheckpointError
 from utils.cli import UsageError, training_parser
 from utils.device import choose_device, memory_for_images, set_precision
 from utils.files import replacing
-from utils.metrics import all_finite, confusion_matrix, expected_calibration_error, predict
+from utils.metrics import Diverged, all_finite, confusion_matrix, expected_calibration_error, predict
 
 MOST_CLASSES = 20       # whose confusion matrix is printed whole
 
@@ -45,8 +45,11 @@ def evaluate_file(args, sha256, datasets, models):
     if not all_finite(model.state_dict().values()):
         raise CheckpointError(f"argument --evaluate: the weights in {path} are not finite")
     mean, std = state.get("mean", images.mean), state.get("std", images.std)
-    predicted, confidence = predict(model, datasets.normalized_batches(images.test_images, images.test_labels, mean, std,
-                                                                       device), dtype)
+    batches = datasets.normalized_batches(images.test_images, images.test_labels, mean, std, device)
+    try:
+        predicted, confidence = predict(model, batches, dtype)
+    except Diverged as error:
+        raise CheckpointError(f"argument --evaluate: {path}: {error}") from None
 
     names = [name.encode(errors="replace").decode() for name in images.class_names]
     step = f" of step {state['step']}" if saved else ", a state dict"

@@ -44,12 +44,23 @@ class Meter:
 
 
 class Diverged(ArithmeticError):
-    """Training left the finite numbers."""
+    """Training, or the network in evaluation mode, left the finite numbers."""
 
 
 def all_finite(tensors):
     """Whether every entry of some tensors is finite; waits for the device once."""
     return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+
+
+def count_broken(logits):
+    """How many rows of logits (B, K) hold something that is not finite, () on their device."""
+    return (~logits.isfinite().all(dim=1)).sum()
+
+
+def check_logits(broken, count):
+    """Raises Diverged if some of the `count` images have logits that are not finite: their argmax is no prediction."""
+    if broken:
+        raise Diverged(f"the logits of {broken:,.0f} of {count:,.0f} images are not finite in evaluation mode")
 
 
 @torch.no_grad()
@@ -58,9 +69,11 @@ def evaluate(model, batches, dtype=None, stop=lambda: False, add=list):
 
     With more than ten classes there is "top5" as well, the share of images whose class is among the five likeliest.
     add: a list of numbers to their sums over the processes that have the parts of one set.
+    Raises Diverged if logits are not finite.
     """
     model.eval()
-    correct, among_five, count, many, stopped = torch.tensor(0), torch.tensor(0), 0, False, False
+    correct = among_five = broken = torch.tensor(0)
+    count, many, stopped = 0, False, False
     for x, y in batches:
         if stop():
             stopped = True
@@ -69,14 +82,17 @@ def evaluate(model, batches, dtype=None, stop=lambda: False, add=list):
             continue
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
             logits = model(x)
+        broken = broken + count_broken(logits)
         correct = correct + (logits.argmax(dim=1) == y).sum()
         many = logits.shape[1] > 10
         if many:
             among_five = among_five + (logits.topk(5, dim=1).indices == y[:, None]).sum()
         count += len(y)
-    correct, among_five, count, many, stopped = add([correct.item(), among_five.item(), count, many, stopped])
+    correct, among_five, broken, count, many, stopped = add(
+        [correct.item(), among_five.item(), broken.item(), count, many, stopped])
     if stopped:
         return None
+    check_logits(broken, count)
     return {"accuracy": correct / count} | ({"top5": among_five / count} if many else {})
 
 
@@ -84,16 +100,19 @@ def evaluate(model, batches, dtype=None, stop=lambda: False, add=list):
 def predict(model, batches, dtype=None):
     """Predicted classes (N,) int64 and their probabilities (N,) float32, on the CPU, in the order of the batches (x, y).
 
-    In evaluation mode, and with the same batches as in `evaluate` the same predictions.
+    In evaluation mode, and with the same batches as in `evaluate` the same predictions.  Raises Diverged as it does.
     """
     model.eval()
-    predicted, confidence = [], []
+    predicted, confidence, broken = [], [], []
     for x, _ in batches:
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
             logits = model(x)
+        broken.append(count_broken(logits))
         predicted.append(logits.argmax(dim=1))
         confidence.append(logits.float().softmax(dim=1).gather(1, predicted[-1][:, None])[:, 0])
-    return torch.cat(predicted).cpu(), torch.cat(confidence).cpu()
+    predicted = torch.cat(predicted).cpu()
+    check_logits(sum(broken).item(), len(predicted))
+    return predicted, torch.cat(confidence).cpu()
 
 
 def confusion_matrix(labels, predicted, num_classes):
