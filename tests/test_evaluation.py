@@ -113,6 +113,22 @@ def test_a_folder_of_the_users_own_names_its_files_and_classes(train, tmp_path, 
     assert "has other classes than" in capsys.readouterr().err
 
 
+def test_a_name_is_no_formula_in_the_predictions_and_no_escape_sequence_on_the_terminal(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = ("=1+1", "@x", "a\x1b[2J\nb", "b=2")
+    root = make_folder(tmp_path / "=images", classes=names, count=4).relative_to(tmp_path)
+    assert train("a", "--dataset", "folder", "--data-path", str(root), "--image-size", "16", "--num-label", "4") == 0
+    capsys.readouterr()
+    assert evaluate("a/checkpoint.pth", "--predictions", "p.csv") == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "a\\x1b[2J\\nb" in out
+    with open(tmp_path / "p.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["label_name"] for row in rows[::4]] == ["'=1+1", "'@x", "a\x1b[2J\nb", "b=2"]
+    assert rows[0]["file"] == "'=images/test/=1+1/00.png"
+    assert not any(value.startswith(("=", "+", "-", "@", "\t", "\r")) for row in rows for value in row.values())
+
+
 def test_many_classes_are_told_by_their_most_frequent_confusions():
     labels = torch.arange(30).repeat(4)
     predicted = labels.clone()

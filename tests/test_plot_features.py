@@ -15,7 +15,7 @@ import plot_features
 import train_meta
 from datasets import load_dataset
 from models import build_model
-from utils.figures import style
+from utils.figures import draw_features, style
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +183,39 @@ def test_bad_input_is_one_line_and_writes_nothing(runs, tmp_path, capsys):
     assert "do not fit convsmall" in capsys.readouterr().err
     assert list(runs.glob("*/*.features.npz")) == []
     assert not (tmp_path / "pwned").exists() and not os.path.exists("pwned")
+
+
+@pytest.mark.parametrize(("features", "message"), [
+    (lambda f: torch.ones_like(f) * torch.arange(f.shape[1]), "differ by 0: nothing can be shown"),
+    (lambda f: f * 1e30, "nothing can be shown unless that is between"),
+    (lambda f: f * 1e-30, "nothing can be shown unless that is between"),
+    (lambda f: f[:, 0], "gives a Tensor of shape (190,) for 190 images: expected a tensor (B, D), D at least 2"),
+    (lambda f: f[:, :1], "gives a Tensor of shape (190, 1) for 190 images"),
+    (lambda f: f[1:], "gives a Tensor of shape (189, 16) for 190 images"),
+    (lambda f: [f], "gives a list of shape () for 190 images"),
+    (lambda f: f.nonsense, "--arch: convsmall fails on images (190, 3, 16, 16): AttributeError: 'Tensor' object has no"),
+    (lambda f: f / 0, "the features or the logits of")])
+def test_features_that_make_no_figure_are_one_line(runs, tmp_path, monkeypatch, capsys, features, message):
+    def build(*args):
+        model = build_model(*args)
+        usual = model.features
+        model.features = lambda x: features(usual(x))
+        return model
+
+    monkeypatch.setattr("models.build_model", build)
+    (tmp_path / "a.pth").write_bytes((runs / "baseline" / "model_best.pth").read_bytes())
+    assert plot("--checkpoint-path", tmp_path / "a.pth", "--save-path", tmp_path / "out", "--num-point", "140") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("names", [("$", "a$b$\\frac{", "_x", "\x1b[2J\n\udcff")])
+def test_names_are_drawn_as_they_are_and_never_read_as_mathematics(tmp_path, names):
+    rng = np.random.default_rng(0)
+    row = {"label": names[0], "note": "", "coordinates": rng.normal(size=(60, 2)), "classes": np.arange(60) % 4,
+           "part": np.array(["labeled", "unlabeled", "test"] * 20), "predictions": np.arange(60) % 4}
+    assert all(path.exists() for path in draw_features([row], names, tmp_path, "$x_{$"))
 
 
 def test_umap_without_its_package_is_one_line(runs, tmp_path, capsys, monkeypatch):

@@ -6,7 +6,7 @@ from utils import checkpoint
 from utils.checkpoint import CheckpointError
 from utils.cli import UsageError, training_parser
 from utils.device import choose_device, memory_for_images, set_precision
-from utils.files import replacing
+from utils.files import printable, replacing
 from utils.metrics import Diverged, all_finite, confusion_matrix, expected_calibration_error, predict
 
 MOST_CLASSES = 20       # whose confusion matrix is printed whole
@@ -51,10 +51,10 @@ def evaluate_file(args, sha256, datasets, models):
     except Diverged as error:
         raise CheckpointError(f"argument --evaluate: {path}: {error}") from None
 
-    names = [name.encode(errors="replace").decode() for name in images.class_names]
+    names = [printable(name) for name in images.class_names]
     step = f" of step {state['step']}" if saved else ", a state dict"
     print(f"{path}{step}: {flags['arch']} on {device.type}, {flags['precision']}")
-    print(f"test set of {flags['dataset']}" + (f" under {flags['data_path']}" if images.test_files else "")
+    print(f"test set of {flags['dataset']}" + (f" under {printable(flags['data_path'])}" if images.test_files else "")
           + f": {len(predicted):,} images, {len(names)} classes")
     print("\n".join(report(images.test_labels, predicted, confidence, names)))
     if args.predictions:
@@ -88,12 +88,19 @@ def report(labels, predicted, confidence, names):
 
 
 def write_predictions(path, images, predicted, confidence):
-    """A row for each test image: index, file (of a folder), label, predicted, confidence in [0, 1], and the two names."""
+    """A row for each test image: index, file (of a folder), label, predicted, confidence in [0, 1], and the two names.
+
+    A name that a spreadsheet would take for a formula has an apostrophe before it.
+    """
+    def cell(name):
+        return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
+
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["index", "file", "label", "predicted", "confidence", "label_name", "predicted_name"])
     for i, (label, guess, sure) in enumerate(zip(images.test_labels.tolist(), predicted.tolist(), confidence.tolist())):
-        file = images.test_files[i] if images.test_files else ""
-        table.writerow([i, file, label, guess, f"{sure:.9g}", images.class_names[label], images.class_names[guess]])
+        names = images.test_files[i] if images.test_files else "", images.class_names[label], images.class_names[guess]
+        file, label_name, predicted_name = map(cell, names)
+        table.writerow([i, file, label, guess, f"{sure:.9g}", label_name, predicted_name])
     with replacing(path) as out:
         out.write(text.getvalue().encode(errors="surrogateescape"))

@@ -6,12 +6,13 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")       # no display is needed
+matplotlib.rcParams["text.parse_math"] = False      # a name may hold any number of $
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
 from utils.cli import UsageError  # noqa: E402
-from utils.files import replacing  # noqa: E402
+from utils.files import printable, replacing  # noqa: E402
 from utils.paper import published_error, title_of  # noqa: E402
 
 # Petroff's ten colors, made to be told apart by color-blind readers; further classes change the marker.
@@ -22,7 +23,7 @@ PARTS = {"labeled": "#d62728", "unlabeled": "#1f77b4", "test": "#999999"}      #
 
 def data_name(flags, data_path=None):
     """What a figure calls the data of a run; a folder of images goes by its own name."""
-    return Path(data_path or flags["data_path"]).name if flags["dataset"] == "folder" else flags["dataset"]
+    return printable(Path(data_path or flags["data_path"]).name if flags["dataset"] == "folder" else flags["dataset"])
 
 
 def draw_features(rows, class_names, folder, title, mark_errors=False):
@@ -70,7 +71,7 @@ def dots(ax, points, size, color, marker):
 
 
 def handle(label, color, marker):
-    return Line2D([], [], linestyle="", color=color, marker=marker, label=label)
+    return Line2D([], [], linestyle="", color=color, marker=marker, label=printable(label))
 
 
 def style(k, num_classes):
