@@ -30,7 +30,7 @@ from pathlib import Path
 
 from utils.cli import Parser, UsageError, fail, number
 from utils.files import write_text
-from utils.paper import ABLATION, CELLS, ROWS, experiment, work
+from utils.paper import ABLATION, CELLS, ROWS, experiment, scaled, work
 from utils.report import RULES, filled, tables
 
 PROG = "reproduce.py"
@@ -42,7 +42,7 @@ RUNS, FOLDERS = Path("results", "runs.csv"), Path("results", "reproduce")
 REPORTS = Path("REPRODUCTION.md"), Path("README.md")
 SPLITS, SUMS = Path("splits"), Path("splits", "SHA256SUMS")
 QUARTERS = 1, 2, 3, 4
-COLUMNS = ("cell", "row", "seed", "scale", "steps", *RULES, *(f"before-{k}" for k in QUARTERS),
+COLUMNS = ("cell", "row", "seed", "scale", "steps", *RULES, "before_decay", "labeled", *(f"before-{k}" for k in QUARTERS),
            *(f"after-{k}" for k in QUARTERS), "seconds", "device", "threads", "precision", "torch", "commit")
 LIBC = ctypes.CDLL(None)
 
@@ -97,8 +97,7 @@ class Run:
     def __init__(self, cell, row, seed, scale):
         self.cell, self.row, self.seed, self.scale = cell, row, seed, scale
         self.folder = FOLDERS / f"{cell}-{scale:g}" / f"{row}-{seed}"
-        # JPEG files have an order of their own, and so lists of their own
-        self.split = SPLITS / f"{cell.removesuffix('-small')}-{CELLS[cell].num_label}-seed{seed}.txt"
+        self.split = SPLITS / f"{CELLS[cell].data}-{CELLS[cell].num_label}-seed{seed}.txt"
         self.has_split = row != "supervised"
 
     def flags(self):
@@ -116,12 +115,19 @@ class Run:
         result = json.loads((self.folder / "results.json").read_text())
         records = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         values = {"cell": self.cell, "row": self.row, "seed": self.seed, "scale": f"{self.scale:g}", "steps": result["steps"],
-                  **result["error_rate"], **result["sessions"][-1], "seconds": round(result["seconds"])}
+                  **result["error_rate"], "before_decay": self.before_decay(records),
+                  "labeled": result.get("labeled_error_rate"), **result["sessions"][-1], "seconds": round(result["seconds"])}
         for part, tag in (("before", "train/unlabel-acc"), ("after", "train/pseudo-acc")):
             for k in QUARTERS:
                 quarter = [r[tag] for r in records if tag in r and k - 1 < 4 * r["step"] / result["steps"] <= k]
                 values[f"{part}-{k}"] = f"{100 * statistics.mean(quarter):.2f}" if quarter else None
         return {key: "" if values[key] is None else str(values[key]) for key in COLUMNS}
+
+    def before_decay(self, records):
+        """Test error in percent at the last evaluation before the learning rate first decays, or None."""
+        decay = min((scaled(m, self.scale) for m in CELLS[self.cell].milestones), default=0)
+        errors = [100 * (1 - r["test/accuracy"]) for r in records if "test/accuracy" in r and r["step"] <= decay]
+        return round(errors[-1], 4) if errors else None
 
 
 # Running
@@ -257,7 +263,9 @@ def write_report():
 def read_runs(finished=False):
     """Lines of runs.csv, or of the finished run folders."""
     if not finished:
-        return list(csv.DictReader(RUNS.read_text().splitlines())) if RUNS.exists() else []
+        # A column that is younger than a line is empty there.
+        return [{**dict.fromkeys(COLUMNS, ""), **line}
+                for line in csv.DictReader(RUNS.read_text().splitlines())] if RUNS.exists() else []
     runs = []
     for path in FOLDERS.glob("*/*/results.json"):
         match = re.fullmatch(r"(.+)-([\d.]+)/(.+)-(\d+)", str(path.parent.relative_to(FOLDERS)))

@@ -277,8 +277,15 @@ def train(args, given, interrupt, world):
                 world.leave()
                 return exit_code(stopping)
 
+    mine = world.part(labeled)
+    fitted = evaluate(model, normalized_batches(images.train_images[mine].to(device), images.train_labels[mine], images.mean,
+                                                images.std, device), dtype, interrupt, world.sum)
+    if fitted is None:                  # the run is saved, and --resume comes back to here
+        folder.close()
+        world.leave()
+        return exit_code(world.agree(interrupt.received))
     folder.finish(args.total_steps, seconds, error_rates(evaluations), error_rates(evaluations, "test_top5"),
-                  len(evaluations), experiment(args), sessions)
+                  round(100 * (1 - fitted["accuracy"]), 4), len(evaluations), experiment(args), sessions)
     world.leave()
     return 0
 

@@ -12,6 +12,7 @@ __all__ = ["NETWORKS", "NetworkError", "build_model", "check_network", "is_own",
 NETWORKS = {                    # name -> (module, class, keyword arguments)
     "convlarge": ("models.convlarge", "ConvLarge", {"width": 128}),
     "convsmall": ("models.convlarge", "ConvLarge", {"width": 16}),
+    "convnarrow": ("models.convlarge", "ConvLarge", {"width": 32, "dropout": 0.0}),
     "wideresnet": ("models.wideresnet", "WideResNet", {"depth": 28, "widen": 2}),
     "shakeshake": ("models.shakeshake", "ShakeShake", {"depth": 26, "width": 96}),
     "resnet18": ("models.resnet", "ResNet", {"depth": 18}),

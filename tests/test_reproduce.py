@@ -90,16 +90,30 @@ def test_pseudo_labels_before_and_after_are_the_means_of_each_quarter(tmp_path, 
     run.folder.mkdir(parents=True)
     rates = {"last": 5.0, "median_last_20": 6.0, "best_validation": None, "best_test": 4.0}
     session = {"device": "cpu", "threads": 2, "precision": "float32", "torch": "2", "commit": None}
-    result = {"error_rate": rates, "steps": 8, "seconds": 3.4, "sessions": [session]}
+    result = {"error_rate": rates, "labeled_error_rate": 1.25, "steps": 8, "seconds": 3.4, "sessions": [session]}
     (run.folder / "results.json").write_text(json.dumps(result))
     records = [{"step": s, "train/unlabel-acc": s / 10, "train/pseudo-acc": s / 5} for s in range(1, 9)]
-    records.append({"step": 8, "test/accuracy": 1})
+    records += [{"step": 6, "test/accuracy": 0.75}, {"step": 700, "test/accuracy": 1}]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     line, = reproduce.read_runs(finished=True)
     assert [line[f"before-{k}"] for k in (1, 2, 3, 4)] == ["15.00", "35.00", "55.00", "75.00"]
     assert [line[f"after-{k}"] for k in (1, 2, 3, 4)] == ["30.00", "70.00", "110.00", "150.00"]
     assert (line["last"], line["best_validation"], line["seconds"], line["commit"]) == ("5.0", "", "3", "")
+    assert (line["before_decay"], line["labeled"]) == ("25.0", "1.25")        # digits decays after 600 steps
     assert "15.00 → 30.00" in tables([line])["telemetry"] and "+45.00" in tables([line])["telemetry"]
+
+
+def test_paired_differences_are_taken_seed_by_seed():
+    errors = {"both": {1: 10.0, 2: 20.0, 3: 33.0, 4: 7.0}, "neither": {3: 36.0, 2: 22.0, 1: 11.0, 5: 0.0}}
+    lines = [{**LINE, "cell": "digits", "row": row, "seed": str(seed), "last": str(error)}
+             for row, seeds in errors.items() for seed, error in seeds.items()]
+    line, = [line for line in tables(lines)["paired"].splitlines() if "digits" in line]
+    # of -1, -2 and -3: standard error 1 / sqrt(3), t(0.975; 2) = 4.303
+    assert "| both (MetaSemi) less neither (supervised baseline) | at the end | 3 | -2.00 | -4.48 to +0.48 | 0.074 |" in line
+    assert line.endswith("| cannot tell |")
+    lines += [{**lines[0], "row": row, "seed": "6", "last": error} for row, error in (("both", "5.0"), ("neither", "7.0"))]
+    line, = [line for line in tables(lines)["paired"].splitlines() if "digits" in line]
+    assert "| 4 | -2.00 | -3.30 to -0.70 | 0.016 | lower |" in line
 
 
 def test_killed_at_random_it_continues_repeats_nothing_and_reports_the_same(tmp_path):
@@ -137,9 +151,10 @@ def test_the_shipped_lists_are_those_that_the_seeds_give_and_a_changed_one_is_re
     for name, value in sums.items():
         text = (ROOT / "splits" / name).read_bytes()
         assert reproduce.sha256(text) == value
-        cell, count, seed = re.fullmatch(r"(.+)-(\d+)-seed(\d+)\.txt", name).groups()
-        assert len(set(text.split())) == int(count) == CELLS[cell].num_label
-        if cell == "digits":
+        data, count, seed = re.fullmatch(r"(.+)-(\d+)-seed(\d+)\.txt", name).groups()
+        assert len(set(text.split())) == int(count)
+        assert any((cell.data, cell.num_label) == (data, int(count)) for cell in CELLS.values())
+        if data == "digits":
             assert [int(index) for index in text.split()] == split_labels(digits.train_labels, 50, 10, int(seed))[0].tolist()
 
     monkeypatch.chdir(tmp_path)

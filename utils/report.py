@@ -5,6 +5,7 @@ import statistics
 
 from utils.paper import ABLATION, CELLS, ROWS, experiment
 
+PAIRS = ("both", "neither"), ("both", "mix-up"), ("both", "beta-0"), ("meta", "neither")     # what a difference is taken of
 RULES = {"last": "last", "median_last_20": "median of the last 20", "best_validation": "best on validation",
          "best_test": "lowest (selected on the test set)"}
 
@@ -24,7 +25,7 @@ def tables(lines):
     for line in lines:
         groups.setdefault((line["cell"], float(line["scale"]), line["row"]), []).append(line)
     blocks = {"main": main_table(groups), "ablation": ablation_table(groups), "cells": cells_table(groups),
-              "telemetry": telemetry_table(groups), "commands": commands(groups)}
+              "paired": paired_table(groups), "telemetry": telemetry_table(groups), "commands": commands(groups)}
     for name in CELLS:
         largest = max((scale for cell, scale, _ in groups if cell == name), default=None)
         blocks[name] = rows_table({key[2]: group for key, group in groups.items() if key[:2] == (name, largest)})
@@ -100,6 +101,28 @@ def compared(name, row, scale, group):
     band = t.ppf(0.975, n - 1) * statistics.stdev(values) * (1 + 1 / n) ** 0.5 if n > 1 else 0.0
     verdict = "within the band" if abs(difference) <= band else "worse" if difference > 0 else "better"
     return f"{difference:+.2f}", verdict + (", one seed" if n == 1 else "")
+
+
+def paired_table(groups):
+    """Differences between two rows of a cell on the same seeds, in points of test error: mean and 95 % t-interval."""
+    from scipy.stats import t
+
+    rows = []
+    for name, scale in dict.fromkeys(key[:2] for key in groups):
+        for first, second in PAIRS:
+            a, b = ({line["seed"]: line for line in groups.get((name, scale, row), ())} for row in (first, second))
+            for rule, when in (("last", "at the end"), ("before_decay", "before the decay")):
+                differences = [float(a[seed][rule]) - float(b[seed][rule]) for seed in a
+                               if seed in b and a[seed][rule] and b[seed][rule]]
+                if (n := len(differences)) < 2:
+                    continue
+                effect, error = statistics.mean(differences), statistics.stdev(differences) / n ** 0.5
+                half = t.ppf(0.975, n - 1) * error
+                p = 2 * t.sf(abs(effect) / error, n - 1) if error else float(effect == 0)
+                answer = "cannot tell" if half >= abs(effect) else "lower" if effect < 0 else "higher"
+                rows.append([CELLS[name].title, f"{scale:g}", f"{ROWS[first].title} less {ROWS[second].title}", when, str(n),
+                             f"{effect:+.2f}", f"{effect - half:+.2f} to {effect + half:+.2f}", f"{p:.2g}", answer])
+    return markdown(["cell", "scale", "difference", "measured", "n", "mean", "95 % interval", "p", "test error"], rows)
 
 
 def telemetry_table(groups):

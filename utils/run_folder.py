@@ -196,9 +196,13 @@ class RunFolder:
         self.say(f"step {step}/{total_steps}  {values}  lr {alpha:.4g}  {rate * images_per_step:.0f} images/s  "
                  f"{duration((total_steps - step) / rate)} left")
 
-    def finish(self, steps, seconds, rates, top5, evaluations, flags, sessions):
-        """Writes results.json and says the error rates under every selection rule; top5: likewise, or None."""
+    def finish(self, steps, seconds, rates, top5, labeled, evaluations, flags, sessions):
+        """Writes results.json and says the error rates under every selection rule; top5: likewise, or None.
+
+        labeled: error in percent on the run's own labeled images, without augmentation.
+        """
         self.write_json(RESULTS, {"error_rate": rates, **({"top5_error_rate": top5} if top5 else {}),
+                                  "labeled_error_rate": labeled,
                                   "evaluations": evaluations, "steps": steps,
                                   "seconds": round(seconds, 1), "args": flags, "sessions": sessions})
         validated = rates["best_validation"]
@@ -206,7 +210,8 @@ class RunFolder:
                  f"{rates['median_last_20']:.2f} % (median of the last 20 evaluations), "
                  + (f"{validated:.2f} % (best on validation), " if validated is not None else "")
                  + f"{rates['best_test']:.2f} % (lowest, so selected on the test set)"
-                 + (f"; top-5 error {top5['last']:.2f} % (last)" if top5 else ""))
+                 + (f"; top-5 error {top5['last']:.2f} % (last)" if top5 else "")
+                 + f"; error on its own labeled images {labeled:.2f} %")
         self.close()
 
     def has_results(self):
