@@ -1,6 +1,9 @@
 """Figure 3 of the paper: learned features in 2D.  `python3 plot_features.py --help` lists the flags."""
+import os
 import sys
 import warnings
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))        # python -P leaves it out
 
 from datasets import DATASETS, DataError
 from models import NetworkError, check_network
@@ -190,7 +193,8 @@ def cached_features(path, state, images, row, device):
                 features.append(called(arch, model.features, x))
                 shape = getattr(features[-1], "shape", ())
                 if len(shape) != 2 or shape[0] != len(x) or shape[1] < 2:
-                    raise cli.UsageError(f"argument --arch: features(x) of {arch} gives a {type(features[-1]).__name__} of shape "
+                    kind = type(features[-1]).__name__
+                    raise cli.UsageError(f"argument --arch: features(x) of {arch} gives a {kind} of shape "
                                          f"{tuple(shape)} for {len(x)} images: expected a tensor (B, D), D at least 2")
                 logits.append(called(arch, model, x) if is_own(arch) else model.classifier(features[-1]))
     features, logits = torch.cat(features).float(), torch.cat(logits)

@@ -4,6 +4,8 @@ import sys
 import time
 import warnings
 
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))        # python -P leaves it out
+
 from datasets import DATASETS, DataError, check_root
 from datasets.splits import check_num_label
 from models import NETWORKS, NetworkError, check_network
@@ -99,7 +101,7 @@ def train(args, given, interrupt, world):
     folder, saved, source = NoFolder(), None, None
     if world.rank == 0:
         folder, saved, source = prepare(args.save_path, args.resume, args.overwrite)
-    saved, source, done = world.share((saved, source, folder is not None and folder.has_results()))
+    saved, source, done = world.share((saved, source, bool(folder and saved and folder.has_results(saved))))
     if saved is not None:
         check_same_experiment(args, saved["args"], saved["step"])
         if given not in (None, saved["labeled"].tolist()):

@@ -5,10 +5,11 @@ import re
 import pytest
 import torch
 from conftest import SHORT
-from injections import Malicious, records
+from injections import Malicious, negative_variance, records, spoil
 from sklearn.metrics import confusion_matrix as reference
 from test_datasets import make_folder
 
+import metasemi
 import train_meta
 from datasets import load_dataset
 from models import build_model
@@ -139,22 +140,9 @@ def test_many_classes_are_told_by_their_most_frequent_confusions():
     assert "confusion matrix" not in "".join(lines)
 
 
-@pytest.fixture
-def no_number(monkeypatch):
-    """Finite weights whose logits are not a number in evaluation mode: from step 5 on a batch variance is negative."""
-    import metasemi
-
-    step, calls = metasemi.training_step, [0]
-
-    def spoiling(model, *args, **options):
-        result, calls[0] = step(model, *args, **options), calls[0] + 1
-        if calls[0] >= 5:
-            next(buffer for name, buffer in model.named_buffers() if name.endswith("running_var")).fill_(-1)
-        return result
-    monkeypatch.setattr(metasemi, "training_step", spoiling)
-
-
-def test_logits_that_are_no_numbers_end_the_training_at_its_last_good_checkpoint(no_number, train, tmp_path, capsys):
+def test_logits_that_are_no_numbers_end_the_training_at_its_last_good_checkpoint(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metasemi, "training_step", metasemi.training_step)      # put back afterwards
+    negative_variance(5)
     assert train("a", "--no-meta") == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "the logits of 500 of 500 images are not finite in evaluation mode at step 6" in error
@@ -164,7 +152,7 @@ def test_logits_that_are_no_numbers_end_the_training_at_its_last_good_checkpoint
 
 def test_logits_that_are_no_numbers_are_no_predictions(run, tmp_path, capsys):
     saved = torch.load(run / "checkpoint.pth", weights_only=True)
-    saved["model"][next(name for name in saved["model"] if name.endswith("running_var"))].fill_(-1)
+    spoil(saved["model"])
     torch.save(saved, tmp_path / "x.pth")
     assert evaluate(tmp_path / "x.pth", "--predictions", tmp_path / "p.csv") == 2
     out, error = capsys.readouterr()

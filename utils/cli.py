@@ -3,6 +3,7 @@
 No value is evaluated, no flag may be abbreviated, and nothing here loads torch: a wrong flag answers at once.
 """
 import argparse
+import io
 import math
 import os
 import re
@@ -295,13 +296,18 @@ def check_evaluation_files(args):
 
 
 def open_standard_streams():
-    """Puts the null device where standard input, output or error was closed: else the next file would take its place."""
+    """Puts the null device where standard input, output or error was closed: else the next file would take its place.
+
+    What the locale cannot write, such as a name in another alphabet, is escaped on standard output as on standard error.
+    """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)                              # takes the lowest free number: this one
-            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+            setattr(sys, name, os.fdopen(number, mode, closefd=False, encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def fail(prog, message, code):
