@@ -5,7 +5,6 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")       # no display is needed
-matplotlib.rcParams["text.parse_math"] = False      # a name may hold any number of $
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
@@ -18,6 +17,7 @@ from utils.records import read_flags, read_metrics, read_split_sums  # noqa: E40
 # Petroff's ten colors, made to be told apart by color-blind readers; further classes change the marker.
 COLORS = matplotlib.color_sequences["petroff10"]
 MARKERS = "o^s"
+PLAIN = {"text.parse_math": False}      # a name may hold any number of $
 PARTS = {"labeled": "#d62728", "unlabeled": "#1f77b4", "test": "#999999"}      # red, blue, grey, as in the paper
 
 
@@ -26,6 +26,7 @@ def data_name(flags, data_path=None):
     return printable(Path(data_path or flags["data_path"]).name if flags["dataset"] == "folder" else flags["dataset"])
 
 
+@plt.rc_context(PLAIN)
 def draw_features(rows, class_names, folder, title, mark_errors=False):
     """features.png and features.pdf: a row of four panels for each of `rows`; returns their paths.
 
@@ -81,6 +82,7 @@ def style(k, num_classes):
     return COLORS[k % len(COLORS)], MARKERS[k // len(COLORS)]
 
 
+@plt.rc_context(PLAIN)
 def draw_curves(folders, save_path):
     """curves.png and curves.pdf: test error and training loss over the steps; returns their paths.
 
