@@ -8,7 +8,7 @@ sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))        # python 
 from datasets import DATASETS, DataError
 from models import NetworkError, check_network
 from utils import cli
-from utils.files import replacing, write_text
+from utils.files import printable, replacing, write_text
 from utils.run_folder import read_split
 
 PROG = "plot_features.py"
@@ -76,7 +76,7 @@ def plot(args):
         check_index_file(args.index_path[i] if args.index_path else path.parent / "label_indices.txt", labeled, images,
                          required=bool(args.index_path))
         unlabeled = np.setdiff1d(np.arange(len(images.train_labels)), np.concatenate([labeled, state["validation"].numpy()]))
-        label = args.row_label[i] if args.row_label else path.resolve().parent.name
+        label = printable(args.row_label[i] if args.row_label else path.resolve().parent.name)
         rows.append({"label": label, "checkpoint": str(path), "step": state["step"], "arch": state["args"]["arch"],
                      **choose_points(args, labeled, unlabeled, len(images.test_labels))})
         check_embedding(args, len(rows[-1]["sample"]))
@@ -92,8 +92,10 @@ def plot(args):
                 row[key] = row[key][kept]
             check_embedding(args, len(kept))
         row["classes"] = all_labels[row["sample"] + (row["part"] == "test") * len(images.train_labels)]
-        if not np.isfinite(row["features"]).all():
-            raise cli.UsageError(f"argument --checkpoint-path: the features of {path} are not finite")
+        spread = np.ptp(row["features"], axis=0).max()
+        if not 1e-12 < spread < 1e12:           # beyond that the embedding leaves the numbers
+            raise cli.UsageError(f"argument --checkpoint-path: the features of {path} differ by {spread:g}: nothing can be "
+                                 "shown unless that is between 1e-12 and 1e12")
         row["knn_accuracy"], row["silhouette"] = measure(row)
         for part, accuracy in row["knn_accuracy"].items():
             print(f"{row['label']}, {part}: {NEIGHBORS}-nearest-neighbor accuracy {100 * accuracy:.2f} %, "
@@ -184,6 +186,7 @@ def cached_features(path, state, images, row, device):
     from models import build_model, is_own
     from utils.checkpoint import load_weights
     from utils.failure import own_network
+    from utils.metrics import all_finite
 
     made_of = (path.read_bytes(), row["sample"].astype("<i8").tobytes(), "".join(row["part"]).encode(),
                images.labels_sha256.encode())
@@ -202,28 +205,31 @@ def cached_features(path, state, images, row, device):
         raise cli.UsageError(f"argument --arch: {arch} has no features(x): add it, and let it return (B, D), what the figure "
                              "is to show")
     test = row["part"] == "test"
-    features, predictions, kept = [], [], []
+    features, logits, kept = [], [], []
     for source, places in ((images.train_images, np.flatnonzero(~test)), (images.test_images, np.flatnonzero(test))):
         with torch.no_grad(), own_network(arch):
             for x, y in normalized_batches(source[row["sample"][places]], torch.from_numpy(places), state["mean"], state["std"],
                                            device, 500):
                 kept.append(y)
                 features.append(model.features(x))
-                if features[-1].dim() != 2:
-                    raise cli.UsageError(f"argument --arch: features(x) of {arch} has shape {tuple(features[-1].shape)}: "
-                                         "expected (B, D)")
-                logits = model(x) if is_own(arch) else model.classifier(features[-1])
-                predictions.append(logits.argmax(dim=1))
+                shape = getattr(features[-1], "shape", ())
+                if len(shape) != 2 or shape[0] != len(x) or shape[1] < 2:
+                    kind = type(features[-1]).__name__
+                    raise cli.UsageError(f"argument --arch: features(x) of {arch} gives a {kind} of shape "
+                                         f"{tuple(shape)} for {len(x)} images: expected a tensor (B, D), D at least 2")
+                logits.append(model(x) if is_own(arch) else model.classifier(features[-1]))
     kept = torch.cat([torch.empty(0), *kept]).long().cpu().numpy()
     if (row["part"][kept] == "labeled").sum() < 2 or not test[kept].any():
         raise DataError("fewer than two labeled images, or no test image, can be read: the figure needs both")
-    features, predictions = torch.cat(features).cpu().numpy(), torch.cat(predictions).cpu().numpy()
-    if np.isfinite(features).all():
-        try:
-            with replacing(cache) as file:
-                np.savez(file, key=key, features=features, predictions=predictions, kept=kept)
-        except OSError as error:
-            print(f"{cache} cannot be written ({error}); the features are computed again next time")
+    features, logits = torch.cat(features).float(), torch.cat(logits)
+    if not all_finite([features, logits]):
+        raise cli.UsageError(f"argument --checkpoint-path: the features or the logits of {path} are not finite")
+    features, predictions = features.cpu().numpy(), logits.argmax(dim=1).cpu().numpy()
+    try:
+        with replacing(cache) as file:
+            np.savez(file, key=key, features=features, predictions=predictions, kept=kept)
+    except OSError as error:
+        print(f"{cache} cannot be written ({error}); the features are computed again next time")
     return features, predictions, kept
 
 

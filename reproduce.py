@@ -16,7 +16,6 @@ import ctypes
 import fcntl
 import hashlib
 import io
-import json
 import os
 import queue
 import re
@@ -30,9 +29,14 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))        # python -P leaves it out
 
-from utils.cli import Parser, UsageError, fail, number, open_standard_streams, refuse_idle
+from datasets import DATASETS
+from datasets.splits import check_num_label
+from models import NETWORKS
+from utils import run_folder
+from utils.cli import Parser, UsageError, fail, number, open_standard_streams, parse_training, refuse_idle
 from utils.files import write_text
 from utils.paper import ABLATION, CELLS, ROWS, experiment, scaled, work
+from utils.records import difference, read_flags, read_metrics, read_results
 from utils.report import RULES, filled, tables
 
 PROG = "reproduce.py"
@@ -46,6 +50,9 @@ SPLITS, SUMS = Path("splits"), Path("splits", "SHA256SUMS")
 QUARTERS = 1, 2, 3, 4
 COLUMNS = ("cell", "row", "seed", "scale", "steps", *RULES, "before_decay", "labeled", *(f"before-{k}" for k in QUARTERS),
            *(f"after-{k}" for k in QUARTERS), "seconds", "device", "threads", "precision", "torch", "commit")
+TEXT = {"cell", "row", "device", "threads", "precision", "torch", "commit"}
+REQUIRED = {"seed", "scale", "steps", "last", "median_last_20", "best_test", "seconds"}
+FREE = {*run_folder.FREE, "split"} - {"test_freq", "total_steps"}     # flags in which a run may differ from its cell
 LIBC = ctypes.CDLL(None)
 
 
@@ -55,21 +62,25 @@ def main(argv=None):
     signal.signal(signal.SIGINT, signal.SIG_DFL)            # the runs end with this program, see `end_with_parent`
     runs = [Run(cell, row, CELLS[cell].seed + i, args.scale)
             for cell in args.dataset for i in range(args.seeds) for row in TABLES[args.table]]
-    if args.table == "imagenet":
-        print_imagenet(args.seeds, args.scale)
-        return 0
-    if args.dry_run:
-        for run in runs:
-            print(shlex.join(["python3", "train_meta.py", *run.flags()]))
-        return 0
     try:
+        if args.table == "imagenet":
+            print_imagenet(args.seeds, args.scale)
+            return 0
+        if args.dry_run:
+            for run in runs:
+                print(shlex.join(["python3", "train_meta.py", *run.flags()]))
+            return 0
+        lock = run_folder.RunFolder(RUNS.parent)            # against a second program that starts the same runs
         print_plan(runs)
-        failures = run_all([run for run in runs if not run.finished()], args.gpus, args.jobs)
+        failures = run_all([run for run in runs if not run.results()], args.gpus, args.jobs)
         if args.table in ("main", "ablation"):
             print(write_report())
         elif not failures:
             failures = draw(args.table, runs)
-    except (OSError, UsageError) as error:
+        lock.close()
+    except UsageError as error:
+        fail(PROG, error, 2)
+    except OSError as error:
         fail(PROG, error, 1)
     for failure in failures:
         print(f"{PROG}: {failure}", file=sys.stderr)
@@ -110,17 +121,28 @@ class Run:
     def flags(self):
         split = self.split.exists() and self.has_split
         if (self.folder / "args.json").exists():            # as it was begun
-            split = json.loads((self.folder / "args.json").read_text())["args"].get("split") is not None
+            split = read_flags(self.folder).get("split") is not None
         return [*experiment(self.cell, self.row, self.seed, self.scale), *(["--split", str(self.split)] if split else []),
                 "--save-path", str(self.folder), "--resume"]
 
-    def finished(self):
-        return (self.folder / "results.json").exists()
+    def results(self):
+        """results.json, or None if the run is not finished; raises UsageError if it is not of this run."""
+        path = self.folder / "results.json"
+        if not path.exists():
+            return None
+        results = read_results(self.folder)
+        planned = parse_training(experiment(self.cell, self.row, self.seed, self.scale), DATASETS, NETWORKS, check_num_label)
+        other = difference({**results["args"], "total_steps": results["steps"]}, run_folder.experiment(planned), FREE)
+        if other:
+            raise UsageError(f"{path} is of another experiment than {self.row} of {self.cell}: {other}: move it away")
+        return results
 
     def line(self):
         """column -> text of a finished run."""
-        result = json.loads((self.folder / "results.json").read_text())
-        records = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        result, records = self.results(), read_metrics(self.folder)
+        if result is None or not records or records[-1]["step"] != result["steps"]:
+            raise UsageError(f"{self.folder / 'metrics.jsonl'} does not end with the last step of a finished run: restore it, "
+                             "or move the run away")
         values = {"cell": self.cell, "row": self.row, "seed": self.seed, "scale": f"{self.scale:g}", "steps": result["steps"],
                   **result["error_rate"], "before_decay": self.before_decay(records),
                   "labeled": result.get("labeled_error_rate"), **result["sessions"][-1], "seconds": round(result["seconds"])}
@@ -160,7 +182,7 @@ def print_plan(runs):
         speeds.setdefault(CELLS[line["cell"]].arch, []).append(speed)
     print("| run | state | FLOP | hours |\n|---|---|---|---|")
     for run in runs:
-        state = "finished" if run.finished() else "begun" if run.folder.exists() else "to do"
+        state = "finished" if run.results() else "begun" if run.folder.exists() else "to do"
         flop, speed = work(run.cell, run.row, run.scale), speeds.get(CELLS[run.cell].arch)
         hours = f"{flop / statistics.median(speed) / 3600:.2g}" if speed else "unknown until one such run is finished"
         print(f"| {run.folder} | {state} | {flop:.2g} | {hours} |", flush=True)
@@ -179,11 +201,11 @@ def run_all(runs, gpus, jobs):
         try:
             check_split(run)
             run.folder.mkdir(parents=True, exist_ok=True)
-            with open(run.folder / ".lock", "a") as lock:   # a run of a program that was killed is still saving
+            with open(run.folder / ".lock", "ab") as lock:  # a run of a program that was killed is still saving
                 fcntl.flock(lock, fcntl.LOCK_EX)
             return subprocess.run([sys.executable, HERE / "train_meta.py", *run.flags()], env={**os.environ, **environment},
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=end_with_parent,
-                                  start_new_session=True)
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
+                                  preexec_fn=end_with_parent, start_new_session=True)
         finally:
             slots.put(environment)
 
@@ -192,8 +214,12 @@ def run_all(runs, gpus, jobs):
             if done.returncode:
                 failures.append(f"{run.folder}: exit code {done.returncode}: {done.stderr.strip()}")
             else:
-                record_split(run)
-                line = run.line()
+                try:
+                    record_split(run)
+                    line = run.line()
+                except UsageError as error:
+                    failures.append(str(error))
+                    continue
                 print(f"{run.folder}: test error {float(line['last']):.2f} %, {line['seconds']} s", flush=True)
     return failures
 
@@ -213,7 +239,7 @@ def check_split(run):
 def record_split(run):
     """Keeps the labeled images of a run whose list is not in splits/ yet, for all later ones."""
     if run.has_split and not run.split.exists():
-        text = (run.folder / "label_indices.txt").read_text()
+        text = "".join(f"{index}\n" for index in run_folder.read_split(run.folder / "label_indices.txt"))
         SPLITS.mkdir(exist_ok=True)
         sums = {**read_sums(), run.split.name: sha256(text.encode())}
         write_text(SUMS, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
@@ -222,7 +248,10 @@ def record_split(run):
 
 def read_sums():
     """file name -> SHA-256, in the format of sha256sum."""
-    lines = SUMS.read_text().splitlines() if SUMS.exists() else ()
+    lines = SUMS.read_text(encoding="utf-8", errors="replace").splitlines() if SUMS.exists() else ()
+    for line in lines:
+        if not re.fullmatch(r"[0-9a-f]{64}  \S+", line):
+            raise UsageError(f"{SUMS} is damaged: {line[:40]!r} is not a sum and a name: restore it")
     return {name: value for value, name in map(str.split, lines)}
 
 
@@ -259,26 +288,60 @@ def write_report():
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    RUNS.parent.mkdir(exist_ok=True)
-    write_text(RUNS, text.getvalue())
     blocks = tables(lines)
-    for path in filter(Path.exists, REPORTS):
-        write_text(path, filled(path.read_text(), blocks))
+    texts = {RUNS: text.getvalue(), **{path: filled(path, blocks) for path in REPORTS if path.exists()}}
+    for path, text in texts.items():                # nothing is written before all has been read
+        write_text(path, text)
     return blocks["cells"]
 
 
 def read_runs(finished=False):
     """Lines of runs.csv, or of the finished run folders."""
     if not finished:
-        # A column that is younger than a line is empty there.
-        return [{**dict.fromkeys(COLUMNS, ""), **line}
-                for line in csv.DictReader(RUNS.read_text().splitlines())] if RUNS.exists() else []
+        return read_table() if RUNS.exists() else []
     runs = []
     for path in FOLDERS.glob("*/*/results.json"):
-        match = re.fullmatch(r"(.+)-([\d.]+)/(.+)-(\d+)", str(path.parent.relative_to(FOLDERS)))
+        match = re.fullmatch(r"(.+)-([0-9]+(?:\.[0-9]+)?)/(.+)-([0-9]+)", str(path.parent.relative_to(FOLDERS)))
         if match and match[1] in CELLS and match[3] in ROWS:
-            runs.append(Run(match[1], match[3], int(match[4]), float(match[2])).line())
+            run = Run(match[1], match[3], int(match[4]), float(match[2]))
+            if run.folder == path.parent:
+                runs.append(run.line())
     return runs
+
+
+def read_table():
+    """The lines of runs.csv; raises UsageError, which names the line, for one that is no run, or a run that is there twice."""
+    lines = {}
+    try:
+        table = csv.DictReader(io.StringIO(RUNS.read_text(encoding="utf-8")), strict=True)
+        if missing := {"cell", "row", *REQUIRED} - {*(table.fieldnames or ())}:
+            raise UsageError(f"{RUNS} has no columns {', '.join(sorted(missing))}: restore it")
+        for line in table:
+            fault = fault_of(line)
+            if not fault and order(line) in lines:
+                fault = "the same run is in a line before it"
+            if fault:
+                raise UsageError(f"{RUNS}, line {table.line_num}: {fault[:100]}: restore the file, or mend the line")
+            lines[order(line)] = {**dict.fromkeys(COLUMNS, ""), **line}     # a younger column is empty
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UsageError(f"{RUNS} cannot be read ({error}): restore it") from None
+    return list(lines.values())
+
+
+def fault_of(line):
+    """What keeps a line of runs.csv from being a run, or None."""
+    if None in line or None in line.values():
+        return "it has not as many values as there are columns"
+    for key, known in (("cell", CELLS), ("row", ROWS)):
+        if line[key] not in known:
+            return f"{line[key]!r} is no {key}"
+    for key in line.keys() - TEXT:
+        rule = r"[0-9]{1,18}" if key in ("seed", "steps") else r"[0-9]{1,9}(\.[0-9]+)?"
+        if key not in COLUMNS:
+            return f"{key!r} is no column of it"
+        if not re.fullmatch(rule, line[key]) and (line[key] or key in REQUIRED):
+            return f"{line[key]!r} is no number for {key}"
+    return None
 
 
 def order(line):

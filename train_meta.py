@@ -104,7 +104,7 @@ def train(args, given, interrupt, world):
     folder, saved, source = NoFolder(), None, None
     if world.rank == 0:
         folder, saved, source = prepare(args.save_path, args.resume, args.overwrite)
-    saved, source, done = world.share((saved, source, folder is not None and folder.has_results()))
+    saved, source, done = world.share((saved, source, bool(folder and saved and folder.has_results(saved))))
     if saved is not None:
         check_same_experiment(args, saved["args"], saved["step"])
         if given not in (None, saved["labeled"].tolist()):
@@ -213,6 +213,8 @@ def train(args, given, interrupt, world):
                     with own_network(args.arch, step):
                         measured = evaluate(model, normalized_batches(x, y, images.mean, images.std, device), dtype,
                                             lambda: stopping or interrupt(), world.sum)
+                except Diverged as error:
+                    raise Diverged(f"{error} at step {step}") from None
                 except (DataError, OSError) as error:
                     measured, fault = None, error
                 if measured is None:

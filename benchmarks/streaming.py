@@ -103,8 +103,8 @@ def compare(args, root):
 
 def memory(pids):
     """Of a process, what it shares divided by those that share it: the mean of some."""
-    sizes = [int(line.split()[1]) / 1024 for pid in pids for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-             if line.startswith("Pss:")]
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()]
+    sizes = [int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:")]
     return f"{statistics.mean(sizes):.0f}" if sizes else "-"
 
 

@@ -42,7 +42,7 @@ ALGORITHM = [
 
 def locate(file, beginning):
     """"file:line" of the one source line that begins so; ValueError if there is none, or more."""
-    lines = (ROOT / file).read_text().splitlines()
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     found = [i + 1 for i, line in enumerate(lines) if line.strip().startswith(beginning)]
     if not found or (len(found) > 1 and beginning != "optimizer.step()"):
         raise ValueError(f"{file} has {len(found)} lines that begin with {beginning!r}")

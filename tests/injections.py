@@ -1,4 +1,4 @@
-"""Faults injected into runs of the two scripts, F1 to F25: short forms in the test suite, all of them by `make torture`.
+"""Faults injected into runs of the scripts, F1 onward: short forms in the test suite, all of them by `make torture`.
 
 Each injection is a generator `inject(folder, tries, rng, patch)`: it yields, for each try, None if the run survived or
 what was lost.  `patch` is None, or a function that takes one protection away in the process under test: then something
@@ -915,6 +915,138 @@ def no_own_network():
     failure.own_network = lambda name, step=None: contextlib.nullcontext()
 
 
+# F19: reports
+
+def finished_run(row):
+    """What a finished run of a row of digits at scale 0.01 leaves, in the folder where reproduce.py looks; that folder."""
+    import reproduce
+    from datasets import DATASETS
+    from datasets.splits import check_num_label
+    from models import NETWORKS
+    from utils import paper, run_folder
+    from utils.cli import parse_training
+
+    folder = reproduce.Run("digits", row, 1, 0.01).folder
+    folder.mkdir(parents=True)
+    args = parse_training(paper.experiment("digits", row, 1, 0.01), DATASETS, NETWORKS, check_num_label)
+    results = {"error_rate": {"last": 5.0, "median_last_20": 6.0, "best_validation": None, "best_test": 4.0},
+               "labeled_error_rate": 1.25, "steps": 8, "seconds": 3.4, "args": run_folder.experiment(args),
+               "sessions": [{"device": "cpu", "threads": 2, "precision": "float32", "torch": "2", "commit": None}]}
+    lines = [{"step": s, "train/unlabel-acc": s / 10, "train/pseudo-acc": s / 5} for s in range(1, 9)]
+    lines += [{"step": 6, "test/accuracy": 0.75}, {"step": 8, "test/accuracy": 0.95}]
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "args.json").write_text(json.dumps({"args": results["args"]}), encoding="utf-8")
+    return folder
+
+
+def reported(folder, tries, rng, patch=None):
+    """Foreign and damaged files under reproduce.py, two of them at once, and a locale without UTF-8."""
+    from utils import run_folder
+
+    with contextlib.chdir(folder), patch() if patch else contextlib.nullcontext():
+        both, supervised = map(finished_run, ("both", "supervised"))
+        readme, table = "Müller ± 1\n<!-- cells -->\n<!-- end -->\n", Path("results", "runs.csv")
+        Path("README.md").write_text(readme, encoding="utf-8")
+        flags = ["main", "--dataset", "digits", "--scale", "0.01"]
+        done = subprocess.run([sys.executable, "-P", ROOT / "reproduce.py", *flags], capture_output=True,
+                              env={**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"})
+        text = Path("README.md").read_text(encoding="utf-8")
+        yield None if (done.returncode, done.stderr) == (0, b"") and text.startswith(readme[:20]) and "±" in text else (
+            f"exit code {done.returncode}: {done.stderr[-300:]}")
+        lines = table.read_text(encoding="utf-8")
+        foreign = (supervised / "results.json").read_text(encoding="utf-8")
+        results, metrics = ((both / name).read_text(encoding="utf-8") for name in ("results.json", "metrics.jsonl"))
+        cases = [
+            (both / "results.json", foreign), (both / "results.json", results.replace('"seed": 1,', '"seed": 2,')),
+            (both / "results.json", results[:-9]), (both / "results.json", "[" * 100_000), (both / "results.json", "{}"),
+            (both / "results.json", results.replace("5.0", "NaN")), (both / "results.json", results.replace("8", "9" * 5000)),
+            (both / "metrics.jsonl", "hello\n"), (both / "metrics.jsonl", metrics.replace("0.1", '"0.1"')),
+            (both / "metrics.jsonl", metrics[:200]), (both / "metrics.jsonl", metrics.replace('"step"', '"stop"')),
+            (table, f"<<<<<<< HEAD\n{lines}=======\n{lines}            (table, lines + lines.partition("\n")[2]),
+            (table, lines.replace("digits", "mnist")), (table, lines.replace(",both,", ",all,")),
+            (table, lines + "digits,both\n"), (table, lines.replace("5.0", "five")), (table, lines.replace("seed", "Seed")),
+            (Path("README.md"), text.replace("cells", "sells")), (Path("README.md"), text.replace("<!-- end -->", ""))]
+        first = run_folder.RunFolder("results")
+        yield one_line(*refused(flags), "results is in use by process")
+        first.close()
+        for path, content in cases[:tries]:
+            before = path.read_bytes()
+            path.write_text(content, encoding="utf-8")
+            kept = {file: file.read_bytes() for file in Path().rglob("*") if file.is_file() and file.name != ".lock"}
+            fault = one_line(*refused(flags), str(path))
+            changed = [str(file) for file, data in kept.items() if file.read_bytes() != data]
+            yield fault and f"{path}, {content[:40]!r}: {fault}" or (f"{changed} changed" if changed else None)
+            path.write_bytes(before)
+
+
+def refused(flags):
+    """(exit code, 2, standard error) of reproduce.py in this process; an error that it lets through in place of the code."""
+    import reproduce
+
+    with contextlib.redirect_stderr(io.StringIO()) as error, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = reproduce.main(flags)
+        except SystemExit as end:
+            code = end.code
+        except Exception as fault:
+            code = repr(fault)
+    return code, 2, error.getvalue()
+
+
+@contextlib.contextmanager
+def believing():
+    """Any results.json is that of the run in whose folder it lies."""
+    from unittest import mock
+
+    with mock.patch("reproduce.difference", lambda *args: None):
+        yield
+
+
+# F20: numbers that are none
+
+def no_numbers(folder, tries, rng, patch=None):
+    """A batch variance that became negative: finite weights, and logits that are not a number in evaluation mode."""
+    flags = [*FLAGS, "--no-meta", "--test-freq", "2", "--total-steps", "6", "--save-path", folder / "run"]
+    flags.remove("--mix-up")
+    code, _, error = run(folder, flags, partial(negative_variance, 3), patch)
+    yield one_line(code, 1, error, "images are not finite in evaluation mode at step 4", "checkpoint.pth of step 2 is intact")
+    state = state_of(folder / "run")
+    spoil(state["model"])
+    torch.save(state, folder / "spoiled.pth")
+    flags = ["--evaluate", folder / "spoiled.pth", "--predictions", folder / "p.csv"]
+    code, out, error = run(folder, flags, patch)
+    yield one_line(code, 2, error, str(folder / "spoiled.pth"), "images are not finite") or out or (
+        "it wrote predictions" if (folder / "p.csv").exists() else None)
+    flags = ["--checkpoint-path", folder / "spoiled.pth", "--save-path", folder / "figure", "--method", "pca"]
+    code, out, error = run(folder, flags, patch, script="plot_features")
+    yield one_line(code, 2, error, str(folder / "spoiled.pth"), "are not finite") or out or None
+
+
+def spoil(state):
+    next(value for name, value in state.items() if name.endswith("running_var")).fill_(-1)
+
+
+def negative_variance(first):
+    import metasemi
+
+    step, calls = metasemi.training_step, [0]
+
+    def spoiling(model, *args, **options):
+        result, calls[0] = step(model, *args, **options), calls[0] + 1
+        if calls[0] >= first:
+            spoil(model.state_dict())
+        return result
+    metasemi.training_step = spoiling
+
+
+def any_logits():
+    from utils import metrics
+
+    metrics.check_logits = lambda broken, count: None
+>>>>>>> reports
+
+
 class Injection(NamedTuple):
     inject: object
     without: object         # the protection taken away
@@ -940,4 +1072,6 @@ INJECTIONS = {
     "F15": Injection(odd_places, no_streams, 5, 9),
     "F24": Injection(odd_values, careless_values, 6, 100),
     "F25": Injection(misbehaving, no_own_network, 2, 99),
+    "F19": Injection(reported, believing, 99, 99),
+    "F20": Injection(no_numbers, any_logits, 3, 3),
 }

@@ -5,11 +5,12 @@ import re
 import pytest
 import torch
 from conftest import SHORT
-from injections import Malicious, records
+from injections import Malicious, negative_variance, records, spoil
 from oracle import close
 from sklearn.metrics import confusion_matrix as reference
 from test_datasets import make_folder
 
+import metasemi
 import train_meta
 from datasets import load_dataset
 from models import build_model
@@ -115,6 +116,22 @@ def test_a_folder_of_the_users_own_names_its_files_and_classes(train, tmp_path, 
     assert "has other classes than" in capsys.readouterr().err
 
 
+def test_a_name_is_no_formula_in_the_predictions_and_no_escape_sequence_on_the_terminal(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = ("=1+1", "@x", "a\x1b[2J\nb", "b=2")
+    root = make_folder(tmp_path / "=images", classes=names, count=4).relative_to(tmp_path)
+    assert train("a", "--dataset", "folder", "--data-path", str(root), "--image-size", "16", "--num-label", "4") == 0
+    capsys.readouterr()
+    assert evaluate("a/checkpoint.pth", "--predictions", "p.csv") == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "a\\x1b[2J\\nb" in out
+    with open(tmp_path / "p.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["label_name"] for row in rows[::4]] == ["'=1+1", "'@x", "a\x1b[2J\nb", "b=2"]
+    assert rows[0]["file"] == "'=images/test/=1+1/00.png"
+    assert not any(value.startswith(("=", "+", "-", "@", "\t", "\r")) for row in rows for value in row.values())
+
+
 def test_many_classes_are_told_by_their_most_frequent_confusions():
     labels = torch.arange(30).repeat(4)
     predicted = labels.clone()
@@ -123,6 +140,26 @@ def test_many_classes_are_told_by_their_most_frequent_confusions():
     assert lines[-2:] == ["     4  class 3 taken for class 7", "     1  class 0 taken for class 1"]
     assert lines[0] == "accuracy 95.83 %, error 4.17 % (115 of 120 are right)"
     assert "confusion matrix" not in "".join(lines)
+
+
+def test_logits_that_are_no_numbers_end_the_training_at_its_last_good_checkpoint(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metasemi, "training_step", metasemi.training_step)      # put back afterwards
+    negative_variance(5)
+    assert train("a", "--no-meta") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "the logits of 500 of 500 images are not finite in evaluation mode at step 6" in error
+    assert "checkpoint.pth of step 3 is intact" in error
+    assert [line["step"] for line in records(tmp_path / "a") if "test/accuracy" in line] == [3]
+
+
+def test_logits_that_are_no_numbers_are_no_predictions(run, tmp_path, capsys):
+    saved = torch.load(run / "checkpoint.pth", weights_only=True)
+    spoil(saved["model"])
+    torch.save(saved, tmp_path / "x.pth")
+    assert evaluate(tmp_path / "x.pth", "--predictions", tmp_path / "p.csv") == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1 and not (tmp_path / "p.csv").exists()
+    assert f"argument --evaluate: {tmp_path / 'x.pth'}: the logits of 500 of 500 images are not finite" in error
 
 
 def test_what_cannot_be_evaluated_is_one_line_and_writes_nothing(run, tmp_path, capsys):

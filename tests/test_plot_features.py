@@ -16,7 +16,8 @@ import plot_features
 import train_meta
 from datasets import load_dataset
 from models import build_model
-from utils.figures import style
+from utils.cli import UsageError
+from utils.figures import draw_features, style
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +190,38 @@ def test_bad_input_is_one_line_and_writes_nothing(runs, tmp_path, capsys):
     assert not (tmp_path / "pwned").exists() and not os.path.exists("pwned")
 
 
+@pytest.mark.parametrize(("features", "message"), [
+    (lambda f: torch.ones_like(f) * torch.arange(f.shape[1]), "differ by 0: nothing can be shown"),
+    (lambda f: f * 1e30, "nothing can be shown unless that is between"),
+    (lambda f: f * 1e-30, "nothing can be shown unless that is between"),
+    (lambda f: f[:, 0], "gives a Tensor of shape (190,) for 190 images: expected a tensor (B, D), D at least 2"),
+    (lambda f: f[:, :1], "gives a Tensor of shape (190, 1) for 190 images"),
+    (lambda f: f[1:], "gives a Tensor of shape (189, 16) for 190 images"),
+    (lambda f: [f], "gives a list of shape () for 190 images"),
+    (lambda f: f / 0, "the features or the logits of")])
+def test_features_that_make_no_figure_are_one_line(runs, tmp_path, monkeypatch, capsys, features, message):
+    def build(*args):
+        model = build_model(*args)
+        usual = model.features
+        model.features = lambda x: features(usual(x))
+        return model
+
+    monkeypatch.setattr("models.build_model", build)
+    (tmp_path / "a.pth").write_bytes((runs / "baseline" / "model_best.pth").read_bytes())
+    assert plot("--checkpoint-path", tmp_path / "a.pth", "--save-path", tmp_path / "out", "--num-point", "140") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("names", [("$", "a$b$\\frac{", "_x", "\x1b[2J\n\udcff")])
+def test_names_are_drawn_as_they_are_and_never_read_as_mathematics(tmp_path, names):
+    rng = np.random.default_rng(0)
+    row = {"label": names[0], "note": "", "coordinates": rng.normal(size=(60, 2)), "classes": np.arange(60) % 4,
+           "part": np.array(["labeled", "unlabeled", "test"] * 20), "predictions": np.arange(60) % 4}
+    assert all(path.exists() for path in draw_features([row], names, tmp_path, "$x_{$"))
+
+
 def test_umap_without_its_package_is_one_line(runs, tmp_path, capsys, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "umap" else find_spec(name))
@@ -197,21 +230,48 @@ def test_umap_without_its_package_is_one_line(runs, tmp_path, capsys, monkeypatc
     assert "pip install umap-learn" in capsys.readouterr().err
 
 
-def test_curves_average_seeds_and_show_the_published_value(runs, tmp_path, monkeypatch):
+@pytest.fixture
+def curves(tmp_path, monkeypatch):
+    """curves(*runs): the axes of test error; a run is (seed, accuracies at step 400, 800, ..., more flags, labels' SHA-256)."""
     import utils.figures
 
-    for seed, accuracies in ((1, (0.5, 0.9)), (2, (0.7, 0.8))):
-        folder = tmp_path / f"run{seed}"
-        folder.mkdir()
-        flags = {"dataset": "cifar10", "num_label": 4000, "arch": "convlarge", "mix_up": True, "no_meta": False, "seed": seed,
-                 "split": f"{seed}.txt"}
-        (folder / "args.json").write_text(json.dumps({"args": flags}))
-        lines = [{"step": s, "test/accuracy": a} for s, a in zip((400, 800), accuracies)] + [{"step": 100, "train/loss": 1.0}]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     drawn = {}
     monkeypatch.setattr(utils.figures, "save", lambda fig, *args: drawn.update(fig=fig) or [])
-    utils.figures.draw_curves([tmp_path / "run1", tmp_path / "run2"], tmp_path)
-    line, published = drawn["fig"].axes[0].lines
+
+    def draw(*runs):
+        folders = []
+        for seed, accuracies, more, data in runs:
+            folders.append(tmp_path / f"run{len(list(tmp_path.iterdir()))}")
+            folders[-1].mkdir()
+            flags = {"dataset": "cifar10", "num_label": 4000, "arch": "convlarge", "mix_up": True, "no_meta": False,
+                     "seed": seed, "split": f"{seed}.txt", "data_path": "data", **more}
+            (folders[-1] / "args.json").write_text(json.dumps({"args": flags}))
+            (folders[-1] / "split.json").write_text(json.dumps({"sha256": str(seed), "labels_sha256": data}))
+            lines = [{"step": 100, "train/loss": 1.0}, *({"step": 400 * i, "test/accuracy": a}
+                                                         for i, a in enumerate(accuracies, 1))]
+            (folders[-1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        utils.figures.draw_curves(folders, tmp_path)
+        return drawn["fig"].axes[0]
+    return draw
+
+
+def test_curves_of_other_data_are_other_lines_and_a_run_counts_once(curves):
+    folder = {"dataset": "folder", "data_path": "a"}
+    ax = curves((1, [0.5], folder, "few classes"), (2, [0.9], {**folder, "data_path": "b"}, "many classes"))
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[50.0], [pytest.approx(10.0)]]
+    with pytest.raises(UsageError, match="run2 and .*run3 are the same run, seed 1 with the same labeled images: give each"):
+        curves((1, [0.5], {}, "x"), (1, [0.5], {"data_path": "elsewhere"}, "x"))
+
+
+def test_curves_say_when_their_runs_differ_in_length(curves, capsys):
+    ax = curves((1, [0.5, 0.6, 0.7], {}, "x"), (2, [0.5], {}, "x"))
+    assert ax.lines[0].get_xdata().tolist() == [400]
+    assert ", n = 2, to step 400 (the longest: 1200)" in ax.lines[0].get_label()
+    assert "the runs differ in length, and are drawn as far as the shortest" in capsys.readouterr().out
+
+
+def test_curves_average_seeds_and_show_the_published_value(curves, runs, tmp_path, monkeypatch):
+    line, published = curves((1, (0.5, 0.9), {}, "x"), (2, (0.7, 0.8), {}, "x")).lines
     assert line.get_ydata() == pytest.approx([40.0, 15.0]) and published.get_ydata()[0] == 7.78
     assert published.get_linestyle() == "--" and "n = 2" in line.get_label()
     monkeypatch.undo()

@@ -25,6 +25,7 @@ from datasets.splits import check_num_label
 from models import NETWORKS
 from utils import checkpoint
 from utils.cli import UsageError, parse_plotting, parse_training, plotting_parser, training_parser
+from utils.files import printable
 from utils.run_folder import read_split
 
 
@@ -233,3 +234,8 @@ def test_any_command_line_is_resolved_or_refused_in_one_line(capsys, line, train
         return
     numbers = [value for value in vars(args).values() if isinstance(value, float)]
     assert all(math.isfinite(value) for value in numbers)
+
+
+def test_text_from_a_file_is_shown_as_one_line_without_control_characters():
+    assert printable("a\x1b[2J\nb\r\udcff\u202e") == r"a\x1b[2J\nb\r\udcff\u202e"
+    assert printable(Path("ünï ☃/100 % $HOME")) == "ünï ☃/100 % $HOME"

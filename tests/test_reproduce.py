@@ -1,4 +1,5 @@
 """The plan, the queue and the report of reproduce.py."""
+import ast
 import csv
 import io
 import json
@@ -12,6 +13,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
+from injections import finished_run
 
 import reproduce
 from datasets import DATASETS, load_dataset
@@ -20,6 +22,7 @@ from models import NETWORKS
 from utils.cli import parse_training
 from utils.paper import ABLATION, CELLS, ROWS
 from utils.report import filled, tables
+from utils.run_folder import median_name
 
 LINE = {key: "" for key in reproduce.COLUMNS} | {
     "cell": "cifar10", "row": "both", "seed": "1", "scale": "1", "steps": "400000", "median_last_20": "8", "best_test": "7",
@@ -63,7 +66,7 @@ def test_the_reports_are_what_runs_csv_says(monkeypatch):
     blocks = tables(lines)
     for path in reproduce.REPORTS:
         text = path.read_text()
-        assert filled(text, blocks) == text, f"{path} is behind results/runs.csv: python3 reproduce.py ablation ..."
+        assert filled(path, blocks) == text, f"{path} is behind results/runs.csv: python3 reproduce.py ablation ..."
         assert len(re.findall("<!-- end -->", text)) >= 3
 
 
@@ -86,21 +89,62 @@ def test_a_scaled_run_says_so_and_never_stands_beside_a_published_value():
 
 def test_pseudo_labels_before_and_after_are_the_means_of_each_quarter(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = reproduce.Run("digits", "both", 1, 1.0)
-    run.folder.mkdir(parents=True)
-    rates = {"last": 5.0, "median_last_20": 6.0, "best_validation": None, "best_test": 4.0}
-    session = {"device": "cpu", "threads": 2, "precision": "float32", "torch": "2", "commit": None}
-    result = {"error_rate": rates, "labeled_error_rate": 1.25, "steps": 8, "seconds": 3.4, "sessions": [session]}
-    (run.folder / "results.json").write_text(json.dumps(result))
-    records = [{"step": s, "train/unlabel-acc": s / 10, "train/pseudo-acc": s / 5} for s in range(1, 9)]
-    records += [{"step": 6, "test/accuracy": 0.75}, {"step": 700, "test/accuracy": 1}]
-    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    finished_run("both")
     line, = reproduce.read_runs(finished=True)
     assert [line[f"before-{k}"] for k in (1, 2, 3, 4)] == ["15.00", "35.00", "55.00", "75.00"]
     assert [line[f"after-{k}"] for k in (1, 2, 3, 4)] == ["30.00", "70.00", "110.00", "150.00"]
     assert (line["last"], line["best_validation"], line["seconds"], line["commit"]) == ("5.0", "", "3", "")
-    assert (line["before_decay"], line["labeled"]) == ("25.0", "1.25")        # digits decays after 600 steps
+    assert (line["before_decay"], line["labeled"]) == ("25.0", "1.25")        # digits decays after 600 of 800 steps
     assert "15.00 → 30.00" in tables([line])["telemetry"] and "+45.00" in tables([line])["telemetry"]
+
+
+def test_results_of_another_experiment_are_no_row_and_no_finished_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "run_all", lambda runs, *args: pytest.fail(str(runs)))
+    folder = finished_run("both")
+    (folder / "results.json").write_bytes((finished_run("supervised") / "results.json").read_bytes())
+    for command in (["main", "--dataset", "digits", "--scale", "0.01"], ["ablation", "--dataset", "digits"]):
+        with pytest.raises(SystemExit) as stop:
+            reproduce.main(command)
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"{folder}/results.json is of another experiment than both of digits: --num" in error
+    assert not (tmp_path / "results" / "runs.csv").exists()
+
+
+def test_a_resume_takes_results_only_for_its_own(train, tmp_path, capsys):
+    assert train("a") == 0 and train("b", "--no-meta", "--total-steps", "2") == 0
+    path = tmp_path / "a" / "results.json"
+    own = path.read_bytes()
+    for content in ((tmp_path / "b" / "results.json").read_bytes(), own[:-30], own.replace(b'"steps": 7', b'"steps": 6')):
+        path.write_bytes(content)
+        capsys.readouterr()
+        assert train("a", "--resume") == 0
+        assert "(median of all 3 evaluations)" in capsys.readouterr().out
+        assert all(json.loads(path.read_bytes())[key] == json.loads(own)[key] for key in ("error_rate", "steps", "args"))
+        assert json.loads(path.read_bytes())["median_of"] == 3
+    before = path.stat().st_mtime_ns
+    assert train("a", "--resume") == 0 and "finished at step 7" in capsys.readouterr().out
+    assert path.stat().st_mtime_ns == before
+
+
+def test_the_column_says_what_the_median_is_over():
+    short, long = {**LINE, "cell": "digits", "last": "9"}, {**LINE, "last": "9"}
+    blocks = tables([short, long])
+    assert "| median of all 8 evaluations |" in blocks["digits"] and "last 20" not in blocks["digits"]
+    assert "| median of the last 20 evaluations |" in blocks["cifar10"]
+    assert "| 8.00 (of all 8) |" in blocks["cells"] and "| 8.00 |" in blocks["cells"]
+    assert [median_name(count) for count in (1, 20, 21)] == [
+        "median of the only evaluation", "median of all 20 evaluations", "median of the last 20 evaluations"]
+
+
+def test_the_sources_name_the_encoding_of_every_text_file():
+    for path in {*ROOT.rglob("*.py")} - {*(ROOT / ".venv").rglob("*"), *(ROOT / "tests").rglob("*")}:
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if name in ("open", "os.fdopen") or name.endswith((".read_text", ".write_text")):
+                binary = name == "open" and len(node.args) > 1 and "b" in ast.unparse(node.args[1])
+                assert binary or any(word.arg == "encoding" for word in node.keywords), f"{path}, line {node.lineno}"
 
 
 def test_paired_differences_are_taken_seed_by_seed():
@@ -162,7 +206,7 @@ def test_the_shipped_lists_are_those_that_the_seeds_give_and_a_changed_one_is_re
     (tmp_path / "splits" / "digits-50-seed1.txt").write_text("1\n")
     with pytest.raises(SystemExit) as stop:
         reproduce.main(["main", "--dataset", "digits"])
-    assert stop.value.code == 1
+    assert stop.value.code == 2
     error = capsys.readouterr().err
     assert "splits/digits-50-seed1.txt is not the list whose SHA-256 is in splits/SHA256SUMS: restore it" in error
 

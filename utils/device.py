@@ -55,9 +55,10 @@ def memory_for_images(device):
     them twice and torchrun's processes share."""
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError):
-        free += [1024 * int(size) for size in re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())]
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+        free += [1024 * int(size) for size in re.findall(r"MemAvailable:\s+(\d+)", text)]
     with suppress(OSError, ValueError):                 # of a container; "max" is none
-        free.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        free.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
     shared = min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(shared, torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else shared) // 3
 

@@ -9,8 +9,8 @@ from utils.checkpoint import CheckpointError
 from utils.cli import UsageError, training_parser
 from utils.device import choose_device, memory_for_images, set_precision, slow_precision
 from utils.failure import own_network
-from utils.files import replacing
-from utils.metrics import all_finite, confusion_matrix, expected_calibration_error, finite_names, predict
+from utils.files import printable, replacing
+from utils.metrics import Diverged, all_finite, confusion_matrix, expected_calibration_error, finite_names, predict
 
 MOST_CLASSES = 20       # whose confusion matrix is printed whole
 
@@ -53,14 +53,17 @@ def evaluate_file(args, sha256, datasets, models):
         raise CheckpointError(f"argument --evaluate: the weights in {path} are not finite")
     mean, std = state.get("mean", images.mean), state.get("std", images.std)
     count = len(images.test_labels)
-    with own_network(flags["arch"]):
-        predicted, confidence, index = predict(model, datasets.normalized_batches(
-            images.test_images, torch.arange(count), mean, std, device), dtype)
+    batches = datasets.normalized_batches(images.test_images, torch.arange(count), mean, std, device)
+    try:
+        with own_network(flags["arch"]):
+            predicted, confidence, index = predict(model, batches, dtype)
+    except Diverged as error:
+        raise CheckpointError(f"argument --evaluate: {path}: {error}") from None
 
-    names = [name.encode(errors="replace").decode() for name in images.class_names]
+    names = [printable(name) for name in images.class_names]
     step = f" of step {state['step']}" if saved else ", a state dict"
     print("\n".join([*warned, f"{path}{step}: {flags['arch']} on {device.type}, {flags['precision']}"]))
-    print(f"test set of {flags['dataset']}" + (f" under {flags['data_path']}" if images.test_files else "")
+    print(f"test set of {flags['dataset']}" + (f" under {printable(flags['data_path'])}" if images.test_files else "")
           + f": {count:,} images, {len(names)} classes")
     if images.ignored:
         print(f"ignored: {images.ignored}")
@@ -99,13 +102,20 @@ def report(labels, predicted, confidence, names):
 
 
 def write_predictions(path, images, index, predicted, confidence):
-    """A row for each test image, index (N,): index, file (of a folder), label, predicted, confidence in [0, 1], both names."""
+    """A row for each test image, index (N,): index, file (of a folder), label, predicted, confidence in [0, 1], both names.
+
+    A name that a spreadsheet would take for a formula has an apostrophe before it.
+    """
+    def cell(name):
+        return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
+
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["index", "file", "label", "predicted", "confidence", "label_name", "predicted_name"])
     columns = index, images.test_labels[index], predicted, confidence
     for i, label, guess, sure in zip(*(column.tolist() for column in columns)):
-        file = images.test_files[i] if images.test_files else ""
-        table.writerow([i, file, label, guess, f"{sure:.9g}", images.class_names[label], images.class_names[guess]])
+        names = images.test_files[i] if images.test_files else "", images.class_names[label], images.class_names[guess]
+        file, label_name, predicted_name = map(cell, names)
+        table.writerow([i, file, label, guess, f"{sure:.9g}", label_name, predicted_name])
     with replacing(path) as out:
         out.write(text.getvalue().encode(errors="surrogateescape"))

@@ -1,5 +1,4 @@
 """Drawing: Figure 3 of the paper from embedded features, and the course of runs from their metrics.jsonl."""
-import json
 import statistics
 from pathlib import Path
 
@@ -11,20 +10,23 @@ import numpy as np  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
 from utils.cli import UsageError  # noqa: E402
-from utils.files import replacing  # noqa: E402
+from utils.files import printable, replacing  # noqa: E402
 from utils.paper import published_error, title_of  # noqa: E402
+from utils.records import read_flags, read_metrics, read_split_sums  # noqa: E402
 
 # Petroff's ten colors, made to be told apart by color-blind readers; further classes change the marker.
 COLORS = matplotlib.color_sequences["petroff10"]
 MARKERS = "o^s"
+PLAIN = {"text.parse_math": False}      # a name may hold any number of $
 PARTS = {"labeled": "#d62728", "unlabeled": "#1f77b4", "test": "#999999"}      # red, blue, grey, as in the paper
 
 
 def data_name(flags, data_path=None):
     """What a figure calls the data of a run; a folder of images goes by its own name."""
-    return Path(data_path or flags["data_path"]).name if flags["dataset"] == "folder" else flags["dataset"]
+    return printable(Path(data_path or flags["data_path"]).name if flags["dataset"] == "folder" else flags["dataset"])
 
 
+@plt.rc_context(PLAIN)
 def draw_features(rows, class_names, folder, title, mark_errors=False):
     """features.png and features.pdf: a row of four panels for each of `rows`; returns their paths.
 
@@ -70,7 +72,7 @@ def dots(ax, points, size, color, marker):
 
 
 def handle(label, color, marker):
-    return Line2D([], [], linestyle="", color=color, marker=marker, label=label)
+    return Line2D([], [], linestyle="", color=color, marker=marker, label=printable(label))
 
 
 def style(k, num_classes):
@@ -80,28 +82,38 @@ def style(k, num_classes):
     return COLORS[k % len(COLORS)], MARKERS[k // len(COLORS)]
 
 
+@plt.rc_context(PLAIN)
 def draw_curves(folders, save_path):
     """curves.png and curves.pdf: test error and training loss over the steps; returns their paths.
 
     Runs that differ only in their seed or list of labeled images are one line, the mean, in a band from the least to the
-    greatest.  The published error of the same row, if there is one, is a dashed line.
+    greatest, as far as the shortest of them goes.  The published error of the same row, if there is one, is a dashed line.
+
+    Raises UsageError for a folder that is not one of a run, and for the same run given twice.
     """
-    groups = {}
+    groups, seen = {}, {}
     for folder in map(Path, folders):
         try:
-            flags = json.loads((folder / "args.json").read_text())["args"]
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        except (OSError, ValueError, KeyError) as error:
+            flags, sums, lines = read_flags(folder), read_split_sums(folder), read_metrics(folder)
+        except UsageError as error:
             raise UsageError(f"argument --curves: {folder} is not the folder of a run ({error})") from None
         own = ("seed", "split", "data_path", "num_workers")
-        key = json.dumps({name: value for name, value in flags.items() if name not in own}, sort_keys=True)
+        key = repr(sorted((name, value) for name, value in flags.items() if name not in own)) + sums["labels_sha256"]
+        before = seen.setdefault((key, flags["seed"], sums["sha256"]), folder)
+        if before is not folder:
+            raise UsageError(f"argument --curves: {before} and {folder} are the same run, seed {flags['seed']} with the same "
+                             "labeled images: give each run once")
         groups.setdefault(key, []).append((flags, folder, lines))
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for i, runs in enumerate(groups.values()):
         flags, folder, _ = runs[0]
         row = title_of(flags)
-        label = f"{row}, {data_name(flags)}, {flags['num_label']} labels, {flags['arch']}, n = {len(runs)}"
+        label = printable(f"{row}, {data_name(flags)}, {flags['num_label']} labels, {flags['arch']}, n = {len(runs)}")
+        ends = sorted({lines[-1]["step"] for _, _, lines in runs if lines})
+        if len(ends) > 1:
+            label += f", to step {ends[0]} (the longest: {ends[-1]})"
+            print(f"{label}: the runs differ in length, and are drawn as far as the shortest")
         color = COLORS[i % len(COLORS)]
         for ax, tag, value in ((left, "test/accuracy", lambda a: 100 * (1 - a)), (right, "train/loss", lambda a: a)):
             values = {}

@@ -8,6 +8,14 @@ TEMPORARY = ".tmp"
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.prev.pth", "model_best.pth"
 
 
+def printable(text):
+    """Text that came from a file, such as a name, as a terminal or a log may show it: one line without control characters.
+
+    What is not printable, a line break or an escape sequence for example, becomes what Python would write for it.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 @contextmanager
 def replacing(path, keep=None):
     """A binary file to write to, which takes the place of `path` in one step once the block has ended.

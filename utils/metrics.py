@@ -48,7 +48,7 @@ class Meter:
 
 
 class Diverged(ArithmeticError):
-    """Training left the finite numbers."""
+    """Training, or the network in evaluation mode, left the finite numbers."""
 
 
 def all_finite(tensors):
@@ -61,18 +61,29 @@ def finite_names(model):
     return {name for name, value in model.state_dict().items() if all_finite([value])}
 
 
+def count_broken(logits):
+    """How many rows of logits (B, K) hold something that is not finite, () on their device."""
+    return (~logits.isfinite().all(dim=1)).sum()
+
+
+def check_logits(broken, count):
+    """Raises Diverged if some of the `count` images have logits that are not finite: their argmax is no prediction."""
+    if broken:
+        raise Diverged(f"the logits of {broken:,.0f} of {count:,.0f} images are not finite in evaluation mode")
+
+
 @torch.no_grad()
 def evaluate(model, batches, dtype=None, stop=lambda: False, add=list):
     """{"accuracy"} in [0, 1] over batches of (x, y), in evaluation mode; None if `stop()` became true on the way.
 
     With more than ten classes there is "top5" as well, the share of images whose class is among the five likeliest.
-    "images" is how many there were; DataError if there was none.
+    "images" is how many there were; DataError if there was none, and Diverged if logits are not finite.
     add: a list of numbers to their sums over the processes that have the parts of one set.  An error that the batches
     raise in one of them is raised there, and the others get None.
     """
     model.eval()
-    correct, among_five, count, many, stopped = torch.tensor(0), torch.tensor(0), 0, False, False
-    fault = None
+    correct = among_five = broken = torch.tensor(0)
+    count, many, stopped, fault = 0, False, False, None
     try:
         for x, y in batches:
             if stop():
@@ -82,6 +93,7 @@ def evaluate(model, batches, dtype=None, stop=lambda: False, add=list):
                 continue
             with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
                 logits = model(x)
+            broken = broken + count_broken(logits)
             correct = correct + (logits.argmax(dim=1) == y).sum()
             many = logits.shape[1] > 10
             if many:
@@ -89,13 +101,15 @@ def evaluate(model, batches, dtype=None, stop=lambda: False, add=list):
             count += len(y)
     except (DataError, OSError) as error:
         fault, stopped = error, True
-    correct, among_five, count, many, stopped = add([correct.item(), among_five.item(), count, many, stopped])
+    correct, among_five, broken, count, many, stopped = add(
+        [correct.item(), among_five.item(), broken.item(), count, many, stopped])
     if fault and not isinstance(fault, InterruptedError):
         raise fault
     if stopped:
         return None
     if count == 0:
         raise DataError(NO_IMAGE)
+    check_logits(broken, count)
     return {"accuracy": correct / count} | ({"top5": among_five / count} if many else {}) | {"images": int(count)}
 
 
@@ -103,21 +117,25 @@ def evaluate(model, batches, dtype=None, stop=lambda: False, add=list):
 def predict(model, batches, dtype=None):
     """Predicted classes (N,) int64, their probabilities (N,) float32 and all y, on the CPU, over the batches (x, y).
 
-    In evaluation mode, and with the same batches as in `evaluate` the same predictions.  DataError if there is no image.
+    In evaluation mode, and with the same batches as in `evaluate` the same predictions.  Raises DataError if there is no
+    image, and Diverged as `evaluate` does.
     """
     model.eval()
-    predicted, confidence, targets = [], [], []
+    predicted, confidence, targets, broken = [], [], [], []
     for x, y in batches:
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
             logits = model(x)
         if len(logits) != len(x):
             raise ValueError(f"{len(logits)} rows of logits for {len(x)} images")
         targets.append(y)
+        broken.append(count_broken(logits))
         predicted.append(logits.argmax(dim=1))
         confidence.append(logits.float().softmax(dim=1).gather(1, predicted[-1][:, None])[:, 0])
     if not predicted:
         raise DataError(NO_IMAGE)
-    return torch.cat(predicted).cpu(), torch.cat(confidence).cpu(), torch.cat(targets).cpu()
+    predicted = torch.cat(predicted).cpu()
+    check_logits(sum(broken).item(), len(predicted))
+    return predicted, torch.cat(confidence).cpu(), torch.cat(targets).cpu()
 
 
 def confusion_matrix(labels, predicted, num_classes):

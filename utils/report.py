@@ -1,17 +1,29 @@
 """The tables of REPRODUCTION.md and README.md, in Markdown, from the lines of results/runs.csv."""
+import itertools
 import re
 import shlex
 import statistics
 
-from utils.paper import ABLATION, CELLS, ROWS, experiment
+from utils.cli import UsageError
+from utils.paper import ABLATION, CELLS, ROWS, experiment, scaled
+from utils.run_folder import median_name
 
 PAIRS = ("both", "neither"), ("both", "mix-up"), ("both", "beta-0"), ("meta", "neither")     # what a difference is taken of
-RULES = {"last": "last", "median_last_20": "median of the last 20", "best_validation": "best on validation",
-         "best_test": "lowest (selected on the test set)"}
+RULES = {"last": "last", "median_last_20": "median of the last 20 evaluations",
+         "best_validation": "best on validation", "best_test": "lowest (selected on the test set)"}
 
 
-def filled(text, blocks):
-    """A Markdown text in which the lines between `<!-- name -->` and `<!-- end -->` are the block of that name."""
+def filled(path, blocks):
+    """The text of a Markdown file in which the lines between `<!-- name -->` and `<!-- end -->` are the block of that name.
+
+    Raises UsageError, which names the file, for a name without a block and for a block without an end.
+    """
+    text = path.read_text(encoding="utf-8")
+    marks = re.findall(r"<!-- (\S+) -->\n", text + "\n")
+    for name, end in itertools.zip_longest(marks[::2], marks[1::2]):
+        if name not in blocks or end != "end":
+            raise UsageError(f"{path}: <!-- {name} --> " + ("is no block" if name not in blocks else "has no <!-- end -->")
+                             + f": restore it (blocks: {', '.join(blocks)})")
     return re.sub(r"<!-- (\S+) -->\n.*?<!-- end -->", lambda match: f"<!-- {match[1]} -->\n{blocks[match[1]]}\n<!-- end -->",
                   text, flags=re.DOTALL)
 
@@ -28,7 +40,8 @@ def tables(lines):
               "paired": paired_table(groups), "telemetry": telemetry_table(groups), "commands": commands(groups)}
     for name in CELLS:
         largest = max((scale for cell, scale, _ in groups if cell == name), default=None)
-        blocks[name] = rows_table({key[2]: group for key, group in groups.items() if key[:2] == (name, largest)})
+        blocks[name] = rows_table({key[2]: group for key, group in groups.items() if key[:2] == (name, largest)},
+                                  largest and evaluations(name, largest))
     return blocks
 
 
@@ -52,8 +65,13 @@ def beside(groups, pairs):
         yield f"{spread(group, 'last')} (n = {len(group)})" if group else "not run yet"
 
 
-def rows_table(groups):
-    """The rows of one cell at one scale, with every seed."""
+def evaluations(name, scale):
+    """How many evaluations a run of a cell has."""
+    return -(-scaled(CELLS[name].total_steps, scale) // scaled(CELLS[name].test_freq, scale))
+
+
+def rows_table(groups, count):
+    """The rows of one cell at one scale, with every seed; count: the evaluations of each run."""
     if not groups:
         return "Not run yet."
     seeds = sorted({line["seed"] for group in groups.values() for line in group}, key=int)
@@ -63,7 +81,8 @@ def rows_table(groups):
         last = {line["seed"]: f"{float(line['last']):.2f}" for line in group}
         rows.append([ROWS[row].title, *(last.get(seed, "") for seed in seeds), *(spread(group, rule) for rule in rules),
                      f"{mean(group, 'seconds'):.0f}"])
-    return markdown(["row", *(f"seed {seed}" for seed in seeds), *(RULES[rule] for rule in rules), "seconds a run"], rows)
+    titles = RULES | {"median_last_20": median_name(count)}
+    return markdown(["row", *(f"seed {seed}" for seed in seeds), *(titles[rule] for rule in rules), "seconds a run"], rows)
 
 
 def cells_table(groups):
@@ -71,9 +90,12 @@ def cells_table(groups):
     for (name, scale, row), group in groups.items():
         hardware = {f"{line['device']}, {line['threads']} thread(s), {line['precision']}, torch {line['torch']}"
                     for line in group}
+        count = evaluations(name, scale)
+        whole = f" (of all {count})" if count <= 20 else ""
         commits = {line["commit"][:10] + "-dirty" * line["commit"].endswith("-dirty") for line in group}
         rows.append([CELLS[name].title, ROWS[row].title, f"{scale:g}", group[0]["steps"], str(len(group)),
-                     *(spread(group, rule) for rule in RULES), published(name, row), *compared(name, row, scale, group),
+                     *(spread(group, rule) + whole * (rule == "median_last_20") for rule in RULES),
+                     published(name, row), *compared(name, row, scale, group),
                      f"{mean(group, 'seconds') / 3600:.2f}", "; ".join(sorted(hardware)), ", ".join(sorted(commits))])
     for name, cell in CELLS.items():
         for row in cell.published:

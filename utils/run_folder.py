@@ -99,7 +99,7 @@ class RunFolder:
         """new: raises UsageError if another process has left a run here by now."""
         self.path, self.overwrite = Path(path), overwrite
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.path / LOCK, "a+")
+        self.lock = open(self.path / LOCK, "a+", encoding="utf-8")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -203,11 +203,11 @@ class RunFolder:
         """
         self.write_json(RESULTS, {"error_rate": rates, **({"top5_error_rate": top5} if top5 else {}),
                                   "labeled_error_rate": labeled, **({"images_covered": covered} if covered else {}),
-                                  "evaluations": evaluations, "steps": steps,
+                                  "evaluations": evaluations, "median_of": min(20, evaluations), "steps": steps,
                                   "seconds": round(seconds, 1), "args": flags, "sessions": sessions})
         validated = rates["best_validation"]
         self.say(f"finished {steps} steps in {duration(seconds)}: test error {rates['last']:.2f} % (last), "
-                 f"{rates['median_last_20']:.2f} % (median of the last 20 evaluations), "
+                 f"{rates['median_last_20']:.2f} % ({median_name(evaluations)}), "
                  + (f"{validated:.2f} % (best on validation), " if validated is not None else "")
                  + f"{rates['best_test']:.2f} % (lowest, so selected on the test set)"
                  + (f"; top-5 error {top5['last']:.2f} % (last)" if top5 else "")
@@ -215,8 +215,15 @@ class RunFolder:
                  + "".join(f"; over {fewest:,} of {count:,} {part} images" for part, (fewest, count) in covered.items()))
         self.close()
 
-    def has_results(self):
-        return (self.path / RESULTS).exists()
+    def has_results(self, saved):
+        """Whether results.json is there and tells of the run and step of the checkpoint `saved`."""
+        from utils.records import difference, read_results
+
+        try:
+            results = read_results(self.path)
+        except UsageError:
+            return False
+        return results["steps"] == saved["step"] and not difference(results["args"], saved["args"])
 
     @contextmanager
     def progress(self, start, total_steps):
@@ -350,6 +357,13 @@ def duration(seconds):
     if seconds >= 3600:
         return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
     return f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"
+
+
+def median_name(evaluations):
+    """What the median of the last 20 is over, in a run with this number of evaluations."""
+    if evaluations > 20:
+        return "median of the last 20 evaluations"
+    return "median of " + (f"all {evaluations} evaluations" if evaluations > 1 else "the only evaluation")
 
 
 def git_commit():
