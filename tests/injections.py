@@ -963,7 +963,8 @@ def reported(folder, tries, rng, patch=None):
             (both / "results.json", results.replace("5.0", "NaN")), (both / "results.json", results.replace("8", "9" * 5000)),
             (both / "metrics.jsonl", "hello\n"), (both / "metrics.jsonl", metrics.replace("0.1", '"0.1"')),
             (both / "metrics.jsonl", metrics[:200]), (both / "metrics.jsonl", metrics.replace('"step"', '"stop"')),
-            (table, f"<<<<<<< HEAD\n{lines}=======\n{lines}            (table, lines + lines.partition("\n")[2]),
+            (table, f"<<<<<<< HEAD\n{lines}=======\n{lines}>>>>>>> other\n"), (table, "hello"),
+            (table, lines + lines.partition("\n")[2]),
             (table, lines.replace("digits", "mnist")), (table, lines.replace(",both,", ",all,")),
             (table, lines + "digits,both\n"), (table, lines.replace("5.0", "five")), (table, lines.replace("seed", "Seed")),
             (Path("README.md"), text.replace("cells", "sells")), (Path("README.md"), text.replace("<!-- end -->", ""))]
@@ -1044,7 +1045,6 @@ def any_logits():
     from utils import metrics
 
     metrics.check_logits = lambda broken, count: None
->>>>>>> reports
 
 
 class Injection(NamedTuple):
