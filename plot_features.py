@@ -5,6 +5,11 @@ import warnings
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))        # python -P leaves it out
 
+from utils.interrupt import Interrupt, Stopped, end_at_once
+
+if __name__ == "__main__":
+    end_at_once("plot_features.py")      # first of all: the other imports take a while
+
 from datasets import DATASETS, DataError
 from models import NetworkError, check_network
 from utils import cli
@@ -20,25 +25,26 @@ def main(argv=None):
     cli.open_standard_streams()
     args = cli.parse_plotting(argv, DATASETS)
     warnings.filterwarnings("ignore", category=FutureWarning)           # of the embedding libraries, about one another
-    try:
-        cli.check_plotting_files(args)
-        args.arch = {name: check_network(name) for name in args.arch}       # name -> SHA-256 of a file of the user's own
-        from utils.figures import draw_curves
+    with Interrupt() as interrupt:
+        try:
+            cli.check_plotting_files(args)
+            args.arch = {name: check_network(name) for name in args.arch}       # name -> SHA-256 of a file of the user's own
+            from utils.figures import draw_curves
 
-        paths = draw_curves(args.curves, args.save_path) if args.curves else plot(args)
-    except (DataError, NetworkError, cli.UsageError) as error:
-        cli.fail(PROG, error, 2)
-    except OSError as error:
-        cli.fail(PROG, error, 1)
-    except RuntimeError as error:
-        from utils.failure import NetworkFailure
+            paths = draw_curves(args.curves, args.save_path) if args.curves else plot(args)
+        except (DataError, NetworkError, cli.UsageError) as error:
+            cli.fail(PROG, error, 2)
+        except OSError as error:
+            cli.fail(PROG, error, 1)
+        except Stopped:
+            cli.fail(PROG, "stopped by a signal before all was written", interrupt.exit_code)
+        except RuntimeError as error:
+            from utils.failure import NetworkFailure
 
-        if not isinstance(error, NetworkFailure):
-            raise
-        cli.fail(PROG, error, 1)
-    except KeyboardInterrupt:
-        cli.fail(PROG, "interrupted; nothing was written", 130)
-    print("\n".join(str(path) for path in paths))
+            if not isinstance(error, NetworkFailure):
+                raise
+            cli.fail(PROG, error, 1)
+    print("\n".join(map(printable, paths)))
     return 0
 
 
@@ -49,6 +55,7 @@ def plot(args):
     import numpy as np
 
     from datasets import load_dataset
+    from datasets.splits import check_split
     from utils import checkpoint
     from utils.device import choose_device, memory_for_images
     from utils.figures import data_name, draw_features
@@ -65,17 +72,19 @@ def plot(args):
             raise cli.UsageError(f"argument --checkpoint-path: {path} was trained on other data than {args.checkpoint_path[0]}")
     images = load_dataset(flags["dataset"], args.data_path or flags["data_path"], flags["image_size"], flags["flip"],
                           args.num_workers, memory=memory_for_images(device), statistics=(saved[0]["mean"], saved[0]["std"]),
-                          skip_corrupt=any(state["args"].get("skip_corrupt") for state in saved))
+                          skip_corrupt=any(state["args"].get("skip_corrupt") for state in saved),
+                          download=bool(args.data_path))
     if images.labels_sha256 != saved[0]["labels_sha256"]:
         raise DataError(f"argument --data-path: {args.data_path or flags['data_path']} is not what {args.checkpoint_path[0]} "
                         "was trained on: the training labels differ")
 
     rows = []
     for i, (path, state) in enumerate(zip(args.checkpoint_path, saved)):
-        labeled = state["labeled"].numpy()
+        labeled, validation = state["labeled"].numpy(), state["validation"].numpy()
+        check_split(labeled, validation, len(images.train_labels), path)
         check_index_file(args.index_path[i] if args.index_path else path.parent / "label_indices.txt", labeled, images,
                          required=bool(args.index_path))
-        unlabeled = np.setdiff1d(np.arange(len(images.train_labels)), np.concatenate([labeled, state["validation"].numpy()]))
+        unlabeled = np.setdiff1d(np.arange(len(images.train_labels)), np.concatenate([labeled, validation]))
         label = printable(args.row_label[i] if args.row_label else path.resolve().parent.name)
         rows.append({"label": label, "checkpoint": str(path), "step": state["step"], "arch": state["args"]["arch"],
                      **choose_points(args, labeled, unlabeled, len(images.test_labels))})
@@ -229,7 +238,7 @@ def cached_features(path, state, images, row, device):
         with replacing(cache) as file:
             np.savez(file, key=key, features=features, predictions=predictions, kept=kept)
     except OSError as error:
-        print(f"{cache} cannot be written ({error}); the features are computed again next time")
+        print(printable(f"{cache} cannot be written ({error}); the features are computed again next time"))
     return features, predictions, kept
 
 

@@ -11,30 +11,36 @@ Each run is one command of train_meta.py with a folder of its own under results/
 is finished is not repeated, one that was begun is continued.  `main` and `ablation` write results/runs.csv, a line for each
 run, and from it REPRODUCTION.md and the tables of README.md.
 """
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))        # python -P leaves it out
+
+from utils.interrupt import end_at_once
+
+if __name__ == "__main__":
+    end_at_once("reproduce.py")      # first of all: the other imports take a while
+
 import csv
 import ctypes
 import fcntl
 import hashlib
 import io
-import os
 import queue
 import re
 import shlex
 import signal
 import statistics
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))        # python -P leaves it out
 
 from datasets import DATASETS
 from datasets.splits import check_num_label
 from models import NETWORKS
 from utils import run_folder
 from utils.cli import Parser, UsageError, fail, number, open_standard_streams, parse_training, refuse_idle
-from utils.files import write_text
+from utils.files import open_lock, printable, write_text
 from utils.paper import ABLATION, CELLS, ROWS, experiment, scaled, work
 from utils.records import difference, read_flags, read_metrics, read_results
 from utils.report import RULES, filled, tables
@@ -59,7 +65,7 @@ LIBC = ctypes.CDLL(None)
 def main(argv=None):
     open_standard_streams()
     args = parse(argv)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)            # the runs end with this program, see `end_with_parent`
+    end_at_once(PROG)                                       # and the runs with this program, see `end_with_parent`
     runs = [Run(cell, row, CELLS[cell].seed + i, args.scale)
             for cell in args.dataset for i in range(args.seeds) for row in TABLES[args.table]]
     try:
@@ -83,7 +89,7 @@ def main(argv=None):
     except OSError as error:
         fail(PROG, error, 1)
     for failure in failures:
-        print(f"{PROG}: {failure}", file=sys.stderr)
+        print(f"{PROG}: {printable(failure)}", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -201,7 +207,7 @@ def run_all(runs, gpus, jobs):
         try:
             check_split(run)
             run.folder.mkdir(parents=True, exist_ok=True)
-            with open(run.folder / ".lock", "ab") as lock:  # a run of a program that was killed is still saving
+            with open_lock(run.folder / ".lock") as lock:   # a run of a program that was killed is still saving
                 fcntl.flock(lock, fcntl.LOCK_EX)
             return subprocess.run([sys.executable, HERE / "train_meta.py", *run.flags()], env={**os.environ, **environment},
                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",

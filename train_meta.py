@@ -6,12 +6,17 @@ import warnings
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))        # python -P leaves it out
 
+from utils.interrupt import Interrupt, Stopped, end_at_once, exit_code
+
+if __name__ == "__main__":
+    end_at_once("train_meta.py")      # first of all: the other imports take a while
+
 from datasets import DATASETS, DataError, check_root
 from datasets.splits import check_num_label
 from models import NETWORKS, NetworkError, check_network
 from utils import cli
 from utils.distributed import World, WorldError
-from utils.interrupt import Interrupt, Stopped, exit_code
+from utils.files import printable
 from utils.run_folder import check_paths, read_given_split
 
 PROG = "train_meta.py"
@@ -111,7 +116,8 @@ def train(args, given, interrupt, world):
             raise cli.UsageError(f"argument --split: {args.split} is not the split of the run that --resume continues")
         if saved["step"] > args.total_steps or saved["step"] == args.total_steps and done:
             if world.rank == 0:
-                print(f"{args.save_path}: finished at step {saved['step']}; a larger --total-steps would continue it")
+                print(printable(f"{args.save_path}: finished at step {saved['step']}; a larger --total-steps would continue "
+                                "it"))
             world.leave()
             return 0
 

@@ -22,7 +22,7 @@ from datasets.table import DataError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "PCX", "QOI", "SGI", "DDS", "TGA")
 BACKGROUND = "white"            # behind what is transparent
 MOST_PIXELS = 2 ** 26           # of an image that is resized before its center is cut out: 256 MB
-STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
 CHUNK = 500         # files a task: processes, not threads, since small images hold the interpreter lock
 REMEDY = ": replace or remove it; --skip-corrupt trains without it"
 DEAD = "a process that decodes images has ended"

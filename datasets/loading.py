@@ -61,7 +61,7 @@ class Images(NamedTuple):
 
 
 def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memory=None, skip_corrupt=False, statistics=None,
-                 stop=lambda: False):
+                 stop=lambda: False, download=True):
     """The whole data set, in memory on the CPU if it can be.
 
     Args:
@@ -76,6 +76,8 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
         skip_corrupt: for both: read from disk, and pass over files that cannot be read.
         stop: once this is true, waiting for a process that decodes ends in InterruptedError.
         statistics: mean and std (3,) if they are known; measuring those of "folder" on disk reads every training image.
+        download: whether files that are not there may be downloaded into root, which is made; False where root comes from
+            a file that somebody else may have made.
 
     Raises:
         DataError: if files are missing or damaged, or the data cannot be trained on.
@@ -85,6 +87,8 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
     row, options = DATASETS[name], ()
     if row.loader == "folder":
         options = (name, image_size or row.image_size, num_workers, memory, skip_corrupt, stop)
+    elif row.source:
+        options = (download,)
     train, test, class_names, *more = LOADERS[row.loader](row, Path(root), *options)
     train_images, train_labels, test_images, test_labels = (
         part if isinstance(part, Files) else torch.from_numpy(np.ascontiguousarray(part)) for part in (*train, *test))
@@ -140,28 +144,31 @@ def load_digits(row, root):
     return (images[~test], labels[~test]), (images[test], labels[test]), [str(k) for k in range(10)]
 
 
-def load_cifar(row, root):
+def load_cifar(row, root, download):
     source = getattr(import_module("torchvision.datasets"), row.source)
     files = [(root / source.base_folder / name, md5) for name, md5 in source.train_list + source.test_list]
-    train, test = (fetch(files, source, root, train=part) for part in (True, False))
+    train, test = (fetch(files, source, root, download, train=part) for part in (True, False))
     return *((part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for part in (train, test)), train.classes
 
 
-def load_svhn(row, root):
+def load_svhn(row, root, download):
     source = getattr(import_module("torchvision.datasets"), row.source)
     files = [(root / source.split_list[part][1], source.split_list[part][2]) for part in ("train", "test")]
-    train, test = (fetch(files, source, root, split=part) for part in ("train", "test"))
+    train, test = (fetch(files, source, root, download, split=part) for part in ("train", "test"))
     return *((part.data, np.array(part.labels, dtype=np.int64)) for part in (train, test)), [str(k) for k in range(10)]
 
 
-def fetch(files, source, root, **kwargs):
+def fetch(files, source, root, download, **kwargs):
     """A torchvision data set; files that are already there are used without a network.
 
     files: (path, MD5) of each, checked by torchvision before it reads or replaces them.
     """
     try:
-        return source(root, download=True, **kwargs)
+        return source(root, download=download, **kwargs)
     except (OSError, RuntimeError) as error:
+        if not download:
+            raise DataError(f"{source.__name__} is not under {root}, where the checkpoint says that it was: say where it lies, "
+                            "or may be downloaded to, with --data-path") from None
         for path, md5 in files:
             if not path.is_file():
                 raise DataError(f"{path} is missing and could not be downloaded ({error}): put the file with "

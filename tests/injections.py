@@ -1047,6 +1047,239 @@ def any_logits():
     metrics.check_logits = lambda broken, count: None
 
 
+# F18, F22, F23: folders, checkpoints and signals as others leave, make and send them
+
+def disturbed_folders(folder, tries, rng, patch=None):
+    """Run folders that lost their checkpoints, hold foreign files or symbolic links, or are removed under the run."""
+    flags = [*FLAGS, "--total-steps", "4", "--test-freq", "2"]
+    foreign = folder / "foreign"
+    foreign.write_text("foreign")
+
+    def started(path, *more, after=None):
+        code, _, error = run(folder, [*flags, "--save-path", path, *more], after and partial(after_a_save, after, path), patch)
+        return code, error
+
+    def finished(name):
+        assert started(folder / name)[0] == 0
+        return folder / name
+
+    def lost_checkpoints(path):
+        path = finished(path.name)
+        for name in ("checkpoint.pth", "checkpoint.prev.pth"):
+            (path / name).unlink()
+        before = contents(path)
+        code, error = started(path, "--resume")
+        fault = one_line(code, 2, error, "has lost its checkpoint.pth", f"--resume {path / 'model_best.pth'}", "--overwrite")
+        return fault or (None if contents(path) == before else "files changed")
+
+    def foreign_files(path):
+        path = finished(path.name)
+        names = ("notes.tmp", "events.out.tfevents.1.other")
+        for name in names:
+            (path / name).write_text("foreign")
+        (path / "checkpoint.pth.tmp").write_text("half")
+        code, error = started(path, "--overwrite")
+        left = {file.name for file in path.iterdir() if ".tmp" in file.name or "tfevents" in file.name}
+        return error if code else None if set(names) < left and len(left) == 3 else f"{left} are left"
+
+    def links(path):
+        path.mkdir()
+        for name in ("args.json.tmp", "checkpoint.pth.tmp", "metrics.jsonl.tmp"):
+            (path / name).symlink_to(foreign)
+        code, error = started(path)
+        (path / ".lock").unlink()
+        (path / ".lock").symlink_to(foreign)
+        fault = code and error
+        code, error = started(path, "--overwrite")
+        fault = fault or one_line(code, 2, error, ".lock is a symbolic link")
+        return fault or (None if foreign.read_text() == "foreign" else "a foreign file was written to")
+
+    def removed(path):
+        code, error = started(path, after=move_away)
+        return one_line(code, 1, error, f"{path} was removed or replaced", "step 4 was not saved") or (
+            "the folder was made again" if path.exists() else None)
+
+    def taken(path):
+        code, error = started(path, after=take_over)
+        return one_line(code, 1, error, f"{path} was removed or replaced", "step 4 was not saved") or (
+            None if contents(path) == {".lock": b"another"} else "it wrote into the folder of another run")
+
+    def no_record(name, path):
+        code, error = started(path, after=partial(unlink, name))
+        fault = one_line(code, 1, error, f"{path / name} was removed or replaced", "checkpoint.pth of step 4 is intact")
+        if fault or name == ".lock":
+            return fault
+        code, error = started(path, "--resume", "--total-steps", "6")
+        return error if code else None
+
+    cases = [lost_checkpoints, foreign_files, links, removed, taken, partial(no_record, "metrics.jsonl"),
+             partial(no_record, "log.txt"), partial(no_record, ".lock")]
+    for i in range(tries):
+        yield cases[i % len(cases)](folder / str(i))
+
+
+def contents(path):
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.name != ".lock" or file.read_bytes() == b"another"}
+
+
+def after_a_save(action, path):
+    """Does something to the folder of a run when its first save has ended."""
+    from utils import checkpoint
+
+    save, saved = checkpoint.save, []
+
+    def acting(state, folder):
+        save(state, folder)
+        saved.append(state["step"])
+        if len(saved) == 1:
+            action(path)
+    checkpoint.save = acting
+
+
+def move_away(path):
+    path.rename(path.with_name(path.name + " elsewhere"))
+
+
+def take_over(path):
+    move_away(path)
+    path.mkdir()
+    (path / ".lock").write_text("another")
+
+
+def unlink(name, path):
+    (path / name).unlink()
+
+
+def trusted_folders():
+    from utils import run_folder
+
+    run_folder.RunFolder.lost = lambda self: None
+    run_folder.has_lost_checkpoints = lambda path: False
+    run_folder.EVENTS = ""
+    Path.is_symlink = lambda path: False
+    run_folder.open_lock = lambda path: open(path, "a+")
+
+
+def hostile_checkpoints(folder, tries, rng, patch=None):
+    """Checkpoints made to attack, as --resume, --evaluate and --checkpoint-path: paths, tensors, states, names, bombs."""
+    code, _, error = run(folder, [*FLAGS, "--total-steps", "1", "--save-path", folder / "run"])
+    assert code == 0, error
+    good, path, made = state_of(folder / "run"), folder / "hostile.pth", folder / "made"
+    bomb = ["x"]
+    for _ in range(40):
+        bomb = [bomb, bomb]
+    first = next(iter(good["model"]))
+    momenta = {i: {"momentum_buffer": values["momentum_buffer"].to_sparse()}
+               for i, values in good["optimizer"]["state"].items()}
+    labeled = good["labeled"].clone()
+    labeled[-1] = 10 ** 12
+    changes = [
+        {"args": {**good["args"], "dataset": "cifar10", "data_path": str(made)}},
+        {"rng": torch.full_like(good["rng"], 255)},
+        {"labeled": labeled},
+        {"labeled": good["labeled"].to_sparse()},
+        {"args": {**good["args"], "arch": "\x1b[2J\nstep 1/1  test error 0.00 %"}},
+        {"optimizer": {**good["optimizer"], "state": momenta}},
+        {"labeled": torch.zeros(1, dtype=torch.int64).expand(10 ** 12)},
+        {"model": {**good["model"], first: torch.zeros(1).expand(good["model"][first].shape)}},
+        {"step": 10 ** 5000},
+        {"cuda_rng": torch.full((16,), 255, dtype=torch.uint8)},
+        {"mean": torch.full((3,), float("nan"))},
+        {"std": good["std"].double()},
+        {"args": {**good["args"], "image_size": 10 ** 9}},
+        {"args": {**good["args"], "precision": "\x1b]0;x\x07"}},
+        {"sessions": [{"bomb": bomb}]},
+        None,
+    ]
+    commands = [("train_meta", ["--evaluate", path]),
+                ("plot_features", ["--checkpoint-path", path, "--save-path", folder / "figure", "--method", "pca"]),
+                ("train_meta", [*FLAGS, "--total-steps", "2", "--save-path", folder / "other", "--resume", path])]
+    for i in range(tries):
+        change = changes[i % len(changes)]
+        torch.save({**good, **(change or {})}, path)
+        if change is None:
+            packed(path)
+        script, flags = commands[(i + i // len(changes)) % 3]
+        code, _, error = run(folder, flags, patch, script=script)
+        left = {file.name for file in folder.iterdir()} - {"run", path.name, "output.out", "output.err"}
+        yield one_line(code, 2, error) or (None if error[:-1].isprintable() else f"printed raw: {error!r}") or (
+            f"it left {left}" if left else None)
+
+
+def packed(path):
+    """Compresses the parts of a checkpoint, as a bomb is."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {part.filename: archive.read(part) for part in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content + bytes(10 ** 6) * name.endswith("version"))
+
+
+def trusting():
+    from datasets import loading
+    from utils import checkpoint, cli
+
+    fetch = loading.fetch
+    loading.fetch = lambda files, source, root, download, **kwargs: fetch(files, source, root, True, **kwargs)
+    checkpoint.find_fault = checkpoint.find_bomb = lambda state: None
+    cli.printable = str
+
+
+def closed_terminals(folder, tries, rng, patch=None):
+    """SIGHUP and SIGXCPU, repeated, to the group of a run; SIGINT while a script is still importing."""
+    flags = [*FLAGS, "--test-freq", "3", "--total-steps", "100000"]
+    scripts = ("train_meta.py", "plot_features.py", "reproduce.py")
+    for i in range(tries):
+        if i % 6 in (2, 3, 4):
+            program = f"{IMPORTING}\nwatch({scripts[i % 6 - 2]!r}, {int(rng.integers(0, 8))}, {patch is None})"
+            done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+            yield one_line(done.returncode, 130, done.stderr, "interrupted")
+            continue
+        path, row = folder / str(i), flags
+        if i % 6 == 5:                      # while worker processes decode
+            if not (folder / "images").exists():
+                folder_of_digits(folder / "images")
+            row = [*flags, "--dataset", "folder", "--data-path", folder / "images", "--image-size", "16", "--num-workers", "2"]
+        (folder / "output.out").unlink(missing_ok=True)
+        process = start([*row, "--save-path", path], slow_disk, patch, output=folder / "output")
+        wait_for(folder / "output.out", "  loss ")
+        for _ in range(3):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, (signal.SIGXCPU, signal.SIGHUP)[i % 6 != 1])
+            time.sleep(rng.uniform(0, 0.01))
+        code = finish(process)
+        error, out = (Path(folder, f"output.{name}").read_text() for name in ("err", "out"))
+        stopped = re.search(r"stopped by a signal at step (\d+)/", out)
+        yield (f"exit code {code}: {error}" if code != 143 or error or not stopped
+               else None if readable(path) == int(stopped[1]) else f"kept {readable(path)}, not {stopped[1]}"
+               ) or orphans(process.pid)
+
+
+IMPORTING = """
+import os, runpy, signal, sys
+def watch(script, count, protected):
+    import utils.interrupt
+    if not protected:
+        utils.interrupt.end_at_once = lambda prog: None
+    sys.argv = [script, "--help"]
+    left = [count]
+    def hook(event, arguments):
+        if event == "import" and (left[0] < count or arguments[0] in ("datasets", "csv")):
+            left[0] -= 1
+            if left[0] < 0:
+                left[0] = 10 ** 6
+                os.kill(os.getpid(), signal.SIGINT)
+    sys.addaudithook(hook)
+    runpy.run_path(script, run_name="__main__")
+"""
+
+
+def old_signals():
+    from utils import interrupt
+
+    interrupt.SIGNALS = interrupt.SIGNALS[:3]
+
+
 class Injection(NamedTuple):
     inject: object
     without: object         # the protection taken away
@@ -1074,4 +1307,7 @@ INJECTIONS = {
     "F25": Injection(misbehaving, no_own_network, 2, 99),
     "F19": Injection(reported, believing, 99, 99),
     "F20": Injection(no_numbers, any_logits, 3, 3),
+    "F18": Injection(disturbed_folders, trusted_folders, 6, 40),
+    "F22": Injection(hostile_checkpoints, trusting, 6, 48),
+    "F23": Injection(closed_terminals, old_signals, 5, 60),
 }

@@ -3,6 +3,7 @@ import math
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,15 +18,19 @@ from conftest import ROOT, SHORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from injections import FLAGS, INJECTIONS, differing, one_line, run
+from test_datasets import make_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import metasemi.step as step_module
+import plot_features
+import train_meta
 from datasets import DATASETS
 from datasets.splits import check_num_label
 from models import NETWORKS
 from utils import checkpoint
 from utils.cli import UsageError, parse_plotting, parse_training, plotting_parser, training_parser
 from utils.files import printable
+from utils.interrupt import REPEATED, Interrupt
 from utils.run_folder import read_split
 
 
@@ -158,6 +163,73 @@ def test_the_batch_script_of_the_readme_trains_and_asks_for_a_requeue(tmp_path):
         (tmp_path / "requeued").unlink()
         reached.append(torch.load(saved, weights_only=True)["step"])
     assert reached[0] < reached[1]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_refused_with_the_name_of_one_that_can(train, tmp_path, capsys):
+    train("a")
+    folder = tmp_path / "a"
+    (folder / "checkpoint.pth").unlink()
+    (folder / "checkpoint.pth").write_bytes(b"damaged")
+    step = torch.load(folder / "checkpoint.prev.pth", weights_only=True)["step"]
+    for main, flags in ((train_meta.main, ["--evaluate"]),
+                        (plot_features.main, ["--save-path", str(tmp_path), "--checkpoint-path"])):
+        with pytest.raises(SystemExit):
+            main([*flags, str(folder / "checkpoint.pth")])
+        assert f"checkpoint.prev.pth of step {step} is intact" in capsys.readouterr().err
+    (folder / "checkpoint.prev.pth").unlink()
+    (folder / "checkpoint.prev.pth").write_bytes(b"damaged")
+    step = torch.load(folder / "model_best.pth", weights_only=True)["step"]
+    assert train("a", "--resume") == 2
+    assert f"{folder / 'model_best.pth'} of step {step} is intact" in capsys.readouterr().err
+    assert checkpoint.describe_last(folder).endswith(f"{folder / 'model_best.pth'} of step {step} is intact")
+    assert train("a", "--resume", str(folder / "model_best.pth")) == 0
+
+
+@pytest.mark.parametrize("number", REPEATED)
+def test_a_signal_that_comes_twice_by_itself_does_not_end_a_run_while_it_saves(number):
+    with Interrupt() as interrupt:
+        interrupt.defer()
+        for _ in range(3):
+            signal.raise_signal(number)
+        assert interrupt.received == number and interrupt.exit_code == 143
+
+
+def test_under_nohup_a_closed_terminal_does_not_stop_a_run():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGHUP)
+            assert interrupt.received is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_folder_that_a_variable_left_empty_is_refused(capsys):
+    for main, flags in ((train_meta.main, []), (plot_features.main, ["--curves", "a"]),):
+        with pytest.raises(SystemExit) as end:
+            main(["--save-path", "", *flags])
+        assert end.value.code == 2 and "argument --save-path: the path is empty" in capsys.readouterr().err
+
+
+def test_names_from_files_reach_terminal_and_log_without_control_characters(train, tmp_path, capsys):
+    name, shown = "cat\x1b[2J\n2026-01-01  step 9", r"cat\x1b[2J\n2026-01-01  step 9"
+    images = make_folder(tmp_path / "images", (name, "dog"))
+    flags = ["--dataset", "folder", "--data-path", str(images), "--image-size", "16", "--num-workers", "0", "--num-label", "4"]
+    for i in range(5):
+        (images / "train" / name / f"0{i}.png").write_bytes(b"damaged")
+    assert train("a", *flags) == 2
+    error = capsys.readouterr().err
+    assert r"cat\x1b[2J" in error and "\x1b" not in error and error.count("\n") == 1
+    assert train("a", *flags, "--skip-corrupt", "--no-meta", "--total-steps", "1") == 0
+    log = (tmp_path / "a" / "log.txt").read_text()
+    assert shown in log and "\x1b" not in log and "\n2026-01-01  step 9" not in log
+    for i in range(5):
+        shutil.copy(images / "train" / name / "05.png", images / "train" / name / f"0{i}.png")
+    capsys.readouterr()
+    assert train_meta.main(["--evaluate", str(tmp_path / "a" / "checkpoint.pth"), "--num-workers", "0"]) == 0
+    out = capsys.readouterr().out
+    assert f"\n{shown} " in out and "\x1b" not in out
 
 
 state = st.deferred(lambda: st.one_of(

@@ -137,8 +137,10 @@ def test_a_folder_that_cannot_be_made_is_one_line_and_a_fault_of_the_machine(tra
 
 def test_resume_in_a_folder_without_a_checkpoint_starts_the_run(train, tmp_path):
     train("a"), train("whole")
-    for name in ("checkpoint.pth", "checkpoint.prev.pth", "model_best.pth"):
+    for name in ("checkpoint.pth", "checkpoint.prev.pth", "model_best.pth", "results.json"):
         (tmp_path / "a" / name).unlink()                                        # as if killed before the first save
+    metrics = tmp_path / "a" / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))
     assert train("a", "--resume") == 0
     assert differing(tmp_path / "whole", tmp_path / "a") == []
     assert [line["step"] for line in records(tmp_path / "a")] == [2, 3, 4, 6, 6, 7, 7]

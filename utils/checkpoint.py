@@ -5,7 +5,9 @@ A load checks every byte against the sums of the archive, then reads tensors and
 """
 import json
 import pickle
+import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,7 +19,9 @@ TYPES = {"step": int, "model": dict, "optimizer": dict, "args": dict, "sessions"
          "best": (float, type(None)),
          "labeled": torch.Tensor, "validation": torch.Tensor, "labels_sha256": str, "class_names": list, "mean": torch.Tensor,
          "std": torch.Tensor, "image_size": int, "rng": torch.Tensor, "cuda_rng": (torch.Tensor, type(None))}
+NAMES = (CHECKPOINT, PREVIOUS, BEST)
 PLAIN = ("args", "sessions", "seconds", "evaluations", "best", "class_names")
+MOST_STEPS, MOST_PIXELS, PRECISIONS = 10 ** 15, 1024, ("float32", "tf32", "bfloat16")      # as the command line has them
 ARGS = {"dataset": str, "data_path": str, "arch": str, "image_size": int, "flip": bool, "milestones": list}
 
 
@@ -40,31 +44,44 @@ def save_best(path):
     sync(path.parent)
 
 
-def load(path):
-    """The dict in a checkpoint file, on the CPU.
+def load(path, bare=False):
+    """The dict in a checkpoint file, on the CPU; with `bare` of a bare state dict, too, as a dict with nothing but "model".
 
-    Raises CheckpointError if the file is missing, damaged, or holds more than tensors and plain types.
+    Raises CheckpointError if the file is missing, damaged, or holds more than tensors and plain types; the message names a
+    checkpoint beside it that is intact.
     """
-    state = read(path)
-    fault = find_fault(state)
-    if fault:
-        raise CheckpointError(f"{path} is not a checkpoint of train_meta.py: {fault}")
-    return state
+    try:
+        return load_alone(path, bare)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{intact_beside(path)}") from None
 
 
-def load_to_evaluate(path):
-    """As `load`; of a bare state dict, a dict with nothing but "model"."""
+def intact_beside(path):
+    """"; PATH of step N is intact", of another checkpoint in the folder of one that cannot be read; "" if there is none."""
+    for name in NAMES:
+        other = Path(path).with_name(name)
+        with suppress(CheckpointError):
+            return f"; {other} of step {load_alone(other)['step']} is intact"
+    return ""
+
+
+def load_alone(path, bare=False):
+    """As `load`, without a look beside the file."""
     state = read(path)
-    if isinstance(state, dict) and state and all(isinstance(w, torch.Tensor) for w in state.values()):
+    if bare and isinstance(state, dict) and state and all(isinstance(w, torch.Tensor) for w in state.values()):
         return {"model": state}
     fault = find_fault(state)
     if fault:
-        raise CheckpointError(f"{path} is neither a state dict nor a checkpoint of train_meta.py: {fault}")
+        raise CheckpointError(f"{path} is {'neither a state dict nor' if bare else 'not'} a checkpoint of train_meta.py: "
+                              + fault)
     return state
 
 
 def read(path):
-    """What torch.save wrote into a file, on the CPU; raises CheckpointError unless that can be read safely."""
+    """What torch.save wrote into a file, on the CPU; raises CheckpointError unless that can be read safely.
+
+    What comes back takes no more memory than the file: there is no tensor in it that is expanded, and nothing twice.
+    """
     path = Path(path)
     try:
         if not path.exists():
@@ -72,10 +89,17 @@ def read(path):
         if not path.is_file():
             raise CheckpointError(f"{path} is not a regular file: give a file that a run has left")
         with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+                raise CheckpointError(f"{path} is not a checkpoint that can be read safely: it is larger unpacked")
             damaged = archive.testzip()
         if damaged:
             raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # of torch, about what is refused below
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if fault := find_bomb(state):
+            raise CheckpointError(f"{path} is not a checkpoint that can be read safely: {fault}")
+        return state
     except CheckpointError:
         raise
     except pickle.UnpicklingError:
@@ -83,6 +107,24 @@ def read(path):
                               "plain types, which could run code") from None
     except Exception as error:          # whatever a damaged archive makes the readers raise
         raise CheckpointError(f"{path} is not a checkpoint that can be read safely ({first_line(error)})") from None
+
+
+def find_bomb(state):
+    """What makes a small file into something large, or into tensors that cannot be written to; or None."""
+    todo, seen = [state], set()
+    while todo:
+        value = todo.pop()
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+                return "it holds a tensor that is not dense"
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                return f"it holds an expanded tensor of shape {tuple(value.shape)}"
+        elif isinstance(value, (dict, list, tuple)) and value:
+            if id(value) in seen:       # lists of lists of lists, each twice, are endless to whoever goes through them
+                return "a part of it occurs twice"
+            seen.add(id(value))
+            todo += [*value, *value.values()] if isinstance(value, dict) else value
+    return None
 
 
 def check_arch(saved, path, given):
@@ -120,6 +162,10 @@ def find_fault(state):
             return f"its args have no {key}"
     if not all(isinstance(step, int) for step in state["args"]["milestones"]):
         return "its milestones are not steps"
+    if not all(0 < size <= MOST_PIXELS for size in (state["image_size"], state["args"]["image_size"])):
+        return f"its images are not of 1 to {MOST_PIXELS} pixels"
+    if state["args"].get("precision", PRECISIONS[0]) not in PRECISIONS:
+        return "its precision does not exist"
     for key in ("labeled", "validation"):
         index = state[key]
         if index.dtype != torch.int64 or index.dim() != 1 or len(index.unique()) < len(index) or (index < 0).any():
@@ -128,7 +174,8 @@ def find_fault(state):
         return "it has no labeled image"
     if not all(isinstance(w, torch.Tensor) for w in state["model"].values()):
         return "its model is not a state dict"
-    if any(state[key].shape != (3,) or not state[key].is_floating_point() for key in ("mean", "std")):
+    if any(state[key].shape != (3,) or state[key].dtype != torch.float32 or state[key].requires_grad
+           or not state[key].isfinite().all() for key in ("mean", "std")) or not (state["std"] > 0).all():
         return "its mean and std are not of three channels"
     if not all(isinstance(e, dict) and isinstance(e.get("step"), int) and isinstance(e.get("test"), float)
                and isinstance(e.get("validation", 0.0), float) for e in state["evaluations"]):
@@ -138,10 +185,16 @@ def find_fault(state):
     others = state.get("other_rng", [])
     if not isinstance(others, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in others):
         return "its other random states are none"
-    states = [state["rng"], *(rng for rng, _ in others)]
-    if state["step"] < 0 or not all(isinstance(rng, torch.Tensor) and rng.dtype == torch.uint8
-                                    and rng.shape == torch.get_rng_state().shape for rng in states):
-        return "its step or its random state is impossible"
+    if not 0 <= state["step"] <= MOST_STEPS:
+        return "its step is impossible"
+    for rng, cuda_rng in ([state["rng"], state["cuda_rng"]], *others):
+        try:
+            torch.Generator().set_state(rng)
+        except (RuntimeError, TypeError):
+            return "its random state is impossible"
+        if cuda_rng is not None and not (isinstance(cuda_rng, torch.Tensor) and cuda_rng.dtype == torch.uint8
+                                         and cuda_rng.shape == (16,) and cuda_rng[8] % 4 == 0):     # seed, offset: by fours
+            return "its random state is impossible"
     return None
 
 
@@ -153,10 +206,10 @@ def load_last(folder, warn=lambda message: None):
     paths = [path for path in (Path(folder, CHECKPOINT), Path(folder, PREVIOUS)) if path.exists()]
     for i, path in enumerate(paths):
         try:
-            state = load(path)
+            state = load_alone(path)
         except CheckpointError as error:
             if i + 1 == len(paths):
-                raise
+                raise CheckpointError(f"{error}{intact_beside(path)}") from None
             warn(f"{error}; falling back to {paths[i + 1].name}")
         else:
             why = f"{path.name}, the newest generation" if i == 0 else f"{path.name}, since {CHECKPOINT} is damaged"
@@ -203,4 +256,6 @@ def describe_last(folder):
         last = load_last(folder)
     except CheckpointError as error:
         return str(error)
-    return "no checkpoint was saved before" if last is None else f"{last[1]} of step {last[0]['step']} is intact"
+    if last is None:
+        return intact_beside(Path(folder, CHECKPOINT)).removeprefix("; ") or "no checkpoint was saved before"
+    return f"{last[1]} of step {last[0]['step']} is intact"

@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from utils.files import printable
+
 LAST = "last"       # --resume without a path
 ANSWERED = ("dataset", "data_path", "arch", "image_size", "precision", "num_label")    # by --split or a checkpoint
 EVALUATING = ("evaluate", "predictions", "dataset", "data_path", "arch", "image_size", "precision", "device", "num_workers",
@@ -33,8 +35,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message):
-        line = " ".join(message.split())
-        self.exit(2, None if processes()[0] else f"{self.prog}: {line} (usage: {self.prog} --help)\n")
+        self.exit(2, None if processes()[0] else f"{self.prog}: {one_line(message)} (usage: {self.prog} --help)\n")
 
 
 def number(kind, low=None, high=None, above=None, below=None):
@@ -66,6 +67,13 @@ def path(text):
         raise argparse.ArgumentTypeError(f"{text[:80]!r}... is too long: give a path of at most {LONGEST_PATH} bytes, and at "
                                          f"most {LONGEST_NAME} between two slashes")
     return Path(text)
+
+
+def folder(text):
+    """An argparse type: a path that names a folder of its own, not the current one by a variable that is empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty: name a folder")
+    return path(text)
 
 
 def parse_milestones(texts):
@@ -177,7 +185,7 @@ def training_parser(datasets, networks):
                                    "(convsmall: 1.1 times the steps a second; convlarge: none more); unmeasured on CUDA")
 
     run = parser.add_argument_group("bookkeeping")
-    run.add_argument("--save-path", default=Path("./results/tmp"), type=path, metavar="DIR",
+    run.add_argument("--save-path", default=Path("./results/tmp"), type=folder, metavar="DIR",
                      help="run folder (default: ./results/tmp)")
     run.add_argument("--resume", nargs="?", const=LAST, metavar="PATH",
                      help="continue from this checkpoint; without PATH from the last one in --save-path, if there is one")
@@ -282,7 +290,8 @@ def plotting_parser(datasets):
     parser.add_argument("--checkpoint-path", nargs="+", type=path, metavar="PATH",
                         help="checkpoints of train_meta.py, one row each")
     parser.add_argument("--row-label", nargs="+", metavar="NAME", help="names of the rows (default: of the run folders)")
-    parser.add_argument("--save-path", required=True, type=path, metavar="DIR", help="folder for the figure and its data")
+    parser.add_argument("--save-path", required=True, type=folder, metavar="DIR",
+                        help="folder for the figure and its data")
     parser.add_argument("--dataset", choices=datasets, help="default: that of the checkpoint; another is refused")
     parser.add_argument("--data-path", type=path, metavar="DIR", help="where its files lie (default: as the run had it)")
     parser.add_argument("-a", "--arch", nargs="+", default=[], metavar="NETWORK",
@@ -367,7 +376,11 @@ def open_standard_streams():
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def one_line(message):
+    return printable(" ".join(str(message).split()))
+
+
 def fail(prog, message, code):
     """One line on standard error, then out."""
-    print(f"{prog}: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{prog}: {one_line(message)}", file=sys.stderr)
     raise SystemExit(code)

@@ -10,8 +10,8 @@ import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
-from utils.cli import UsageError, fail, processes
-from utils.interrupt import SIGNALS
+from utils.cli import UsageError, fail, one_line, processes
+from utils.interrupt import heard
 
 TIMEOUT = timedelta(minutes=10)         # for a process that neither answers nor dies
 LOADING = timedelta(days=1)             # for the first process of a machine, which may download
@@ -210,7 +210,7 @@ class World:
         if self.size == 1:
             fail(prog, message, code)
         if self.speaks(code):
-            print(f"{prog}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+            print(f"{prog}: {one_line(message)}", file=sys.stderr, flush=True)
         os._exit(self.exit_code(code) if self.store else code)
 
 
@@ -227,7 +227,7 @@ def calls():
 @contextmanager
 def dying_of_signals():
     """Within the block a signal ends the process."""
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in heard()}
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ import io
 
 import torch
 
+from datasets.splits import check_split
 from utils import checkpoint
 from utils.checkpoint import CheckpointError
 from utils.cli import UsageError, training_parser
@@ -23,7 +24,7 @@ def evaluate_file(args, sha256, datasets, models):
     """
     path = args.evaluate
     device = choose_device(args.device)
-    state = checkpoint.load_to_evaluate(path)
+    state = checkpoint.load(path, bare=True)
     saved = state.get("args", {})
     if saved:
         checkpoint.check_arch(saved, path, {args.arch: sha256} if args.arch else {})
@@ -42,7 +43,10 @@ def evaluate_file(args, sha256, datasets, models):
     images = datasets.load_dataset(flags["dataset"], flags["data_path"], flags["image_size"],
                                    num_workers=args.num_workers, memory=memory_for_images(device),
                                    skip_corrupt=args.skip_corrupt or saved.get("skip_corrupt", False),
-                                   statistics=(state["mean"], state["std"]) if "mean" in state else None)
+                                   statistics=(state["mean"], state["std"]) if "mean" in state else None,
+                                   download=bool(args.data_path) or not saved)
+    if saved:
+        check_split(state["labeled"], state["validation"], len(images.train_labels), path)
     if saved and list(images.class_names) != state["class_names"]:
         raise datasets.DataError(f"argument --data-path: {flags['data_path']} has other classes than {path} was trained on")
     warned = models.rehearse(flags["arch"], images.num_classes, images.test_images.shape[-1], device, dtype)
@@ -62,18 +66,18 @@ def evaluate_file(args, sha256, datasets, models):
 
     names = [printable(name) for name in images.class_names]
     step = f" of step {state['step']}" if saved else ", a state dict"
-    print("\n".join([*warned, f"{path}{step}: {flags['arch']} on {device.type}, {flags['precision']}"]))
-    print(f"test set of {flags['dataset']}" + (f" under {printable(flags['data_path'])}" if images.test_files else "")
-          + f": {count:,} images, {len(names)} classes")
+    print("\n".join([*warned, printable(f"{path}{step}: {flags['arch']} on {device.type}, {flags['precision']}")]))
+    print(printable(f"test set of {flags['dataset']}" + (f" under {flags['data_path']}" if images.test_files else "")
+                    + f": {count:,} images, {len(names)} classes"))
     if images.ignored:
-        print(f"ignored: {images.ignored}")
+        print(printable(f"ignored: {images.ignored}"))
     if len(index) < count:
-        print("\n".join(images.skipped()))
+        print("\n".join(map(printable, images.skipped())))
         print(f"the following is over {len(index):,} of {count:,} images: the others cannot be read")
     print("\n".join(report(images.test_labels[index], predicted, confidence, names)))
     if args.predictions:
         write_predictions(args.predictions, images, index, predicted, confidence)
-        print(f"{args.predictions}: {len(predicted):,} predictions")
+        print(printable(f"{args.predictions}: {len(predicted):,} predictions"))
     return 0
 
 

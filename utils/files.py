@@ -26,7 +26,8 @@ def replacing(path, keep=None):
     path = Path(path)
     temporary = path.with_name(path.name + TEMPORARY)
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:     # never through a symbolic link that somebody put there
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -70,10 +71,19 @@ def sync(folder):
         os.close(descriptor)
 
 
-def remove_leftovers(folder):
-    """Removes what a kill left of files that were being written."""
-    for leftover in Path(folder).glob("*" + TEMPORARY):
-        leftover.unlink()
+def open_lock(path):
+    """A file to lock, made if it is not there; its content stays.  Raises OSError for a symbolic link."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", errors="replace")
+
+
+def is_at(file, path):
+    """Whether a path still leads to an open file: not if somebody has removed, moved or replaced it, or a folder above."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:             # a disk that does not answer: what is written next will say so
+        return True
 
 
 class Appender:

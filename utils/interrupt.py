@@ -2,7 +2,8 @@
 import os
 import signal
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
+REPEATED = (signal.SIGHUP, signal.SIGXCPU)      # a closed terminal sends the first twice, the kernel the second every second
 
 
 class Stopped(BaseException):
@@ -10,14 +11,14 @@ class Stopped(BaseException):
 
 
 class Interrupt:
-    """Within the block the first SIGTERM, SIGINT or SIGUSR1 raises Stopped, or after `defer()` only sets `received`;
-    the second one ends the process at once.
+    """Within the block the first of SIGNALS raises Stopped, or after `defer()` only sets `received`; another one ends the
+    process at once, unless it is one of REPEATED.
     """
 
     received, deferred = None, False
 
     def __enter__(self):
-        self.previous = {number: signal.signal(number, self.handle) for number in SIGNALS}
+        self.previous = {number: signal.signal(number, self.handle) for number in heard()}
         return self
 
     def __exit__(self, *exception):
@@ -30,6 +31,8 @@ class Interrupt:
 
     def handle(self, number, frame):
         if self.received is not None:
+            if number in REPEATED:
+                return
             os._exit(self.exit_code)
         self.received = number
         if not self.deferred:
@@ -46,3 +49,17 @@ class Interrupt:
 def exit_code(number):
     """What a scheduler expects after a signal: 130 for SIGINT, else 143."""
     return 130 if number == signal.SIGINT else 143
+
+
+def heard():
+    """SIGNALS, without a SIGHUP that is ignored, as under nohup."""
+    return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def end_at_once(prog):
+    """From here on SIGINT ends a script with one line, as long as nothing else takes it over."""
+    def handle(number, frame):
+        os.write(2, f"{prog}: interrupted\n".encode())
+        os._exit(exit_code(number))
+
+    signal.signal(signal.SIGINT, handle)

@@ -14,10 +14,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils.cli import LAST, UsageError
-from utils.files import BEST, CHECKPOINT, PREVIOUS, Appender, link, remove_leftovers, write_text
+from utils.files import BEST, CHECKPOINT, PREVIOUS, TEMPORARY, Appender, is_at, link, open_lock, printable, write_text
 
 ARGS, LOG, METRICS, RESULTS = "args.json", "log.txt", "metrics.jsonl", "results.json"
 INDICES, SPLIT, LOCK = "label_indices.txt", "split.json", ".lock"
+EVENTS = ".metasemi"        # how the names of our TensorBoard files end: other programs keep theirs in the same folder
 OURS = (ARGS, LOG, METRICS, RESULTS, INDICES, SPLIT, CHECKPOINT, PREVIOUS, BEST)
 
 
@@ -33,6 +34,10 @@ def check_paths(path, resume, overwrite):
     if continues(path, resume):
         if overwrite:
             raise UsageError("argument --overwrite: it removes what --resume continues: give one of them")
+        if has_lost_checkpoints(path):
+            best = f", give --resume {path / BEST}," if (path / BEST).exists() else ""
+            raise UsageError(f"argument --resume: {path} holds a run that has lost its {CHECKPOINT} and {PREVIOUS}: restore one"
+                             f"{best} or add --overwrite instead to start afresh")
     elif holds_run(path) and not overwrite:
         raise UsageError(f"argument --save-path: {path} holds a run: "
                          "add --resume to continue it or --overwrite to start afresh")
@@ -59,6 +64,15 @@ def prepare(path, resume, overwrite):
 
 def holds_run(path):
     return any((path / name).exists() for name in OURS)
+
+
+def has_lost_checkpoints(path):
+    """Whether the run in a folder has no checkpoint, but was saved: it has an end, a best step, or a second evaluation."""
+    if (path / CHECKPOINT).exists() or (path / PREVIOUS).exists():
+        return False
+    if (path / RESULTS).exists() or (path / BEST).exists():
+        return True
+    return (path / METRICS).is_file() and (path / METRICS).read_bytes().count(b'"test/accuracy"') > 1
 
 
 def continues(path, resume):
@@ -99,12 +113,15 @@ class RunFolder:
         """new: raises UsageError if another process has left a run here by now."""
         self.path, self.overwrite = Path(path), overwrite
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.path / LOCK, "a+", encoding="utf-8")
+        if (self.path / LOCK).is_symlink():
+            raise UsageError(f"argument --save-path: {self.path / LOCK} is a symbolic link, which is not followed: remove it")
+        self.lock = open_lock(self.path / LOCK)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.lock.seek(0)
             raise UsageError(f"{self.path} is in use by process {self.lock.read().strip() or 'unknown'}") from None
+        if not is_at(self.lock, self.path / LOCK):
+            raise UsageError(f"{self.path} was removed or replaced while this command began: give it again")
         if new and holds_run(self.path):
             raise UsageError(f"argument --save-path: {self.path} holds a run that began after this command: give another")
         self.lock.truncate(0)
@@ -117,21 +134,19 @@ class RunFolder:
     def start(self, flags, sessions, labeled, validation, labels_sha256, keep):
         """Writes what the run is and opens its records, with everything after step `keep` taken out of them.
 
-        A run from step 0 first removes the files of an older one, by name; nothing else in the folder is touched.
+        A run from step 0 first removes the files of an older one, by name; no file of another program is touched.
         """
         clear = keep == 0 or self.overwrite
         if not clear and (self.path / INDICES).exists() and read_split(self.path / INDICES) != labeled.tolist():
             raise UsageError(f"{self.path / INDICES} is not the split that the checkpoint was trained on: restore it "
                              "or remove it, and it is written again")
-        remove_leftovers(self.path)
+        old = [RESULTS, *(name + TEMPORARY for name in OURS)]      # a kill may have left these half written
         if clear:
-            for name in OURS:
-                (self.path / name).unlink(missing_ok=True)
-            for events in self.path.glob("events.out.tfevents.*"):
-                events.unlink()
+            old += [*OURS, *self.path.glob(f"events.out.tfevents.*{EVENTS}")]
+        for name in old:
+            (self.path / name).unlink(missing_ok=True)
         if self.source and self.source.name == PREVIOUS:    # so that the next save does not keep the damaged one
             link(self.source, self.path / CHECKPOINT)
-        (self.path / RESULTS).unlink(missing_ok=True)
         take_back(self.path / METRICS, keep, step_of_record)
         take_back(self.path / LOG, keep, step_of_line)
         indices = "".join(f"{index}\n" for index in labeled)
@@ -145,6 +160,7 @@ class RunFolder:
 
     def say(self, message):
         """One line to log.txt and to standard output, above the progress bar if there is one."""
+        message = printable(message)
         if self.log_file:
             self.append(self.log_file, f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
         try:
@@ -164,10 +180,14 @@ class RunFolder:
     def save(self, state, best, last):
         """Saves a checkpoint, as the best one too if it is one; returns whether that worked.
 
-        A failure is a warning, and OSError if it is the last save.
+        A failure is a warning, and OSError if it is the last save.  OSError, too, if the records of the run are gone; if the
+        folder is, nothing is saved: another run may have begun in its place.
         """
         from utils import checkpoint
 
+        lost = self.lost()
+        if lost == LOCK and (os.path.lexists(self.path / LOCK) or not self.path.is_dir()):
+            raise OSError(f"{self.path} was removed or replaced under this run: step {state['step']} was not saved")
         try:
             os.fsync(self.metrics.file.fileno())
             checkpoint.save(state, self.path)
@@ -176,12 +196,20 @@ class RunFolder:
             if last and self.metrics.error:
                 raise self.metrics.error
         except OSError as error:
-            if last:
+            if last or lost:
                 raise
             self.say(f"step {state['step']} could not be saved ({error}): training goes on; "
                      + checkpoint.describe_last(self.path))
             return False
+        if lost:
+            raise OSError(f"{self.path / lost} was removed or replaced under this run: it ends; "
+                          + checkpoint.describe_last(self.path))
         return True
+
+    def lost(self):
+        """The name of a file that this run holds open and that is not in the folder any more, LOCK first; or None."""
+        held = {LOCK: self.lock, LOG: self.log_file.file, METRICS: self.metrics.file}
+        return next((name for name, file in held.items() if not is_at(file, self.path / name)), None)
 
     def record(self, step, scalars):
         """tag -> value at a step, to metrics.jsonl and TensorBoard."""
@@ -201,6 +229,8 @@ class RunFolder:
         labeled: error in percent on the run's own labeled images, without augmentation.
         covered: as `metrics.coverage` returns it.
         """
+        if lost := self.lost():
+            raise OSError(f"{self.path / lost} was removed or replaced under this run: {RESULTS} was not written")
         self.write_json(RESULTS, {"error_rate": rates, **({"top5_error_rate": top5} if top5 else {}),
                                   "labeled_error_rate": labeled, **({"images_covered": covered} if covered else {}),
                                   "evaluations": evaluations, "median_of": min(20, evaluations), "steps": steps,
@@ -282,7 +312,7 @@ def event_writer(path, keep):
             pass
 
     register_writer_factory("run", Place())
-    return SummaryWriter(f"run:{path}", purge_step=keep + 1 if keep else None)
+    return SummaryWriter(f"run:{path}", purge_step=keep + 1 if keep else None, filename_suffix=EVENTS)
 
 
 def read_split(path):
