@@ -6,7 +6,7 @@ from datasets import DATASETS, DataError
 from models import NetworkError, check_network
 from utils import cli
 from utils.files import replacing, write_text
-from utils.run_folder import read_split
+from utils.run_folder import check_same_data, read_split
 
 PROG = "plot_features.py"
 MOST_POINTS = 5000          # unlabeled and test points that are drawn by default, as in the paper
@@ -52,13 +52,11 @@ def plot(args):
         if args.dataset not in (None, state["args"]["dataset"]):
             raise cli.UsageError(f"argument --dataset: {args.dataset}, but {path} was trained on {state['args']['dataset']}: "
                               "leave the flag out")
-        if state["labels_sha256"] != saved[0]["labels_sha256"]:
-            raise cli.UsageError(f"argument --checkpoint-path: {path} was trained on other data than {args.checkpoint_path[0]}")
     images = load_dataset(flags["dataset"], args.data_path or flags["data_path"], flags["image_size"], flags["flip"],
                           args.num_workers, memory=memory_for_images(device), statistics=(saved[0]["mean"], saved[0]["std"]))
-    if images.labels_sha256 != saved[0]["labels_sha256"]:
-        raise DataError(f"argument --data-path: {args.data_path or flags['data_path']} is not what {args.checkpoint_path[0]} "
-                        "was trained on: the training labels differ")
+    data = images.digest
+    for path, state in zip(args.checkpoint_path, saved):
+        check_same_data(data, state, path, args.data_path or flags["data_path"])
 
     rows = []
     for i, (path, state) in enumerate(zip(args.checkpoint_path, saved)):
@@ -73,7 +71,7 @@ def plot(args):
     all_labels = np.concatenate([images.train_labels.numpy(), images.test_labels.numpy()])
     for row, path, state in zip(rows, args.checkpoint_path, saved):
         row["classes"] = all_labels[row["sample"] + (row["part"] == "test") * len(images.train_labels)]
-        row["features"], row["predictions"] = cached_features(path, state, images, row, device)
+        row["features"], row["predictions"] = cached_features(path, state, images, data, row, device)
         if not np.isfinite(row["features"]).all():
             raise cli.UsageError(f"argument --checkpoint-path: the features of {path} are not finite")
         row["knn_accuracy"], row["silhouette"] = measure(row)
@@ -151,9 +149,11 @@ def check_embedding(args, count):
                              f"use at most {(count - 1) // 3}")
 
 
-def cached_features(path, state, images, row, device):
-    """Features (N, D) float32 and predicted classes (N,), kept beside the checkpoint until it or the sample changes."""
+def cached_features(path, state, images, data, row, device):
+    """Features (N, D) float32 and predicted classes (N,), kept beside the checkpoint until it, the sample or the digest `data`
+    of the images changes."""
     import hashlib
+    import json
     import zipfile
 
     import numpy as np
@@ -164,7 +164,7 @@ def cached_features(path, state, images, row, device):
     from utils.checkpoint import load_weights
 
     made_of = (path.read_bytes(), row["sample"].astype("<i8").tobytes(), "".join(row["part"]).encode(),
-               images.labels_sha256.encode())
+               json.dumps(data, sort_keys=True).encode())
     key = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in made_of)).hexdigest()
     cache = path.with_suffix(".features.npz")
     try:

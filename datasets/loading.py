@@ -1,5 +1,6 @@
 """From files, or scikit-learn's own digits, to one uint8 tensor per split."""
 import hashlib
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ class Images(NamedTuple):
     flip: bool                          # whether training flips images at random
     source: str = ""                    # of "folder" and "imagenet": where the pixels are kept, and why
     test_files: tuple = ()              # M paths, likewise
+    files: dict = {}                    # likewise, what `list_files` says of them
 
     @property
     def num_classes(self):
@@ -33,6 +35,17 @@ class Images(NamedTuple):
     def labels_sha256(self):
         """Of the training labels as little-endian int64: the data set that a split's indices speak of."""
         return hashlib.sha256(self.train_labels.numpy().astype("<i8").tobytes()).hexdigest()
+
+    @property
+    def digest(self):
+        """What the data are, wherever they lie: name -> SHA-256, or text.  Two of them are compared in the names that both
+        hold: there are pixels of images in memory, names and sizes of files."""
+        held = {"class names": "/".join(self.class_names), "training labels": self.labels_sha256,
+                "test labels": hashlib.sha256(self.test_labels.numpy().astype("<i8").tobytes()).hexdigest(), **self.files}
+        for part, images in (("training", self.train_images), ("test", self.test_images)):
+            if not isinstance(images, Files):
+                held[f"{part} pixels"] = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
+        return held
 
     @property
     def padding(self):
@@ -171,7 +184,7 @@ def fetch(files, source, root, **kwargs):
 def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt):
     """root/<part>/<class>/* of both parts of a data set, images of any size and type that Pillow reads."""
     check_root(name, root)
-    class_names, parts = None, []
+    class_names, parts, files = None, [], {}
     for folder in (root / part for part in row.parts):
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
         if class_names is not None and names != class_names:
@@ -184,6 +197,7 @@ def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt):
         found = [list_images(folder / k) for k in names]
         parts.append(([path for paths in found for path in paths],
                       np.repeat(np.arange(len(names), dtype=np.int64), [len(paths) for paths in found])))
+        files |= list_files("test" if parts[1:] else "training", folder, parts[-1][0], skip_corrupt)
     (train, train_labels), (test, test_labels) = parts
 
     size = (len(train) + len(test)) * 3 * image_size ** 2
@@ -191,14 +205,28 @@ def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt):
     if not (row.resized_crop or skip_corrupt or memory is not None and size > memory):
         pixels = decode_files(train + test, image_size, num_workers)
         return ((pixels[:len(train)], train_labels), (pixels[len(train):], test_labels), class_names,
-                f"in memory: {needed}", tuple(test))
+                f"in memory: {needed}", tuple(test), files)
     why = ("random resized crops need the files" if row.resized_crop else "--skip-corrupt" if skip_corrupt
            else f"they may take {memory / 1e9:,.2f} GB of memory")
     workers = Workers(num_workers)
     crop = "center" if row.resized_crop else None
     train, test = (Files(paths, image_size, workers, crop, row.resized_crop, skip_corrupt) for paths in (train, test))
     return ((train, train_labels), (test, test_labels), class_names,
-            f"read from disk by {num_workers or 'no'} worker{'s' * (num_workers != 1)}: {needed}, {why}", tuple(test.paths))
+            f"read from disk by {num_workers or 'no'} worker{'s' * (num_workers != 1)}: {needed}, {why}", tuple(test.paths),
+            files)
+
+
+def list_files(part, folder, paths, skip_corrupt):
+    """SHA-256 of the names of a part's files, as under its folder, and of their sizes: name -> text.
+
+    With skip_corrupt there are no sizes: a file may have been damaged, or replaced, since.
+    """
+    names = [path[len(str(folder)):] for path in paths]
+    held = {f"names of {part} files": hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()}
+    if not skip_corrupt:
+        sizes = [os.path.getsize(path) if os.path.exists(path) else None for path in paths]
+        held[f"sizes of {part} files"] = hashlib.sha256(repr(sizes).encode()).hexdigest()
+    return held
 
 
 LOADERS = {"cifar": load_cifar, "svhn": load_svhn, "digits": load_digits, "folder": load_folder}

@@ -8,6 +8,7 @@ from utils.cli import UsageError, training_parser
 from utils.device import choose_device, memory_for_images, set_precision
 from utils.files import replacing
 from utils.metrics import all_finite, confusion_matrix, expected_calibration_error, predict
+from utils.run_folder import differing, trained_on
 
 MOST_CLASSES = 20       # whose confusion matrix is printed whole
 
@@ -39,6 +40,10 @@ def evaluate_file(args, sha256, datasets, models):
                                    statistics=(state["mean"], state["std"]) if "mean" in state else None)
     if saved and list(images.class_names) != state["class_names"]:
         raise datasets.DataError(f"argument --data-path: {flags['data_path']} has other classes than {path} was trained on")
+    others = [name for name in differing(images.digest, trained_on(state)) if "test" in name] if saved else []
+    if others and not args.data_path:
+        raise UsageError(f"argument --data-path: {flags['data_path']} is not what {path} was tested on: the "
+                         f"{', '.join(others)} differ: give a folder to measure what is in there")
     models.rehearse(flags["arch"], images.num_classes, images.test_images.shape[-1], device, dtype)
     model = models.build_model(flags["arch"], images.num_classes, device)
     checkpoint.load_weights({"model": state["model"], "args": flags}, model, f"argument --evaluate: {path}")
@@ -52,7 +57,8 @@ def evaluate_file(args, sha256, datasets, models):
     step = f" of step {state['step']}" if saved else ", a state dict"
     print(f"{path}{step}: {flags['arch']} on {device.type}, {flags['precision']}")
     print(f"test set of {flags['dataset']}" + (f" under {flags['data_path']}" if images.test_files else "")
-          + f": {len(predicted):,} images, {len(names)} classes")
+          + f": {len(predicted):,} images, {len(names)} classes"
+          + (f"; not what the run was tested on: the {', '.join(others)} differ" if others else ""))
     print("\n".join(report(images.test_labels, predicted, confidence, names)))
     if args.predictions:
         write_predictions(args.predictions, images, predicted, confidence)
