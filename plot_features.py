@@ -14,7 +14,7 @@ from datasets import DATASETS, DataError
 from models import NetworkError, check_network
 from utils import cli
 from utils.files import printable, replacing, write_text
-from utils.run_folder import read_split
+from utils.run_folder import check_same_data, read_split
 
 PROG = "plot_features.py"
 MOST_POINTS = 5000          # unlabeled and test points that are drawn by default, as in the paper
@@ -68,15 +68,13 @@ def plot(args):
         if args.dataset not in (None, state["args"]["dataset"]):
             raise cli.UsageError(f"argument --dataset: {args.dataset}, but {path} was trained on {state['args']['dataset']}: "
                               "leave the flag out")
-        if state["labels_sha256"] != saved[0]["labels_sha256"]:
-            raise cli.UsageError(f"argument --checkpoint-path: {path} was trained on other data than {args.checkpoint_path[0]}")
     images = load_dataset(flags["dataset"], args.data_path or flags["data_path"], flags["image_size"], flags["flip"],
                           args.num_workers, memory=memory_for_images(device), statistics=(saved[0]["mean"], saved[0]["std"]),
                           skip_corrupt=any(state["args"].get("skip_corrupt") for state in saved),
                           download=bool(args.data_path))
-    if images.labels_sha256 != saved[0]["labels_sha256"]:
-        raise DataError(f"argument --data-path: {args.data_path or flags['data_path']} is not what {args.checkpoint_path[0]} "
-                        "was trained on: the training labels differ")
+    data = images.digest
+    for path, state in zip(args.checkpoint_path, saved):
+        check_same_data(data, state, path, args.data_path or flags["data_path"])
 
     rows = []
     for i, (path, state) in enumerate(zip(args.checkpoint_path, saved)):
@@ -93,7 +91,7 @@ def plot(args):
     if images.ignored:
         print(f"ignored: {images.ignored}")
     for row, path, state in zip(rows, args.checkpoint_path, saved):
-        row["features"], row["predictions"], kept = cached_features(path, state, images, row, device)
+        row["features"], row["predictions"], kept = cached_features(path, state, images, data, row, device)
         if len(kept) < len(row["sample"]):
             print("\n".join([*images.skipped(), f"{row['label']}: {len(kept):,} of {len(row['sample']):,} images, the others "
                                                 "cannot be read"]))
@@ -180,12 +178,13 @@ def check_embedding(args, count):
                              f"use at most {(count - 1) // 3}")
 
 
-def cached_features(path, state, images, row, device):
+def cached_features(path, state, images, data, row, device):
     """Features (N, D) float32, predicted classes (N,) and places (N,) in the sample of the images that can be read.
 
-    They are kept beside the checkpoint until it or the sample changes.
+    They are kept beside the checkpoint until it, the sample or the digest `data` of the images changes.
     """
     import hashlib
+    import json
     import zipfile
 
     import numpy as np
@@ -198,7 +197,7 @@ def cached_features(path, state, images, row, device):
     from utils.metrics import all_finite
 
     made_of = (path.read_bytes(), row["sample"].astype("<i8").tobytes(), "".join(row["part"]).encode(),
-               images.labels_sha256.encode())
+               json.dumps(data, sort_keys=True).encode())
     key = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in made_of)).hexdigest()
     cache = path.with_suffix(".features.npz")
     try:

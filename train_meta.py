@@ -17,7 +17,7 @@ from models import NETWORKS, NetworkError, check_network
 from utils import cli
 from utils.distributed import World, WorldError
 from utils.files import printable
-from utils.run_folder import check_paths, read_given_split
+from utils.run_folder import check_paths, read_given_split, shared
 
 PROG = "train_meta.py"
 FAULT = 1000            # where a signal's number would be: some process cannot read the images of the next step
@@ -26,13 +26,15 @@ REPLICAS_FREQ = 1000    # steps between checks that all processes have the same 
 
 def main(argv=None):
     cli.open_standard_streams()
-    args = cli.parse_training(argv, DATASETS, NETWORKS, check_num_label)
-    world = World()                     # the processes of torchrun, or this one alone
+    try:
+        world = World()                 # the processes of torchrun, or this one alone
+    except cli.UsageError as error:
+        cli.fail(PROG, error, 2)
+    args = cli.parse_training(argv, DATASETS, NETWORKS, check_num_label, world.fail)
     with Interrupt() as interrupt:
         try:
             if args.evaluate:
                 return evaluate_only(args)
-            world.join(args.device)
             if world.rank == 0:
                 check_paths(args.save_path, args.resume, args.overwrite)
             check_root(args.dataset, args.data_path)
@@ -43,6 +45,7 @@ def main(argv=None):
             sha256 = check_network(args.arch)
             if sha256:
                 args.arch_sha256 = sha256
+            world.join(args.device, shared(args))
             # torch takes seconds to load: only now, so that a wrong flag answers at once.
             warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)     # raised inside torch by its own jvp
             return train(args, given, interrupt, world)
@@ -96,7 +99,7 @@ def train(args, given, interrupt, world):
     from utils.device import check_compiler, choose_device, fingerprint, memory_for_images, set_precision, slow_precision
     from utils.failure import own_network
     from utils.metrics import Diverged, Meter, all_finite, coverage, error_rates, evaluate, finite_names
-    from utils.run_folder import NoFolder, RunFolder, check_same_experiment, experiment, git_commit, prepare
+    from utils.run_folder import NoFolder, RunFolder, check_same_data, check_same_experiment, experiment, git_commit, prepare
 
     device = choose_device(args.device)
     dtype = set_precision(args.precision, device)
@@ -126,15 +129,15 @@ def train(args, given, interrupt, world):
         images = load_dataset(args.dataset, args.data_path, args.image_size, args.flip, args.num_workers,
                               memory=memory_for_images(device), skip_corrupt=args.skip_corrupt,
                               statistics=saved and (saved["mean"], saved["std"]), stop=interrupt)
+    data = images.digest
     if saved is None:
         labeled, validation = split_training(images.train_labels, args.num_label, args.num_val, images.num_classes, args.seed,
                                              given)
     else:
-        if images.labels_sha256 != saved["labels_sha256"]:
-            raise DataError(f"argument --data-path: {args.data_path} is not what {args.save_path} was trained on: "
-                            "the training labels differ")
+        check_same_data(data, saved, "the run that --resume continues", args.data_path)
         labeled, validation = saved["labeled"].numpy(), saved["validation"].numpy()
         check_split(labeled, validation, len(images.train_labels), source)
+    world.compare({**data, "labeled images": labeled.tolist(), "validation images": validation.tolist()})
     taken = validation if args.include_labeled else np.concatenate([validation, labeled])
     unlabeled = np.setdiff1d(np.arange(len(images.train_labels)), taken)
     if uses_unlabeled and len(unlabeled) == 0:
@@ -188,6 +191,8 @@ def train(args, given, interrupt, world):
         folder.say(line)
     if saved is not None:
         folder.say(f"resumed at step {start} from {source}")
+        if "data" not in saved:
+            folder.say(f"{source}: of an earlier version, which kept no digest of its images: they could not be compared")
         for key, value in sessions[-1].items():
             if key not in ("from_step", "commit") and value != sessions[-2].get(key):
                 folder.say(f"{key} was {sessions[-2].get(key)} and is {value}: equal to the first part only up to rounding")
@@ -251,6 +256,7 @@ def train(args, given, interrupt, world):
                 "best": accuracies[f"{select_by}/accuracy"] if is_best else best,
                 "labeled": torch.from_numpy(labeled), "validation": torch.from_numpy(validation),
                 "labels_sha256": images.labels_sha256, "class_names": list(images.class_names),
+                "data": data,
                 "mean": images.mean, "std": images.std, "image_size": images.train_images.shape[-1],
                 "rng": rng, "cuda_rng": cuda_rng, **({"other_rng": other_rng} if other_rng else {}),
             }

@@ -26,6 +26,7 @@ class Images(NamedTuple):
     source: str = ""                    # of "folder" and "imagenet": where the pixels are kept, and why
     test_files: tuple = ()              # M paths, likewise
     ignored: str = ""                   # how many entries of their folders are not taken for images, and why; or nothing
+    files: dict = {}                    # likewise, what `list_files` says of them
 
     @property
     def num_classes(self):
@@ -35,6 +36,17 @@ class Images(NamedTuple):
     def labels_sha256(self):
         """Of the training labels as little-endian int64: the data set that a split's indices speak of."""
         return hashlib.sha256(self.train_labels.numpy().astype("<i8").tobytes()).hexdigest()
+
+    @property
+    def digest(self):
+        """What the data are, wherever they lie: name -> SHA-256, or text.  Two of them are compared in the names that both
+        hold: there are pixels of images in memory, names and sizes of files."""
+        held = {"class names": "/".join(self.class_names), "training labels": self.labels_sha256,
+                "test labels": hashlib.sha256(self.test_labels.numpy().astype("<i8").tobytes()).hexdigest(), **self.files}
+        for part, images in (("training", self.train_images), ("test", self.test_images)):
+            if not isinstance(images, Files):
+                held[f"{part} pixels"] = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
+        return held
 
     @property
     def padding(self):
@@ -182,7 +194,7 @@ def fetch(files, source, root, download, **kwargs):
 def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, stop):
     """root/<part>/<class>/* of both parts of a data set, images of any size and of the types in `decoding.FORMATS`."""
     check_root(name, root)
-    class_names, parts, ignored = None, [], {}
+    class_names, parts, ignored, files = None, [], {}, {}
     for folder in (root / part for part in row.parts):
         names = []
         for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
@@ -200,6 +212,7 @@ def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, 
         found = [list_images(folder / k, ignored) for k in names]
         parts.append(([path for paths in found for path in paths],
                       np.repeat(np.arange(len(names), dtype=np.int64), [len(paths) for paths in found])))
+        files |= list_files("test" if parts[1:] else "training", folder, parts[-1][0], skip_corrupt)
     (train, train_labels), (test, test_labels) = parts
     ignored = "; ".join(f"{len(paths):,} {reason} ({os.path.relpath(paths[0], root)!r}{', ...' * (len(paths) > 1)})"
                         for reason, paths in ignored.items())
@@ -209,7 +222,7 @@ def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, 
     if not (row.resized_crop or skip_corrupt or memory is not None and size > memory):
         pixels = decode_files(train + test, image_size, num_workers)
         return ((pixels[:len(train)], train_labels), (pixels[len(train):], test_labels), class_names,
-                f"in memory: {needed}", tuple(test), ignored)
+                f"in memory: {needed}", tuple(test), ignored, files)
     why = ("random resized crops need the files" if row.resized_crop else "--skip-corrupt" if skip_corrupt
            else f"they may take {memory / 1e9:,.2f} GB of memory")
     workers = Workers(num_workers, stop)
@@ -217,7 +230,20 @@ def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, 
     train, test = (Files(paths, image_size, workers, crop, row.resized_crop, skip_corrupt) for paths in (train, test))
     return ((train, train_labels), (test, test_labels), class_names,
             f"read from disk by {num_workers or 'no'} worker{'s' * (num_workers != 1)}: {needed}, {why}", tuple(test.paths),
-            ignored)
+            ignored, files)
+
+
+def list_files(part, folder, paths, skip_corrupt):
+    """SHA-256 of the names of a part's files, as under its folder, and of their sizes: name -> text.
+
+    With skip_corrupt there are no sizes: a file may have been damaged, or replaced, since.
+    """
+    names = [path[len(str(folder)):] for path in paths]
+    held = {f"names of {part} files": hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()}
+    if not skip_corrupt:
+        sizes = [os.path.getsize(path) if os.path.exists(path) else None for path in paths]
+        held[f"sizes of {part} files"] = hashlib.sha256(repr(sizes).encode()).hexdigest()
+    return held
 
 
 LOADERS = {"cifar": load_cifar, "svhn": load_svhn, "digits": load_digits, "folder": load_folder}

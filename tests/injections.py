@@ -13,12 +13,15 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+from datetime import timedelta
 from functools import cache, partial
 from multiprocessing import get_context, resource_tracker
 from pathlib import Path
@@ -27,6 +30,7 @@ from urllib.error import URLError
 
 import numpy as np
 import torch
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--dataset", "digits", "--num-label", "50", "-a", "convsmall", "--batch-size", "8", "--warmup", "2", "--seed", "1",
@@ -93,6 +97,42 @@ def finish(process, seconds=600):
         process.join()
         return "it did not end"
     return process.exitcode
+
+
+# Several processes of one run, in the environment that torchrun would give them
+
+def make_store():
+    """What torchrun keeps for its processes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+
+
+def become(rank, size, port):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+
+
+class Processes:
+    """train_meta.py in several processes, one for each list of flags; `end` gives their exit codes, and what each wrote to
+    standard error."""
+
+    def __init__(self, store, folder, flags, *patches):
+        self.outputs = [folder / f"rank{rank}" for rank in range(len(flags))]
+        self.processes = [start(own, partial(become, rank, len(flags), store.port), *patches, output=output)
+                          for rank, (own, output) in enumerate(zip(flags, self.outputs))]
+
+    def end(self, seconds=60):
+        codes = [finish(process, seconds) for process in self.processes]
+        return codes, [Path(f"{output}.err").read_text() for output in self.outputs]
+
+
+def run_processes(folder, flags, *patches):
+    """A run from its start to its end, with a store of its own: exit codes, and what all wrote to standard error."""
+    store = make_store()
+    codes, errors = Processes(store, folder, flags, *patches).end()
+    del store
+    return codes, "".join(errors)
 
 
 def one_line(code, expected, error, *parts):
@@ -1280,6 +1320,102 @@ def old_signals():
     interrupt.SIGNALS = interrupt.SIGNALS[:3]
 
 
+# F16, F17: processes, and data, of another experiment
+
+def few_images(root, count=4, seed=0, classes=("ant", "bee")):
+    """Noise as image files, for --dataset folder: two seeds give other images of the same names and sizes."""
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    for part in ("train", "test"):
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / part / name / f"{i}.bmp")
+    return root
+
+
+FEW = ["--dataset", "folder", "--image-size", "16", "--num-label", "4", "--num-workers", "0", "--batch-size", "4"]
+
+
+def disagreeing(folder, tries, rng, patch=None):
+    """Two processes of which one has other flags, a wrong one, other data or another network; and a place of its own."""
+    for place, seed in (("here", 0), ("moved", 0), ("pixels", 1), ("file", 0)):
+        few_images(folder / place, seed=seed)
+        (folder / place / "net.py").write_text("from models import build_model\ndef Net(num_classes):\n"
+                                               f"    return build_model('convsmall', num_classes)  # {seed}\n")
+    (folder / "file" / "test" / "ant" / "4.bmp").write_bytes((folder / "file" / "test" / "ant" / "3.bmp").read_bytes())
+    own = ["-a", "net.py:Net"]
+    cases = [(["--seed", "2"], "moved", "seed 2, not 1"), (["--lr", "fast"], "moved", "--lr: 'fast' is not a number"),
+             ([], "pixels", "training pixels"), (own, "pixels", "arch_sha256"), ([], "file", "names of test files"),
+             ([*own, "--num-workers", "1", "--save-path", folder / "x"], "moved", None),
+             *((["--" + name, value], "moved", f"{name.replace('-', '_')} {value}, not ") for name, value in (
+                 ("alpha", "0.5"), ("meta-lr", "0.2"), ("precision", "bfloat16"), ("batch-size", "2"), ("num-label", "2"),
+                 ("total-steps", "4"), ("print-freq", "2"), ("test-freq", "2")))]
+    flags = [*FLAGS, *FEW, "--total-steps", "3", "--save-path", folder / "run", "--data-path", "."]
+    for odd, place, message in cases[:tries]:
+        first = [*flags, *own] if odd[:2] == own else flags
+        codes, error = run_processes(folder, [first, [*flags, *odd]], partial(stand, folder / "here", folder / place), patch)
+        if message is None:
+            fault = None if (codes, error) == ([0, 0], "") else error
+        else:
+            fault = one_line(codes[0], 2, error, message) or ("it wrote something" if (folder / "run").exists() else None)
+        yield f"{odd} in {place}: exit codes {codes}: {fault}" if fault or len(set(codes)) > 1 else None
+        if (folder / "run").exists():
+            shutil.rmtree(folder / "run")
+
+
+def stand(*places):
+    os.chdir(places[int(os.environ["RANK"])])
+
+
+def other_data(folder, tries, rng, patch=None):
+    """A run is plotted and resumed with data that changed, or that only moved."""
+    flags = [*FLAGS, *FEW, "--test-freq", "1", "--total-steps"]
+    code, _, error = run(folder, [*flags, "2", "--save-path", folder / "run", "--data-path", few_images(folder / "then")])
+    assert code == 0, error
+
+    def rename(old, new):
+        return lambda now: (now / old).rename(now / new)
+
+    def other_pixels(now):
+        shutil.rmtree(now)
+        few_images(now, seed=1)
+
+    cases = [("training pixels, test pixels", other_pixels), (None, lambda now: None),
+             ("names of training files", rename("train/ant/0.bmp", "train/ant/z.bmp")),
+             ("class names", lambda now: [(now / part / "ant").rename(now / part / "asp") for part in ("train", "test")]),
+             ("test labels", lambda now: (now / "test" / "bee" / "3.bmp").unlink())]
+    for message, change in cases[:tries]:
+        for name in ("now", "copy"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        shutil.copytree(folder / "run", folder / "copy")
+        change(few_images(folder / "now"))
+        checkpoint, place = folder / "copy" / "checkpoint.pth", ["--data-path", folder / "now", "--num-workers", "0"]
+        figure = ["--checkpoint-path", checkpoint, "--save-path", folder / "figure", "--method", "pca", *place]
+        before = sorted((folder / "copy").rglob("*"))
+        for script, line in (("plot_features", figure), ("train_meta", [*flags, "3", "--save-path", folder / "copy", "--resume",
+                                                                        *place])):
+            code, _, error = run(folder, line, patch, script=script)
+            if message:
+                same = sorted((folder / "copy").rglob("*")) == before
+                yield one_line(code, 2, error, message) or (None if same else "it wrote something")
+            else:
+                yield error if code else None
+
+
+def no_digest():
+    from utils import run_folder
+
+    run_folder.differing = lambda now, then: []
+
+
+def no_agreement():
+    from utils import distributed
+
+    distributed.check_agreement = lambda facts: None
+
+
 class Injection(NamedTuple):
     inject: object
     without: object         # the protection taken away
@@ -1310,4 +1446,6 @@ INJECTIONS = {
     "F18": Injection(disturbed_folders, trusted_folders, 6, 40),
     "F22": Injection(hostile_checkpoints, trusting, 6, 48),
     "F23": Injection(closed_terminals, old_signals, 5, 60),
+    "F16": Injection(disagreeing, no_agreement, 3, 99),
+    "F17": Injection(other_data, no_digest, 1, 99),
 }

@@ -4,19 +4,16 @@ import os
 import random
 import re
 import signal
-import socket
 import time
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SHORT
-from injections import SERVER, differing, finish, records, start, tensors
+from injections import SERVER, Processes, become, differing, finish, make_store, records, run_processes, start, tensors
 from oracle import close
 from torch import nn
-from torch.distributed import TCPStore
 
 from datasets import DATASETS
 from datasets.splits import check_num_label
@@ -24,8 +21,8 @@ from metasemi import METHODS, meta_gradient, training_step
 from metasemi.step import evaluation_mode
 from models import NETWORKS
 from models.synchronized import synchronize_batch_norm
-from utils.cli import parse_training
-from utils.distributed import World, checksum
+from utils.cli import UsageError, parse_training
+from utils.distributed import World, check_agreement, checksum
 from utils.run_folder import RunFolder
 
 SEED, BATCH, STEPS = 3, 8, 20
@@ -45,50 +42,15 @@ class Net(nn.Module):       # no bias before a batch normalization: its gradient
 """
 
 
-# Processes: forked from a server that has loaded torch, in the environment that torchrun would give them
-
-def become(rank, size, port):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
-
-
-class Become:
-    """`become` as an argument that can be sent to a process."""
-
-    def __init__(self, *place):
-        self.place = place
-
-    def __call__(self):
-        become(*self.place)
-
-
 @pytest.fixture
 def store():
     """What torchrun keeps for its processes."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=10))
-
-
-class Run:
-    """train_meta.py in several processes; `end` gives their exit codes, and what each wrote to standard error."""
-
-    def __init__(self, store, folder, size, *flags, patch=None):
-        self.outputs = [folder / f"rank{rank}" for rank in range(size)]
-        self.processes = [start([*SHORT, *flags], Become(rank, size, store.port), patch, output=output)
-                          for rank, output in enumerate(self.outputs)]
-
-    def end(self):
-        codes = [finish(process) for process in self.processes]
-        return codes, [Path(f"{output}.err").read_text() for output in self.outputs]
+    return make_store()
 
 
 def run(size, folder, *flags, patch=None):
-    """A run from its start to its end, with a store of its own."""
-    keep = store.__wrapped__()
-    codes, errors = Run(keep, folder, size, *flags, patch=patch).end()
-    del keep
-    return codes, "".join(errors)
+    """A run from its start to its end, with a store of its own: exit codes, and what all wrote to standard error."""
+    return run_processes(folder, [[*SHORT, *flags]] * size, patch)
 
 
 # The mathematics, in float64
@@ -260,7 +222,7 @@ LONG = ["--total-steps", "2000", "--test-freq", "4"]
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_process_stops_all_after_the_same_step_with_everything_saved(store, tmp_path, number):
-    several = Run(store, tmp_path, 2, *LONG, "--save-path", tmp_path / "a", patch=slow_steps)
+    several = Processes(store, tmp_path, [[*SHORT, *LONG, "--save-path", tmp_path / "a"]] * 2, slow_steps)
     wait_for(several)
     os.kill(several.processes[1].pid, number)
     assert several.end() == ([128 + number] * 2, ["", ""])
@@ -272,7 +234,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_with_everything_s
 @pytest.mark.parametrize("victim", [0, 2])
 def test_when_a_process_is_killed_the_others_end_with_one_line_and_the_run_resumes(store, tmp_path, victim):
     flags = ["--save-path", tmp_path / "a", "--batch-size", "9"]
-    several = Run(store, tmp_path, 3, *LONG, *flags, patch=slow_steps)
+    several = Processes(store, tmp_path, [[*SHORT, *LONG, *flags]] * 3, slow_steps)
     wait_for(several, "step 8/2000  test error")        # after a save
     time.sleep(random.uniform(0, 0.3))
     several.processes[victim].kill()
@@ -373,6 +335,28 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(tmp_path):
 
 
 # Parts
+
+def test_what_a_process_does_not_share_with_the_first_is_named_with_both_values():
+    facts = {"seed": 1, "training pixels": "a" * 64}
+    check_agreement([facts, dict(facts), {"seed": 1, "sizes of files": "held by one alone"}])
+    with pytest.raises(UsageError, match="process 2 .* process 0: seed 2, not 1, training pixels b{40}, not a{40}: "):
+        check_agreement([facts, facts, {"seed": 2, "training pixels": "b" * 64}])
+
+
+@pytest.mark.parametrize("environment", [
+    {"WORLD_SIZE": ""}, {"WORLD_SIZE": "abc"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "-1"}, {"WORLD_SIZE": "9" * 400},
+    {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+    {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "port"}])
+def test_an_environment_that_is_not_of_torchrun_is_one_line(train, tmp_path, capsys, monkeypatch, environment):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert train("a") == 2 and list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == (f"train_meta.py: WORLD_SIZE={environment['WORLD_SIZE'][:20]!r} in the environment is "
+                                       "not as torchrun sets it, with RANK, MASTER_ADDR and MASTER_PORT: start with torchrun, "
+                                       "or unset it\n")
+
 
 def test_the_parts_of_the_processes_make_up_the_whole():
     world, whole = World(), list(range(12))

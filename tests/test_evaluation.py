@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from conftest import SHORT
-from injections import Malicious, negative_variance, records, spoil
+from injections import FEW, Malicious, few_images, negative_variance, records, spoil
 from oracle import close
 from sklearn.metrics import confusion_matrix as reference
 from test_datasets import make_folder
@@ -130,6 +130,20 @@ def test_a_name_is_no_formula_in_the_predictions_and_no_escape_sequence_on_the_t
     assert [row["label_name"] for row in rows[::4]] == ["'=1+1", "'@x", "a\x1b[2J\nb", "b=2"]
     assert rows[0]["file"] == "'=images/test/=1+1/00.png"
     assert not any(value.startswith(("=", "+", "-", "@", "\t", "\r")) for row in rows for value in row.values())
+
+
+def test_other_test_images_are_measured_only_where_the_command_says_so_and_called_others(train, tmp_path, capsys):
+    root, other = few_images(tmp_path / "images"), few_images(tmp_path / "other", seed=1)
+    assert train("a", *FEW, "--data-path", str(root), "--total-steps", "1") == 0
+    path = tmp_path / "a" / "checkpoint.pth"
+    root.rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert evaluate(path, "--data-path", tmp_path / "moved") == 0 and "differ" not in capsys.readouterr().out
+    assert evaluate(path, "--data-path", other) == 0
+    assert "8 images, 2 classes; not what the run was tested on: the test pixels differ" in capsys.readouterr().out
+    other.rename(root)
+    assert evaluate(path) == 2
+    assert f"{root} is not what {path} was tested on: the test pixels differ: give a folder" in capsys.readouterr().err
 
 
 def test_many_classes_are_told_by_their_most_frequent_confusions():

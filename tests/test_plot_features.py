@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHORT
-from injections import Malicious, run
+from injections import FEW, Malicious, few_images, run
 from oracle import close
 from PIL import Image
 
@@ -140,6 +140,23 @@ def test_features_are_reused_until_the_checkpoint_or_the_sample_changes(runs, tm
     path.with_suffix(".features.npz").write_bytes(b"damaged")
     assert plot(*flags, "--seed", "7") == 0
     assert len(built) == 4
+
+
+def test_features_of_other_images_are_never_taken_for_those_of_these(tmp_path, monkeypatch, capsys):
+    roots = [str(few_images(tmp_path / f"images{seed}", seed=seed)) for seed in (0, 1)]
+    assert train_meta.main([*SHORT, *FEW, "--total-steps", "1", "--data-path", roots[0], "--save-path", str(tmp_path)]) == 0
+    path = tmp_path / "checkpoint.pth"
+    flags = ["--checkpoint-path", path, "--save-path", tmp_path / "out", "--method", "pca", "--num-workers", "0"]
+    assert plot(*flags) == 0
+    assert plot(*flags, "--data-path", roots[1]) == 2
+    assert f"{roots[1]} is not what {path} was trained on: the training pixels, test pixels differ" in capsys.readouterr().err
+    saved = torch.load(path, weights_only=True)
+    del saved["data"]                   # as of an earlier version, so that nothing is compared
+    torch.save(saved, path)
+    built = []
+    monkeypatch.setattr("models.build_model", lambda *args: built.append(args) or build_model(*args))
+    for root, expected in ((roots[0], 1), (roots[0], 1), (roots[1], 2)):
+        assert plot(*flags, "--data-path", root) == 0 and len(built) == expected
 
 
 def spoiled(runs, tmp_path, **changes):

@@ -3,6 +3,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import termios
@@ -11,11 +12,12 @@ import time
 import pytest
 import torch
 from conftest import SHORT
-from injections import differing, records, tensors
+from injections import FEW, differing, few_images, records, tensors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_datasets import make_folder
 
 import metasemi
+import train_meta
 import utils.metrics
 from utils import checkpoint
 from utils.metrics import error_rates
@@ -205,6 +207,56 @@ def test_the_users_own_folder_trains_with_a_validation_part_that_selects_the_bes
     assert saved["step"] == best["step"]
     rates = json.loads((tmp_path / "a" / "results.json").read_text())["error_rate"]
     assert rates["best_validation"] == pytest.approx(100 * (1 - best["test/accuracy"]), abs=1e-3)
+
+
+def damage(root):
+    (root / "train" / "ant" / "0.bmp").write_bytes(b"no image")
+
+
+@pytest.mark.parametrize(("change", "flags", "message"), [
+    (lambda root: shutil.rmtree(root) or few_images(root, seed=1), [], "the training pixels, test pixels differ"),
+    (lambda root: shutil.rmtree(root) or few_images(root, classes=("ant", "wasp")), [],
+     "the class names, names of training files, names of test files differ"),
+    (lambda root: (root / "train/ant/0.bmp").rename(root / "train/ant/z.bmp"), [], "names of training files, training pixels"),
+    (lambda root: (root / "test/ant/0.bmp").unlink(), ["--skip-corrupt"], "the test labels, names of test files differ"),
+    (lambda root: root.rename(root.with_name("b")), [], None),
+    (damage, ["--skip-corrupt"], None)])
+def test_a_resume_takes_the_same_data_wherever_they_lie_and_names_what_differs(few, train, tmp_path, capsys, change, flags,
+                                                                               message):
+    shutil.copytree(few / "images", tmp_path / "images"), shutil.copytree(few / "run", tmp_path / "a")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir() if path.name != ".lock"}
+    change(tmp_path / "images")
+    root = next(path for path in tmp_path.iterdir() if (path / "test").exists())
+    assert train("a", *FEW, "--data-path", str(root), "--resume", *flags) == (2 if message else 0)
+    if message:
+        assert message in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir() if path.name != ".lock"} == before
+    elif not flags:
+        assert differing(few / "whole", tmp_path / "a") == []
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A run on few images that stopped at step 3, and the whole of it."""
+    root = tmp_path_factory.mktemp("few")
+    flags = [*SHORT, *FEW, "--data-path", str(few_images(root / "images"))]
+    assert train_meta.main([*flags, "--save-path", str(root / "whole")]) == 0
+    assert train_meta.main([*flags, "--save-path", str(root / "run"), "--total-steps", "3"]) == 0
+    return root
+
+
+def test_a_checkpoint_without_a_digest_of_its_data_resumes_and_says_so(few, train, tmp_path, capsys):
+    shutil.copytree(few / "run", tmp_path / "a")
+    saved = torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)
+    del saved["data"]
+    torch.save(saved, tmp_path / "a" / "checkpoint.pth")
+    flags = [*FEW, "--data-path", str(few / "images"), "--resume"]
+    assert train("a", *flags) == 0 and differing(few / "whole", tmp_path / "a") == []
+    assert "which kept no digest of its images: they could not be compared" in (tmp_path / "a" / "log.txt").read_text()
+    saved["class_names"] = ["bee", "ant"]
+    torch.save(saved, tmp_path / "a" / "checkpoint.pth")
+    capsys.readouterr()
+    assert train("a", *flags) == 2 and "the class names differ" in capsys.readouterr().err
 
 
 def test_best_accuracy_survives_a_resume(train, tmp_path):

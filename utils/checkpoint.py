@@ -157,6 +157,9 @@ def find_fault(state):
         json.dumps([state[key] for key in PLAIN], allow_nan=False)
     except (TypeError, ValueError, RecursionError):
         return f"its {', '.join(PLAIN)} are not all plain and finite"
+    data = state.get("data", {})        # not in those of earlier versions
+    if not isinstance(data, dict) or not all(isinstance(text, str) for text in data.values()):
+        return "its data are not names and texts"
     for key, kind in ARGS.items():
         if not isinstance(state["args"].get(key), kind):
             return f"its args have no {key}"

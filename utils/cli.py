@@ -24,18 +24,38 @@ class UsageError(ValueError):
     """Something given cannot be used as it is: one line with what, why and the remedy; the program exits with code 2."""
 
 
+def one_line(message):
+    return printable(" ".join(str(message).split()))
+
+
+def fail(prog, message, code):
+    """One line on standard error, then out."""
+    print(f"{prog}: {one_line(message)}", file=sys.stderr)
+    raise SystemExit(code)
+
+
 def processes():
-    """(rank, size): which of how many processes of one run this is, as torchrun says in the environment; else (0, 1)."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    return int(os.environ.get("RANK", 0)) if size > 1 else 0, size
+    """(rank, local rank, size): which of how many processes of one run this is, as torchrun says in the environment; else
+    (0, 0, 1).  Raises UsageError for an environment that is neither."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return 0, 0, 1
+    given = [os.environ.get("RANK", ""), os.environ.get("LOCAL_RANK", "0"), size, os.environ.get("MASTER_PORT", "")]
+    numbers = [int(text) for text in given if re.fullmatch("[0-9]{1,9}", text)]
+    if len(numbers) < 4 or numbers[0] >= numbers[2] or not os.environ.get("MASTER_ADDR"):
+        raise UsageError(f"WORLD_SIZE={size[:20]!r} in the environment is not as torchrun sets it, with RANK, MASTER_ADDR and "
+                         "MASTER_PORT: start with torchrun, or unset it")
+    return tuple(numbers[:3])
 
 
 class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
+    fail = staticmethod(fail)
+
     def error(self, message):
-        self.exit(2, None if processes()[0] else f"{self.prog}: {one_line(message)} (usage: {self.prog} --help)\n")
+        self.fail(self.prog, f"{message} (usage: {self.prog} --help)", 2)
 
 
 def number(kind, low=None, high=None, above=None, below=None):
@@ -201,14 +221,16 @@ def training_parser(datasets, networks):
     return parser
 
 
-def parse_training(argv, datasets, networks, check_num_label):
+def parse_training(argv, datasets, networks, check_num_label, fail=fail):
     """Resolved flags of train_meta.py; `milestones` is a list of ints.  Exits with code 2 on a contradiction.
 
     With --split, num_label is None unless it was given; with --evaluate, so is every flag that a checkpoint answers.
+    fail: a function as `fail`.
     """
     parser = training_parser(datasets, networks)
+    parser.fail = fail
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(ANSWERED)))
-    _, size = processes()
+    *_, size = processes()
     try:
         args.milestones = parse_milestones(args.milestones)
     except ValueError as error:
@@ -374,13 +396,3 @@ def open_standard_streams():
             setattr(sys, name, os.fdopen(number, mode, closefd=False, encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def one_line(message):
-    return printable(" ".join(str(message).split()))
-
-
-def fail(prog, message, code):
-    """One line on standard error, then out."""
-    print(f"{prog}: {one_line(message)}", file=sys.stderr)
-    raise SystemExit(code)

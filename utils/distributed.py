@@ -2,16 +2,19 @@
 
 Rank 0 alone reads and writes the run folder; all others only train.  Tensors of the model travel over NCCL on CUDA and
 over gloo on the CPU; flags, counts and messages over gloo, where no device has to be waited for.  gloo notices at once when
-the other end of a connection dies, and flags travel at every step: so no process waits for one that is gone.
+the other end of a connection dies, and flags travel at every step: so no process waits for one that is gone.  Before there
+is a connection the store of torchrun carries what a process has to say: its flags, or that it has failed.
 """
+import json
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from utils.cli import UsageError, fail, one_line, processes
 from utils.interrupt import heard
+from utils.run_folder import differing
 
 TIMEOUT = timedelta(minutes=10)         # for a process that neither answers nor dies
 LOADING = timedelta(days=1)             # for the first process of a machine, which may download
@@ -28,23 +31,28 @@ class World:
     """
 
     def __init__(self):
-        self.rank, self.size = processes()
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0)) if self.size > 1 else 0
+        self.rank, self.local_rank, self.size = processes()
         self.store = self.control = None
 
-    def join(self, device):
-        """Connects the processes; device: of --device.  Raises UsageError if there are more processes than CUDA devices."""
+    def join(self, device, facts=()):
+        """Connects the processes; device: of --device; facts: name -> number or text, of which they must hold the same.
+
+        Raises UsageError if they do not, and if there are more processes than CUDA devices.
+        """
         if self.size == 1:
             return
         with dying_of_signals():        # torch would keep a signal waiting until every process has come
             import torch
             import torch.distributed as dist
 
-            with calls():
-                store = next(iter(dist.rendezvous("env://")))[0]
-            # torchrun may keep one store over its restarts, and with it what the processes before have left there.
-            self.store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            self.connect()
             cuda = device != "cpu" and torch.cuda.is_available()
+            with calls():
+                self.store.set(f"start {self.rank}", json.dumps({**dict(facts), "device": "cuda" if cuda else "cpu"}))
+                found = [json.loads(self.store.get(f"start {rank}")) for rank in range(self.size)]
+            if None in found:
+                raise WorldError("another process of this run has failed")      # and has said why
+            check_agreement(found)
             if cuda:
                 if self.local_rank >= torch.cuda.device_count():
                     raise UsageError(f"argument --device: {torch.cuda.device_count()} CUDA devices are visible: give torchrun "
@@ -55,6 +63,15 @@ class World:
                                         timeout=TIMEOUT)
                 self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if cuda else dist.group.WORLD
                 dist.barrier(self.control)
+
+    def connect(self):
+        """To the store of torchrun."""
+        import torch.distributed as dist
+
+        with calls():
+            store = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))[0]
+        # torchrun may keep one store over its restarts, and with it what the processes before have left there.
+        self.store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
     def leave(self):
         """Waits until every process has come here, then disconnects."""
@@ -88,6 +105,10 @@ class World:
         with calls():
             dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def compare(self, facts):
+        """As `check_agreement`, of the facts of all processes."""
+        check_agreement(self.gather(facts))
 
     def sum(self, numbers):
         """Sums of numbers over the processes, a list of floats."""
@@ -209,9 +230,26 @@ class World:
         """`cli.fail`, but one process speaks for all, and none waits for another on its way out."""
         if self.size == 1:
             fail(prog, message, code)
+        if self.store is None:
+            with dying_of_signals(), suppress(WorldError):
+                self.connect()
         if self.speaks(code):
             print(f"{prog}: {one_line(message)}", file=sys.stderr, flush=True)
-        os._exit(self.exit_code(code) if self.store else code)
+        if self.store is None:
+            os._exit(code)
+        with suppress(RuntimeError):
+            self.store.set(f"start {self.rank}", json.dumps(None))              # for those who still wait in `join`
+        os._exit(self.exit_code(code))
+
+
+def check_agreement(facts):
+    """Raises UsageError, which names what differs, unless all processes hold the same; facts: those of each, by rank."""
+    for rank, own in enumerate(facts):
+        names = differing(own, facts[0])
+        if names:
+            raise UsageError(f"process {rank} is in another experiment than process 0: "
+                             + ", ".join(f"{name} {str(own[name])[:40]}, not {str(facts[0][name])[:40]}" for name in names)
+                             + ": start all with the same flags, data, network and versions")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from utils.device import choose_device, memory_for_images, set_precision, slow_p
 from utils.failure import own_network
 from utils.files import printable, replacing
 from utils.metrics import Diverged, all_finite, confusion_matrix, expected_calibration_error, finite_names, predict
+from utils.run_folder import differing, trained_on
 
 MOST_CLASSES = 20       # whose confusion matrix is printed whole
 
@@ -49,6 +50,10 @@ def evaluate_file(args, sha256, datasets, models):
         check_split(state["labeled"], state["validation"], len(images.train_labels), path)
     if saved and list(images.class_names) != state["class_names"]:
         raise datasets.DataError(f"argument --data-path: {flags['data_path']} has other classes than {path} was trained on")
+    others = [name for name in differing(images.digest, trained_on(state)) if "test" in name] if saved else []
+    if others and not args.data_path:
+        raise UsageError(f"argument --data-path: {flags['data_path']} is not what {path} was tested on: the "
+                         f"{', '.join(others)} differ: give a folder to measure what is in there")
     warned = models.rehearse(flags["arch"], images.num_classes, images.test_images.shape[-1], device, dtype)
     model = models.build_model(flags["arch"], images.num_classes, device)
     always_finite = finite_names(model)
@@ -68,7 +73,8 @@ def evaluate_file(args, sha256, datasets, models):
     step = f" of step {state['step']}" if saved else ", a state dict"
     print("\n".join([*warned, printable(f"{path}{step}: {flags['arch']} on {device.type}, {flags['precision']}")]))
     print(printable(f"test set of {flags['dataset']}" + (f" under {flags['data_path']}" if images.test_files else "")
-                    + f": {count:,} images, {len(names)} classes"))
+                    + f": {count:,} images, {len(names)} classes"
+                    + (f"; not what the run was tested on: the {', '.join(others)} differ" if others else "")))
     if images.ignored:
         print(printable(f"ignored: {images.ignored}"))
     if len(index) < count:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
+from importlib.metadata import version
 from pathlib import Path
 
 from tqdm import tqdm
@@ -89,6 +90,31 @@ def experiment(args):
     """The flags as plain types, without those that only say where and how a run is kept."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
             if key not in ("save_path", "resume", "overwrite", "evaluate", "predictions")}
+
+
+def shared(args):
+    """What the processes of a run must hold in common before any data are loaded; flags as in `experiment`, and versions."""
+    local = ("data_path", "num_workers", "split")       # a machine's own; what lies there is compared once it is loaded
+    return {**{key: value for key, value in experiment(args).items() if key not in local},
+            **{package: version(package) for package in ("torch", "torchvision", "numpy", "pillow")}}
+
+
+def differing(now, then):
+    """Names of what is different in two mappings, of what both hold."""
+    return [name for name, value in now.items() if then.get(name, value) != value]
+
+
+def trained_on(saved):
+    """The digest of the data of a checkpoint; one of an earlier version has only a part of it."""
+    return {"class names": "/".join(map(str, saved["class_names"])), "training labels": saved["labels_sha256"],
+            **saved.get("data", {})}
+
+
+def check_same_data(data, saved, source, path):
+    """Refuses data at `path`, of a digest `data`, that are not those of the checkpoint `saved`; source: what to call it."""
+    names = differing(data, trained_on(saved))
+    if names:
+        raise UsageError(f"argument --data-path: {path} is not what {source} was trained on: the {', '.join(names)} differ")
 
 
 def check_same_experiment(args, saved, step):
