@@ -1,4 +1,4 @@
-"""Draws formulation.png, algorithm.png and step.png, from the texts below and the lines of the source they speak of.
+"""Draws formulation.png and step.png from the texts below.
 
     python3 images/make_images.py
 """
@@ -12,45 +12,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.patches import FancyBboxPatch  # noqa: E402
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent
 plt.rcParams.update({"mathtext.fontset": "cm", "font.size": 13})
-INK, BLUE, RED, GREY = "#1a1a1a", "#1f5f99", "#b3261e", "#666666"
-
-# Algorithm 2, line by line: its number, what it does, and the file and the beginning of the source line that does it.
-ALGORITHM = [
-    ("1-2", r"sample $B$ labeled $(x^l, y)$ and $B$ unlabeled $x^u$", "train_meta.py",
-     "x_l, y_l, x_u, hidden, lam = batches(step)"),
-    ("3", r"$\tilde{y} = f(x^u; \theta)$", "metasemi/meta_gradient.py", "y_tilde, J_g = forward_ad"),
-    ("4", r"$L^l = \frac{1}{B} \sum_k \Phi^{KL}(f(x^l_k; \theta),\, y_k)$", "metasemi/meta_gradient.py",
-     "logits_l = logits(model, theta, x_l"),
-    ("5", r"$g = \nabla_\theta\, L^l$", "metasemi/meta_gradient.py", "g = torch.autograd.grad(cross_entropy"),
-    ("6", r"$\epsilon = 0.01 \,/\, \|g\|_2$   (finite difference only)", "metasemi/meta_gradient.py", "half_step = epsilon"),
-    ("7", r"$\nabla\tilde{y} = 2\, J g$   (exact; the paper: a central difference)",
-     "metasemi/meta_gradient.py", "return y_tilde, 2 * J_g"),
-    ("8", r"$\hat{y} = \tilde{y} - \beta\, \nabla\tilde{y}$, clipped at 0, rows over their sum",
-     "metasemi/pseudo_labels.py", "y_hat = (y_tilde - beta"),
-    ("9", r"$\lambda \sim \mathrm{Beta}(\gamma, \gamma)$, one per sample",
-     "datasets/sampling.py", 'return generator(seed, "mix-up", step).beta'),
-    ("10-11", r"$x^{in}, y^{in} = \lambda\, (x^l, y) + (1 - \lambda)\, (x^u, \hat{y})$",
-     "metasemi/pseudo_labels.py", "return lam_x * x_l"),
-    ("12", r"$L_{cls} = \Phi^{KL}(f(x^{in}; \theta),\, y^{in})$", "metasemi/step.py", "loss = kl_divergence("),
-    ("13", r"$L_{cons} = \Phi^{MSE}(f(x^u; \theta),\, \hat{y})$", "metasemi/step.py", "loss_cons = CONSISTENCY"),
-    ("14", r"$\nabla_\theta\, (L_{cls} + w\, L_{cons})$", "metasemi/step.py", "loss.backward()"),
-    ("15", r"one SGD step with learning rate $\alpha$", "metasemi/step.py", "optimizer.step()"),
-]
-
-
-def locate(file, beginning):
-    """"file:line" of the one source line that begins so; ValueError if there is none, or more."""
-    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-    found = [i + 1 for i, line in enumerate(lines) if line.strip().startswith(beginning)]
-    if not found or (len(found) > 1 and beginning != "optimizer.step()"):
-        raise ValueError(f"{file} has {len(found)} lines that begin with {beginning!r}")
-    return f"{file}:{found[0]}"
-
-
-def algorithm_rows():
-    return [(number, text, locate(file, beginning)) for number, text, file, beginning in ALGORITHM]
+INK, BLUE, RED = "#1a1a1a", "#1f5f99", "#b3261e"
 
 
 def draw_formulation():
@@ -64,26 +27,7 @@ def draw_formulation():
     ax.text(0, 0.35, "Online, one virtual SGD step stands for the inner problem:   "
             r"$\tilde{\theta} = \theta - \alpha\, g_u = \theta$,   yet   $\partial \tilde{\theta} / \partial \tilde{y} \neq 0$",
             fontsize=13)
-    save(fig, "formulation", "")
-
-
-def draw_algorithm():
-    rows = algorithm_rows()
-    height = 0.46 * len(rows) + 1.0
-    fig, ax = canvas(11.0, height)
-    ax.text(0, height - 0.1, "Algorithm 2, as this code runs it", weight="bold", fontsize=15, va="top")
-    for i, (number, text, place) in enumerate(rows):
-        y = height - 0.95 - 0.46 * i
-        ax.text(0.55, y, number, ha="right", va="center", color=GREY)
-        ax.text(0.8, y, text, va="center", fontsize=14)
-        ax.text(7.3, y, place, va="center", family="monospace", fontsize=11.5, color=BLUE)
-    ax.hlines(height - 0.58, 0, 11.0, color=INK, linewidth=1)
-    save(fig, "algorithm", describe(rows))
-
-
-def describe(rows):
-    """What algorithm.png says, kept in the file so that a test can see when it is out of date."""
-    return "; ".join(f"{number} {place}" for number, _, place in rows)
+    save(fig, "formulation")
 
 
 def draw_step():
@@ -125,7 +69,7 @@ def draw_step():
     arrow((8.62, 3.5), (9.08, 3.5), RED)
     arrow((10.42, 3.4), (10.88, 2.8), RED)
     arrow((10.42, 1.6), (10.88, 2.2), RED)
-    save(fig, "step", "")
+    save(fig, "step")
 
 
 def canvas(width, height):
@@ -137,15 +81,13 @@ def canvas(width, height):
     return fig, ax
 
 
-def save(fig, name, description):
-    fig.savefig(HERE / f"{name}.png", dpi=130, bbox_inches="tight", pad_inches=0.2,
-                metadata={"Software": None, "Description": description})
+def save(fig, name):
+    fig.savefig(HERE / f"{name}.png", dpi=130, bbox_inches="tight", pad_inches=0.2, metadata={"Software": None})
     plt.close(fig)
 
 
 def main():
     draw_formulation()
-    draw_algorithm()
     draw_step()
 
 

@@ -301,8 +301,8 @@ def test_the_choices_of_the_flags_are_those_of_the_code():
     assert set(actions["--consistency"].choices) == set(CONSISTENCY)
 
 
-def test_every_command_of_the_readme_is_accepted_and_every_flag_is_described():
-    text = (ROOT / "README.md").read_text()
+def test_every_command_of_the_documents_is_accepted_and_every_flag_is_described():
+    text = "".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("    ")
                 and ("python3 " in line or line.startswith("    torchrun "))]
     parsed = 0

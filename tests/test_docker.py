@@ -177,9 +177,9 @@ def test_compose_gives_one_gpu_shared_memory_time_to_save_and_the_folders_the_fl
     assert {"/data/", "/results/*", "/docker/.env"} <= set((ROOT / ".gitignore").read_text().split())
 
 
-def test_the_readme_runs_commands_that_the_scripts_accept_and_whose_results_stay():
+def test_its_readme_runs_commands_that_the_scripts_accept_and_whose_results_stay():
     service = re.search(r"^services:\n  (\w+):", COMPOSE, re.MULTILINE)[1]
-    commands = [shlex.split(line.split(f" {service} ")[1]) for line in (ROOT / "README.md").read_text().splitlines()
+    commands = [shlex.split(line.split(f" {service} ")[1]) for line in (ROOT / "docker" / "README.md").read_text().splitlines()
                 if re.match(r"    .*docker (compose )?run ", line)]
     kept = [parse_training(flags, DATASETS, NETWORKS, check_num_label) if script == "train_meta.py"
             else parse_plotting(flags, DATASETS) for script, *flags in commands]

@@ -361,10 +361,12 @@ def test_validation_images_are_never_among_those_of_the_list():
         split_training(labels, 8, 15, 3, seed=1, given=given)
 
 
-# The README
+# The documents
 
 def section(title):
-    return (ROOT / "README.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    """The section of the README, if it has one, and that of docs/usage.md."""
+    text = "".join(path.read_text() for path in (ROOT / "README.md", ROOT / "docs" / "usage.md"))
+    return "".join(re.findall(rf"^##+ {title}\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL))
 
 
 def run_commands(title, *data):
@@ -390,7 +392,7 @@ def photos(tmp_path, monkeypatch):
     return make_folder(tmp_path / "photos", count=6)
 
 
-def test_the_readme_takes_a_folder_of_images_to_a_trained_model(photos):
+def test_the_documents_take_a_folder_of_images_to_a_trained_model(photos):
     (photos.parent / "labeled.txt").write_text("7\n0\n3\n")
     assert run_commands("Your own images") == 4
     results = photos.parent / "results"
@@ -400,7 +402,7 @@ def test_the_readme_takes_a_folder_of_images_to_a_trained_model(photos):
     assert (results / "photos-split" / "label_indices.txt").read_text() == "0\n3\n7\n"
 
 
-def test_the_readme_takes_a_network_of_the_users_own_to_a_trained_model(photos):
+def test_the_documents_take_a_network_of_the_users_own_to_a_trained_model(photos):
     text = section("Your own network").split("```python\n")[1].split("```")[0]
     (photos.parent / "net.py").write_text(text)
     assert run_commands("Your own network", "--dataset", "folder", "--data-path", "photos") == 3
@@ -408,7 +410,7 @@ def test_the_readme_takes_a_network_of_the_users_own_to_a_trained_model(photos):
     assert torch.load(photos.parent / "results" / "net" / "checkpoint.pth", weights_only=True)["step"] == 2
 
 
-def test_the_evaluations_of_the_readme_are_the_flags_that_they_say(tmp_path, monkeypatch, capsys):
+def test_the_evaluations_of_the_documents_are_the_flags_that_they_say(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for line in section("Evaluation").splitlines():
         if line.startswith("    python3 "):

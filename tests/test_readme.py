@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand in it, with flags behind them that make them short."""
+"""README.md, docs/ and docker/README.md: their commands run as they stand, with flags behind them that make them short."""
 import json
 import os
 import re
@@ -12,27 +12,44 @@ from threading import Lock
 import pytest
 import torch
 from conftest import ROOT
-from injections import run
+from injections import INJECTIONS, run
 
 import plot_features
 import reproduce
 import train_meta
+from metasemi import training_step
+from models import build_model
+from utils.report import filled
 
-README = (ROOT / "README.md").read_text()
+sys.path.insert(0, str(ROOT / "docs"))
+import make_tables  # noqa: E402
+
+TEXTS = {str(path.relative_to(ROOT)): path.read_text()
+         for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docker" / "README.md")}
 DIGITS = ["--dataset", "digits", "-a", "convsmall"]
 SHORT = {
-    "train_meta.py": [*DIGITS, "--num-label", "50", "--batch-size", "8", "--total-steps", "2", "--warmup", "1",
-                      "--device", "cpu"],
-    "plot_features.py": ["--method", "pca", "--num-point", "40", "--device", "cpu"],
+    "train_meta.py": [*DIGITS, "--num-label", "50", "--batch-size", "8", "--warmup", "1", "--device", "cpu"],
+    "plot_features.py": ["--dataset", "digits", "--method", "pca", "--num-point", "40", "--device", "cpu"],
     "reproduce.py": ["--dataset", "digits", "--scale", "0.005", "--seeds", "1"],
 }
 
 
-def commands(section):
-    """(script, flags) of the lines of a section that run one of the three scripts."""
-    text = re.search(rf"^## {section}\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]
-    lines = [shlex.split(line) for line in text.splitlines() if re.match(r"    (\w+=\w+ )?python3 ", line)]
-    return [(words[words.index("python3") + 1], words[words.index("python3") + 2:]) for words in lines]
+def lines_of(text):
+    """The commands of a text: its indented lines, and those within a sentence that run Python."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [*re.findall(r"^    ([^\s#].*)$", text, re.MULTILINE), *re.findall(r"`(python3 [^`]*)`", text)]
+
+
+def words_of(line):
+    """(script, flags) of a line that runs Python or torchrun, else None."""
+    match = re.search(r"(?:python3|torchrun .*?) ?\b([\w/]+\.py)\b(.*)", line)
+    return match and (match[1], shlex.split(match[2]))
+
+
+def commands(file, section):
+    """(script, flags) of the indented lines of a section, its subsections left out."""
+    text = re.search(rf"^##+ {section}\n(.*?)(?=^##|\Z)", TEXTS[file], re.MULTILINE | re.DOTALL)[1]
+    return [words_of(line) for line in lines_of(text) if not line.startswith("make ")]
 
 
 def make(*targets):
@@ -42,10 +59,11 @@ def make(*targets):
     return [("reproduce.py", line[2:]) for line in words]
 
 
-def test_training_plotting_and_evaluating_as_the_readme_says(tmp_path, monkeypatch, capsys):
+def test_training_plotting_and_evaluating_as_the_documents_say(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     done = []
-    for script, flags in [*commands("Commands"), *commands("Evaluation")]:
+    for script, flags in [*commands("README.md", "Four commands"), *commands("docs/usage.md", "The tables of the paper"),
+                          *commands("docs/usage.md", "Figures"), *commands("docs/usage.md", "Evaluation")]:
         if script == "reproduce.py":
             continue
         done.append(script)
@@ -53,15 +71,18 @@ def test_training_plotting_and_evaluating_as_the_readme_says(tmp_path, monkeypat
         if "--evaluate" in flags:
             extra = [*(DIGITS if "weights.pth" in flags else []), "--device", "cpu"]
             torch.save(torch.load("results/cifar10/checkpoint.pth", weights_only=True)["model"], "weights.pth")
-        elif "--checkpoint-path" in flags:
-            extra = [*extra, "--dataset", "digits"]
+        elif script == "train_meta.py":
+            extra = [*extra, "--total-steps", "3" if "--resume" in flags else "2"]
+        elif "--curves" in flags:
+            extra = extra[2:]
         main = train_meta.main if script == "train_meta.py" else plot_features.main
         assert main([*flags, *extra]) == 0, flags
         if "--save-path" in flags:
             assert (tmp_path / flags[flags.index("--save-path") + 1]).is_dir()
-    assert done.count("train_meta.py") == 9 and done.count("plot_features.py") == 3
+    assert done.count("train_meta.py") == 10 and done.count("plot_features.py") == 4
     flags = json.loads((tmp_path / "results" / "svhn" / "args.json").read_text())["args"]
     assert (flags["alpha"], flags["weight_decay"], flags["seed"]) == (0.1, 5e-5, 7788)           # those of the command
+    assert "resumed at step 2" in (tmp_path / "results" / "cifar10" / "log.txt").read_text()
     assert (tmp_path / "results" / "curves" / "curves.png").exists() and (tmp_path / "cifar10.csv").exists()
     assert capsys.readouterr().out.count("confusion matrix") == 2
 
@@ -76,12 +97,12 @@ def in_a_process_that_has_torch(command, **options):
     return subprocess.CompletedProcess(command, code, out, error)
 
 
-def test_reproducing_as_the_readme_and_make_say(tmp_path, monkeypatch, capsys):
+def test_reproducing_as_the_documents_and_make_say(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    plan = [*commands("Commands"), *make("demo", "reproduce-small")]
+    plan = [*commands("docs/usage.md", "The tables of the paper"), *make("demo", "reproduce-small")]
     plan = [flags for script, flags in plan if script == "reproduce.py"]
     assert [flags[0] for flags in plan] == ["main", "ablation", "figure3", "curves", "figure3", "ablation"]
-    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "README.md").write_text(TEXTS["README.md"])
     del plan[4]                                             # that of `make demo`, shortened, is the one before
     monkeypatch.setattr(subprocess, "run", in_a_process_that_has_torch)
     for flags in plan:
@@ -100,4 +121,76 @@ def test_make_runs_scripts_that_are_there(target):
     lines = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     scripts = re.findall(r"/python ([\w/]+\.py)", lines)
     assert scripts or "pytest" in lines
-    assert all((ROOT / script).exists() for script in scripts) and f"make {target}" in README
+    assert all((ROOT / script).exists() for script in scripts) and f"`make {target}`" in "".join(TEXTS.values())
+
+
+def test_the_training_loop_of_the_readme_makes_the_steps_of_training_step():
+    code = re.search(r"```python\n(.*?)```", TEXTS["README.md"], re.DOTALL)[1]
+    assert len([line for line in code.splitlines() if line]) == 8
+    torch.manual_seed(0)
+    labeled = [(torch.randn(4, 3, 16, 16).double(), torch.randint(10, (4,))) for _ in range(2)]
+    unlabeled = [torch.randn(4, 3, 16, 16).double() for _ in range(2)]
+    weights = []
+    for own in (True, False):
+        torch.manual_seed(1)
+        model = build_model("convsmall", 10).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if own:
+            exec(code, {"model": model, "optimizer": optimizer, "labeled_loader": labeled, "unlabeled_loader": unlabeled})
+        else:
+            for (x_l, y_l), x_u in zip(labeled, unlabeled):
+                training_step(model, optimizer, x_l, y_l, x_u, alpha=0.1, beta=0.1)
+        weights.append(torch.cat([w.detach().flatten() for w in model.parameters()]))
+    assert torch.allclose(*weights, rtol=1e-9, atol=1e-12)
+
+
+def test_no_command_stands_twice_and_every_one_is_of_a_kind_that_is_tested():
+    lines = [line for text in TEXTS.values() for line in lines_of(text)]
+    assert len(lines) > 35 and sorted({line for line in lines if lines.count(line) > 1}) == []
+    for line in lines:
+        command = words_of(line)
+        if command is None or "docker" in line:             # those of docker are parsed in tests/test_docker.py
+            assert re.match(r"make \S+$|\. \.venv/bin/activate$|python3 -m venv |\.venv/bin/python -m pip install |mkdir -p "
+                            r"|printf |COMMIT=\S+|GPU=0 docker |docker |sh try_build\.sh$|if \[ \$\? -eq 143 \]", line), line
+            continue
+        script, flags = command                             # those of training and plotting, in tests/test_command_line.py
+        assert (ROOT / script).exists(), line
+        if script == "reproduce.py":
+            assert reproduce.parse(flags).table == flags[0]
+
+
+def test_every_link_and_picture_of_the_documents_leads_to_a_place_that_is_there():
+    texts = {**TEXTS, "REPRODUCTION.md": (ROOT / "REPRODUCTION.md").read_text()}
+    links = [(file, *link.partition("#")[::2]) for file, text in texts.items()
+             for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("https://")]
+    assert len(links) > 60
+    for file, path, place in links:
+        target = ((ROOT / file).parent / path).resolve()
+        assert target.exists() and target.is_relative_to(ROOT), (file, path)
+        if place and target.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert place in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], (file, place)
+
+
+@pytest.mark.parametrize("file", ["docs/method.md", "docs/usage.md"])
+def test_the_tables_of_the_source_are_those_of_the_source_now(file):
+    assert TEXTS[file] == filled(TEXTS[file], make_tables.blocks()), f"{file} is out of date: python3 docs/make_tables.py"
+
+
+def test_the_table_of_algorithm_2_has_every_line():
+    bounds = [[int(number) for number in row.split("-")] for row, *_ in make_tables.ALGORITHM]
+    assert [number for first, *last in bounds for number in range(first, max([first, *last]) + 1)] == list(range(1, 16))
+
+
+def test_a_line_that_is_not_in_the_source_or_stands_there_twice_is_an_error():
+    with pytest.raises(ValueError, match="has 0 lines that hold 'nothing of this'"):
+        make_tables.locate("train_meta.py", "nothing of this")
+    with pytest.raises(ValueError, match="lines that hold 'import'"):
+        make_tables.locate("train_meta.py", "import")
+
+
+def test_the_table_of_injections_names_every_one_and_none_was_lost():
+    rows = re.findall(r"^\| (F\d+) \| (.+?) \| (\d+) \| (\d+) \| 0 \| [1-9]\d* of \d+ \| \d+ \|$", TEXTS["docs/runs.md"],
+                      re.MULTILINE)
+    assert [row[:2] for row in rows] == [(name, injection.inject.__doc__.rstrip(".")) for name, injection in INJECTIONS.items()]
+    assert all(tries == survived for *_, tries, survived in rows)

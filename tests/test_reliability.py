@@ -133,8 +133,8 @@ def test_a_run_resumes_equal_with_every_kind_of_optimizer_state(train, tmp_path,
     assert differing(tmp_path / "whole", tmp_path / "a") == []
 
 
-def test_the_batch_script_of_the_readme_trains_and_asks_for_a_requeue(tmp_path):
-    text = (ROOT / "README.md").read_text()
+def test_the_batch_script_of_the_documents_trains_and_asks_for_a_requeue(tmp_path):
+    text = (ROOT / "docs" / "runs.md").read_text()
     script = next(block for block in re.findall(r"((?:^    .*\n|^\n)+)", text, re.MULTILINE) if "#SBATCH" in block)
     (tmp_path / "job.sh").write_text(textwrap.dedent(script))
     digits = "--dataset digits --num-label 50 -a convsmall --batch-size 8 --total-steps 100000 --test-freq 5 --device cpu"

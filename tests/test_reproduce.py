@@ -46,15 +46,15 @@ def test_a_dry_run_prints_commands_that_are_accepted_and_does_nothing(table, tmp
                for flags in cifar)
 
 
-def test_the_commands_of_the_tables_are_those_of_the_readme(tmp_path, monkeypatch, capsys):
+def test_the_commands_of_the_tables_are_those_of_the_documents(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for table in ("main", "ablation"):
         reproduce.main([table, "--dry-run"])
     free = ("save_path", "resume", "split", "print_freq")
     planned = [{k: v for k, v in flags_of(line).items() if k not in free} for line in capsys.readouterr().out.splitlines()]
     lines = re.findall(r"^    CUDA_VISIBLE_DEVICES=0 python3 (train_meta.py .*results/(?:svhn|cifar).*)$",
-                       (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert len(lines) == 7
+                       "".join((ROOT / name).read_text() for name in ("README.md", "docs/usage.md")), re.MULTILINE)
+    assert len(lines) == 8                                  # one of them twice, the second time with --resume
     for line in lines:
         assert {k: v for k, v in flags_of(line).items() if k not in free} in planned, line
 
@@ -67,7 +67,9 @@ def test_the_reports_are_what_runs_csv_says(monkeypatch):
     for path in reproduce.REPORTS:
         text = path.read_text()
         assert filled(path, blocks) == text, f"{path} is behind results/runs.csv: python3 reproduce.py ablation ..."
-        assert len(re.findall("<!-- end -->", text)) >= 3
+        assert set(re.findall(r"^<!-- (\S+) -->$", text, re.MULTILINE)) - {"end"} == {
+            "README.md": {"digits", "paired"}, "REPRODUCTION.md": {"paired", "main", "ablation", "cells", "cifar10-jpeg-small",
+                                                                   "telemetry", "commands"}}[path.name]
 
 
 @pytest.mark.parametrize(("errors", "verdict"), [
@@ -211,12 +213,12 @@ def test_the_shipped_lists_are_those_that_the_seeds_give_and_a_changed_one_is_re
     assert "splits/digits-50-seed1.txt is not the list whose SHA-256 is in splits/SHA256SUMS: restore it" in error
 
 
-def test_imagenet_is_a_plan_with_its_cost_of_the_recipe_in_the_readme(capsys):
+def test_imagenet_is_a_plan_with_its_cost_of_the_recipe_in_the_documents(capsys):
     assert reproduce.main(["imagenet", "--seeds", "2"]) == 0
     out = capsys.readouterr().out
     assert "| both (MetaSemi) | 3e+19 | 30.4 | 3.8 |" in out            # 2 * 1.82e9 * 512 * 12 * 1351200 / 276.5e12 / 3600
     planned = [flags_of(line) for line in out.splitlines() if line.startswith("torchrun")]
-    recipe = flags_of(re.search(r"python3 (train_meta.py --dataset imagenet .*)", (ROOT / "README.md").read_text())[1])
+    recipe = flags_of(re.search(r"python3 (train_meta.py --dataset imagenet .*)", (ROOT / "docs" / "usage.md").read_text())[1])
     free = ("data_path", "save_path", "resume", "precision", "print_freq", "test_freq", "seed", "num_workers")
     assert len(planned) == 6 and {k: v for k, v in recipe.items() if k not in free} in [
         {k: v for k, v in flags.items() if k not in free} for flags in planned]

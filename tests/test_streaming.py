@@ -53,8 +53,8 @@ def photographs(tmp_path_factory):
 
 @pytest.fixture
 def imagenet(train, tmp_path, photographs):
-    """imagenet(folder, *flags): the README's run, short and small: four steps of resnet18 at 64 pixels."""
-    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    python3")
+    """imagenet(folder, *flags): the run of docs/usage.md, short and small: four steps of resnet18 at 64 pixels."""
+    line = next(line for line in (ROOT / "docs" / "usage.md").read_text().splitlines() if line.startswith("    python3")
                 and "imagenet" in line)
     flags = [*shlex.split(line)[2:], "--milestones", "[300000, 350000]", "--data-path", str(photographs), "--image-size", "64",
              "--num-label", "200", "--batch-size", "8", "--warmup", "1", "--total-steps", "4", "--print-freq", "1",
