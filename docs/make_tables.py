@@ -16,12 +16,12 @@ from utils.report import filled, markdown  # noqa: E402
 # Algorithm 2, line by line: its number, what it does, and the file and a part of the one source line that does it.
 ALGORITHM = [
     ("1-2", "Sample `B` labeled images `(x_l, y_l)` and `B` unlabeled images `x_u`.", "train_meta.py", "# lines 1, 2, 9"),
-    ("3", "`y_tilde = f(x_u; theta)`", "metasemi/meta_gradient.py", "# lines 3, 7"),
+    ("3", "`y_tilde = f(x_u; theta)`", "metasemi/meta_gradient.py", "return consistency.inverse(linked)"),
     ("4", "`L_l` is the mean of `KL(f(x_l; theta), y_l)`.", "metasemi/meta_gradient.py", "logits_l = logits(model, theta"),
     ("5", "`g` is the gradient of `L_l` with respect to `theta`.", "metasemi/meta_gradient.py", "g = torch.autograd.grad("),
     ("6", "`eps = 0.01 / norm(g)`; only the finite difference needs it.", "metasemi/meta_gradient.py", "# line 6"),
     ("7", "The meta-gradient is `2 J g`, exactly; the paper takes a central difference.", "metasemi/meta_gradient.py",
-     "return y_tilde, 2 * J_g"),
+     "forward_ad.unpack_dual(consistency.link(logits_u))"),
     ("8", "`y_hat = y_tilde - beta * 2 J g`, clipped at zero, each row divided by its sum.", "metasemi/pseudo_labels.py",
      "y_hat = (y_tilde - beta"),
     ("9", "Draw `lam ~ Beta(gamma, gamma)`, one for each sample.", "datasets/sampling.py", ".beta(gamma, gamma"),
@@ -36,7 +36,7 @@ ALGORITHM = [
 
 def locate(file, part):
     """The number of the one source line that holds a text; ValueError if there is none, or more."""
-    numbers = [i for i, line in enumerate((ROOT / file).read_text().splitlines(), start=1) if part in line]
+    numbers = [i for i, line in enumerate((ROOT / file).read_text(encoding="utf-8").splitlines(), start=1) if part in line]
     if len(numbers) != 1:
         raise ValueError(f"{file} has {len(numbers)} lines that hold {part!r}")
     return numbers[0]
@@ -76,7 +76,7 @@ def blocks():
 def main():
     tables = blocks()
     for path in (HERE / "method.md", HERE / "usage.md"):
-        path.write_text(filled(path.read_text(), tables))
+        path.write_text(filled(path, tables), encoding="utf-8")
 
 
 if __name__ == "__main__":
