@@ -1416,6 +1416,55 @@ def no_agreement():
     distributed.check_agreement = lambda facts: None
 
 
+# F21: images
+
+def hostile_images(folder, tries, rng, patch=None):
+    """Image files that start a program, are cut off, huge or no pictures, pipes, hidden files, deep pixels, odd names"""
+    from PIL import Image
+
+    ghostscript, ran = folder / "bin" / "gs", folder / "ran"
+    ghostscript.parent.mkdir()
+    ghostscript.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    ghostscript.chmod(0o755)
+    picture = few_images(folder / "picture") / "train" / "ant" / "0.bmp"
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
+    deep = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
+    cases = [                   # name, what makes the file; what is said of it, or None where it is an image
+        ("script.png", lambda path: path.write_bytes(script), "script.png cannot be read as an image"),
+        ("cut.bmp", lambda path: path.write_bytes(picture.read_bytes()[:200]), "cut.bmp cannot be read as an image"),
+        ("bomb.png", lambda path: Image.new("1", (20_000, 20_000)).save(path), "bomb.png cannot be read as an image"),
+        ("text.jpg", lambda path: path.write_text("hello"), "text.jpg cannot be read as an image"),
+        ("pipe.png", os.mkfifo, "1 not a regular file"), ("._x.png", Path.touch, "1 hidden"),
+        ("x.doc", Path.touch, "1 of another suffix"), ("x.png", Path.mkdir, "1 a folder in a class folder"),
+        ("deep.png", deep.save, None), ("\udcff\x1b[2J.bmp", lambda path: shutil.copy(picture, path), None)]
+    for i, (name, make, said) in enumerate(cases[:tries]):
+        root, refused = few_images(folder / f"images{i}"), said and "cannot" in said
+        make(root / "train" / "ant" / name)
+        flags = [*FEW, "--data-path", root, "-a", "convsmall", "--total-steps", "1"]
+        for skip in ([], ["--skip-corrupt"]):
+            code, out, error = run(folder, [*flags, *skip, "--save-path", folder / f"run{i}{len(skip)}"],
+                                   partial(found_first, ghostscript.parent), patch)
+            if refused and not skip:
+                fault = one_line(code, 2, error, said)
+            else:
+                fault = error[-300:] or (code and f"exit code {code}")
+                if said and not refused and said not in out:
+                    fault = fault or f"{said!r} is not in {out[:300]!r}"
+            fault = fault or ("a program was started" if ran.exists() else None)
+            ran.unlink(missing_ok=True)
+            yield fault or ("an escape sequence is printed" if "\x1b" in out else None)
+
+
+def found_first(folder):
+    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def any_format():
+    from datasets import decoding
+
+    decoding.known = lambda: (None, tuple(decoding.Image.registered_extensions()))
+
+
 class Injection(NamedTuple):
     inject: object
     without: object         # the protection taken away
@@ -1439,13 +1488,14 @@ INJECTIONS = {
     "F13": Injection(permuted, leaking_labels, 1, 10),
     "F14": Injection(logged, no_take_back, 1, 10),
     "F15": Injection(odd_places, no_streams, 5, 9),
-    "F24": Injection(odd_values, careless_values, 6, 100),
-    "F25": Injection(misbehaving, no_own_network, 2, 99),
-    "F19": Injection(reported, believing, 99, 99),
-    "F20": Injection(no_numbers, any_logits, 3, 3),
-    "F18": Injection(disturbed_folders, trusted_folders, 6, 40),
-    "F22": Injection(hostile_checkpoints, trusting, 6, 48),
-    "F23": Injection(closed_terminals, old_signals, 5, 60),
     "F16": Injection(disagreeing, no_agreement, 3, 99),
     "F17": Injection(other_data, no_digest, 1, 99),
+    "F18": Injection(disturbed_folders, trusted_folders, 6, 40),
+    "F19": Injection(reported, believing, 99, 99),
+    "F20": Injection(no_numbers, any_logits, 3, 3),
+    "F21": Injection(hostile_images, any_format, 5, 99),
+    "F22": Injection(hostile_checkpoints, trusting, 6, 48),
+    "F23": Injection(closed_terminals, old_signals, 5, 60),
+    "F24": Injection(odd_values, careless_values, 6, 100),
+    "F25": Injection(misbehaving, no_own_network, 2, 99),
 }
