@@ -1282,7 +1282,7 @@ def closed_terminals(folder, tries, rng, patch=None):
             row = [*flags, "--dataset", "folder", "--data-path", folder / "images", "--image-size", "16", "--num-workers", "2"]
         (folder / "output.out").unlink(missing_ok=True)
         process = start([*row, "--save-path", path], slow_disk, patch, output=folder / "output")
-        wait_for(folder / "output.out", "  loss ")
+        wait_for(folder / "output.out", "  loss ", process)
         for _ in range(3):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, (signal.SIGXCPU, signal.SIGHUP)[i % 6 != 1])

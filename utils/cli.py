@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from utils.files import printable
@@ -395,4 +396,5 @@ def open_standard_streams():
             os.open(os.devnull, os.O_RDWR)                              # takes the lowest free number: this one
             setattr(sys, name, os.fdopen(number, mode, closefd=False, encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        with suppress(OSError):             # a pipe that has taken the place of a file
+            sys.stdout.reconfigure(errors="backslashreplace")

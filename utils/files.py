@@ -73,7 +73,7 @@ def sync(folder):
 
 def open_lock(path):
     """A file to lock, made if it is not there; its content stays.  Raises OSError for a symbolic link."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", errors="replace")
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8", errors="replace")
 
 
 def is_at(file, path):
