@@ -764,6 +764,7 @@ def two_runs(folder, tries, rng, patch=None):
     for i in range(tries):
         path, ended = folder / str(i), folder / f"ended{i}"
         flags_here = [*flags, "--save-path", path, *(["--resume"] if i % 2 else [])]
+        (folder / "first.out").unlink(missing_ok=True)      # what the run before has said
         first = start(flags_here, partial(saving_after, ended), patch, output=folder / "first")
         wait_for(folder / "first.out", "parameters", first)
         code, _, error = run(folder, flags_here, patch)
