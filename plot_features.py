@@ -93,8 +93,8 @@ def plot(args):
     for row, path, state in zip(rows, args.checkpoint_path, saved):
         row["features"], row["predictions"], kept = cached_features(path, state, images, data, row, device)
         if len(kept) < len(row["sample"]):
-            print("\n".join([*images.skipped(), f"{row['label']}: {len(kept):,} of {len(row['sample']):,} images, the others "
-                                                "cannot be read"]))
+            print("\n".join([*map(printable, images.skipped()), f"{row['label']}: {len(kept):,} of {len(row['sample']):,} "
+                                                                "images, the others cannot be read"]))
             for key in ("part", "sample", "drawn"):
                 row[key] = row[key][kept]
             check_embedding(args, len(kept))

@@ -210,6 +210,14 @@ def train(args, given, interrupt, world):
                     folder.say(line)
                     said.add(line)
 
+        def measure(step, x, y, stop):
+            """As `evaluate`; an error of the network or its logits names the step."""
+            try:
+                with own_network(args.arch, step):
+                    return evaluate(model, normalized_batches(x, y, images.mean, images.std, device), dtype, stop, world.sum)
+            except Diverged as error:
+                raise Diverged(f"{error} at step {step}") from None
+
         def test_and_save(step, stopping=None):
             """Evaluates and saves; only saves if a signal comes, or images cannot be read: then that is raised."""
             nonlocal best, clock, fault, logged_at, pause, seconds
@@ -221,11 +229,7 @@ def train(args, given, interrupt, world):
             accuracies, fewer = {}, {}
             for part, (x, y) in held_out.items():
                 try:
-                    with own_network(args.arch, step):
-                        measured = evaluate(model, normalized_batches(x, y, images.mean, images.std, device), dtype,
-                                            lambda: stopping or interrupt(), world.sum)
-                except Diverged as error:
-                    raise Diverged(f"{error} at step {step}") from None
+                    measured = measure(step, x, y, lambda: stopping or interrupt())
                 except (DataError, OSError) as error:
                     measured, fault = None, error
                 if measured is None:
@@ -327,8 +331,7 @@ def train(args, given, interrupt, world):
                 return exit_code(stopping)
 
     mine = world.part(labeled)
-    fitted = evaluate(model, normalized_batches(images.train_images[mine].to(device), images.train_labels[mine], images.mean,
-                                                images.std, device), dtype, interrupt, world.sum)
+    fitted = measure(args.total_steps, images.train_images[mine].to(device), images.train_labels[mine], interrupt)
     if fitted is None:                  # the run is saved, and --resume comes back to here
         folder.close()
         world.leave()

@@ -266,6 +266,45 @@ def check(net, x, logits):
     assert not (tmp_path / "figure").exists()
 
 
+def test_logits_of_an_own_network_that_are_no_numbers_are_called_so_with_the_step(train, tmp_path, net, capsys):
+    name = net("""
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(768, num_classes)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        self.steps += self.training
+        return self.head(x.flatten(1)) / (1.0 if self.training or self.steps < 5 else 0.0)
+""")
+    assert train("a", "-a", name, "--no-meta") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "NetworkFailure" not in error and f"{name} fails" not in error
+    assert "the logits of 500 of 500 images are not finite in evaluation mode at step 6; " in error
+    saved = torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)
+    assert saved["step"] == 3
+    saved["model"]["steps"].fill_(9)
+    torch.save(saved, tmp_path / "spoiled.pth")
+    assert evaluate(tmp_path / "spoiled.pth", "-a", name) == 2
+    assert "spoiled.pth: the logits of 500 of 500 images are not finite" in capsys.readouterr().err
+
+
+def test_a_network_that_fails_on_its_labeled_images_at_the_end_is_one_line_with_the_step(train, tmp_path, net, capsys):
+    name = net("""
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(768, num_classes)
+
+    def forward(self, x):
+        if len(x) == 50:
+            raise ValueError("fifty")
+        return self.head(x.flatten(1))
+""")
+    assert train("a", "-a", name, "--no-meta") == 1
+    assert capsys.readouterr().err == (f"train_meta.py: {name} fails at step 7: {tmp_path / 'net.py'}, line 15: "
+                                       f"ValueError: fifty; {tmp_path / 'a' / 'checkpoint.pth'} of step 7 is intact\n")
+
+
 def test_a_rehearsal_leaves_the_random_state_as_it_was(net):
     state = torch.get_rng_state()
     rehearse(net(NETWORKS["batch norm of its own, and dropout"]), 10, 16, torch.device("cpu"))
