@@ -68,6 +68,12 @@ def child(flags, patches, script, output):
     sys.exit(__import__(script).main(flags))
 
 
+def on_terminal(name, *numbers):
+    """Makes a terminal of some standard streams."""
+    for number in numbers:
+        os.dup2(os.open(name, os.O_RDWR | os.O_NOCTTY), number)
+
+
 def run(folder, flags, *patches, script="train_meta"):
     """Runs to the end; returns exit code, standard output and standard error."""
     output = folder / "output"
