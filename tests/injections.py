@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from datetime import timedelta
@@ -65,7 +66,12 @@ def child(flags, patches, script, output):
     torch.set_num_threads(1)
     for patch in filter(None, patches):
         patch()
-    sys.exit(__import__(script).main(flags))
+    try:
+        sys.exit(__import__(script).main(flags))
+    finally:
+        for thread in threading.enumerate():            # as in a process of its own; multiprocessing would end queues before
+            if not thread.daemon and thread is not threading.current_thread():
+                thread.join()
 
 
 def on_terminal(name, *numbers):
