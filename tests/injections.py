@@ -117,7 +117,7 @@ def make_store():
     """What torchrun keeps for its processes."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=10))
 
 
 def become(rank, size, port):
@@ -134,8 +134,8 @@ class Processes:
         self.processes = [start(own, partial(become, rank, len(flags), store.port), *patches, output=output)
                           for rank, (own, output) in enumerate(zip(flags, self.outputs))]
 
-    def end(self, seconds=60):
-        codes = [finish(process, seconds) for process in self.processes]
+    def end(self):
+        codes = [finish(process) for process in self.processes]
         return codes, [Path(f"{output}.err").read_text() for output in self.outputs]
 
 
