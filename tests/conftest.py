@@ -1,4 +1,5 @@
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,19 @@ def train(tmp_path):
         except SystemExit as error:
             return error.code
     return run
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """whole(*flags): the folder of an uninterrupted run of `train`, made once and not to be written to."""
+    import train_meta
+
+    @cache
+    def make(*flags):
+        folder = tmp_path_factory.mktemp("whole")
+        assert train_meta.main([*SHORT, "--save-path", str(folder), *flags]) == 0
+        return folder
+    return make
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from datetime import timedelta
@@ -65,7 +66,18 @@ def child(flags, patches, script, output):
     torch.set_num_threads(1)
     for patch in filter(None, patches):
         patch()
-    sys.exit(__import__(script).main(flags))
+    try:
+        sys.exit(__import__(script).main(flags))
+    finally:
+        for thread in threading.enumerate():            # as in a process of its own; multiprocessing would end queues before
+            if not thread.daemon and thread is not threading.current_thread():
+                thread.join()
+
+
+def on_terminal(name, *numbers):
+    """Makes a terminal of some standard streams."""
+    for number in numbers:
+        os.dup2(os.open(name, os.O_RDWR | os.O_NOCTTY), number)
 
 
 def run(folder, flags, *patches, script="train_meta"):
@@ -105,7 +117,7 @@ def make_store():
     """What torchrun keeps for its processes."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=10))
 
 
 def become(rank, size, port):
@@ -122,8 +134,8 @@ class Processes:
         self.processes = [start(own, partial(become, rank, len(flags), store.port), *patches, output=output)
                           for rank, (own, output) in enumerate(zip(flags, self.outputs))]
 
-    def end(self, seconds=60):
-        codes = [finish(process, seconds) for process in self.processes]
+    def end(self):
+        codes = [finish(process) for process in self.processes]
         return codes, [Path(f"{output}.err").read_text() for output in self.outputs]
 
 

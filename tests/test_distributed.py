@@ -5,6 +5,7 @@ import random
 import re
 import signal
 import time
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,6 +151,17 @@ def test_synchronized_batch_norm_of_one_process_is_batch_norm():
             assert close(mine, theirs)
         with evaluation_mode(layer), evaluation_mode(own):
             assert close(own(x), layer(x))
+
+
+def test_synchronizing_keeps_the_parameters_and_what_a_subclass_overrides_and_a_copy_is_apart():
+    model = nn.Sequential(nn.BatchNorm2d(3), Frozen(3))
+    parameters = list(model.parameters())
+    synchronize_batch_norm(model, list, 1)
+    assert all(mine is before for mine, before in zip(model.parameters(), parameters, strict=True))
+    other = deepcopy(model).train()
+    assert [module.training for module in other] == [True, False]
+    other(torch.randn(4, 3, 2, 2))
+    assert other[0].num_batches_tracked == 1 and model[0].num_batches_tracked == 0
 
 
 # Whole runs

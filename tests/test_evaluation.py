@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from conftest import SHORT
 from injections import FEW, Malicious, few_images, negative_variance, records, spoil
 from oracle import close
 from sklearn.metrics import confusion_matrix as reference
@@ -25,11 +24,9 @@ def evaluate(*flags):
         return error.code
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    assert train_meta.main([*SHORT, "--mix-up", "--save-path", str(folder)]) == 0
-    return folder
+@pytest.fixture
+def run(whole):
+    return whole("--mix-up")
 
 
 def test_confusion_matrix_by_hand_and_by_scikit_learn():

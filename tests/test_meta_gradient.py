@@ -297,7 +297,7 @@ def test_every_consistency_and_any_other_with_its_link_is_exact(monkeypatch):
                                   else lambda p, y, loss=loss: loss(p, y).sum(dim=1))
         for method, tolerance in (("jvp", 1e-9), ("unrolled", 1e-9), ("finite-difference", 1e-3)):
             y_tilde, gradient = meta_gradient(model, *case, method=method, consistency=name)
-            assert torch.allclose(y_tilde, y, rtol=0, atol=1e-12) and relative_error(gradient, exact) < tolerance, name
+            assert close(y_tilde, y, 10_000) and relative_error(gradient, exact) < tolerance, name
 
 
 def test_a_loss_without_its_derivative_is_refused(monkeypatch):

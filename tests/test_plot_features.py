@@ -2,13 +2,12 @@
 import importlib.util
 import json
 import os
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import SHORT
-from injections import FEW, Malicious, few_images, run
+from injections import FEW, Malicious, few_images
 from oracle import close
 from PIL import Image
 
@@ -92,15 +91,17 @@ def test_measures_equal_a_plain_vote_of_the_features(runs, tmp_path):
 
 
 def test_same_seed_gives_the_same_coordinates_whatever_the_number_of_threads(runs, tmp_path):
-    coordinates = []
+    coordinates, before = [], torch.get_num_threads()
     for threads in (1, 2):
         checkpoint = tmp_path / str(threads) / "model_best.pth"              # a folder of its own, so without cached features
         checkpoint.parent.mkdir()
         checkpoint.write_bytes((runs / "metasemi" / "model_best.pth").read_bytes())
-        code, _, error = run(tmp_path, ["--checkpoint-path", checkpoint, "--save-path", tmp_path / f"out{threads}",
-                                        "--num-point", "150", "--perplexity", "10"],
-                             partial(torch.set_num_threads, threads), script="plot_features")
-        assert (code, error) == (0, "")
+        torch.set_num_threads(threads)
+        try:
+            assert plot("--checkpoint-path", checkpoint, "--save-path", tmp_path / f"out{threads}", "--num-point", "150",
+                        "--perplexity", "10") == 0
+        finally:
+            torch.set_num_threads(before)
         with np.load(tmp_path / f"out{threads}" / "embedding.npz") as data:
             coordinates.append(data["coordinates_0"])
     assert np.array_equal(*coordinates)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from injections import INJECTIONS, run
+from oracle import close
 
 import plot_features
 import reproduce
@@ -142,7 +143,7 @@ def test_the_training_loop_of_the_readme_makes_the_steps_of_training_step():
             for (x_l, y_l), x_u in zip(labeled, unlabeled):
                 training_step(model, optimizer, x_l, y_l, x_u, alpha=0.1, beta=0.1)
         weights.append(torch.cat([w.detach().flatten() for w in model.parameters()]))
-    assert torch.allclose(*weights, rtol=1e-9, atol=1e-12)
+    assert close(*weights, 10_000)
 
 
 def test_no_command_stands_twice_and_every_one_is_of_a_kind_that_is_tested():

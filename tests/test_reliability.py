@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from conftest import ROOT, SHORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from injections import FLAGS, INJECTIONS, differing, one_line, run
+from injections import FLAGS, INJECTIONS, differing, finish, on_terminal, one_line, run, start
 from test_datasets import make_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -48,12 +49,11 @@ def test_without_its_protection_something_is_lost(tmp_path, name):
     assert lost(name, tmp_path, INJECTIONS[name].short, INJECTIONS[name].without) != []
 
 
-def test_a_kill_between_a_checkpoint_and_its_copy_as_the_best_one_loses_nothing(train, tmp_path):
-    train("whole")
+def test_a_kill_between_a_checkpoint_and_its_copy_as_the_best_one_loses_nothing(train, whole, tmp_path):
     train("a", "--total-steps", "3")
     (tmp_path / "a" / "model_best.pth").unlink()
     train("a", "--resume")
-    assert differing(tmp_path / "whole", tmp_path / "a", "model_best.pth") == []
+    assert differing(whole(), tmp_path / "a", "model_best.pth") == []
 
 
 def test_nothing_waits_for_the_device_between_log_lines(train, monkeypatch):
@@ -102,14 +102,12 @@ def no_memory_after_a_save():
     metasemi.training_step, checkpoint.save = greedy, saving
 
 
-def test_a_run_goes_on_when_its_terminal_is_gone(command, tmp_path):
+def test_a_run_goes_on_when_its_terminal_is_gone(tmp_path):
     terminal, process_side = pty.openpty()
-    process = subprocess.Popen(command("train_meta.py", *SHORT, "--save-path", tmp_path / "a"), stdout=process_side,
-                               stderr=process_side)
-    os.close(process_side)
+    process = start([*SHORT, "--save-path", tmp_path / "a"], partial(on_terminal, os.ttyname(process_side), 1, 2))
     os.read(terminal, 1)
-    os.close(terminal)
-    assert process.wait() == 0
+    os.close(process_side), os.close(terminal)
+    assert finish(process) == 0
     assert (tmp_path / "a" / "results.json").exists()
 
 

@@ -53,10 +53,10 @@ def photographs(tmp_path_factory):
 
 @pytest.fixture
 def imagenet(train, tmp_path, photographs):
-    """imagenet(folder, *flags): the run of docs/usage.md, short and small: four steps of resnet18 at 64 pixels."""
+    """imagenet(folder, *flags): the run of docs/usage.md, short and small: four steps of resnet18 at 32 pixels."""
     line = next(line for line in (ROOT / "docs" / "usage.md").read_text().splitlines() if line.startswith("    python3")
                 and "imagenet" in line)
-    flags = [*shlex.split(line)[2:], "--milestones", "[300000, 350000]", "--data-path", str(photographs), "--image-size", "64",
+    flags = [*shlex.split(line)[2:], "--milestones", "[300000, 350000]", "--data-path", str(photographs), "--image-size", "32",
              "--num-label", "200", "--batch-size", "8", "--warmup", "1", "--total-steps", "4", "--print-freq", "1",
              "--test-freq", "2", "--num-workers", "0"]
     return lambda folder, *more: train(folder, *flags, "--save-path", str(tmp_path / folder), *more)

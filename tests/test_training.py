@@ -8,11 +8,12 @@ import signal
 import subprocess
 import termios
 import time
+from functools import partial
 
 import pytest
 import torch
 from conftest import SHORT
-from injections import FEW, differing, few_images, records, tensors
+from injections import FEW, differing, few_images, finish, on_terminal, records, start, tensors, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_datasets import make_folder
 
@@ -32,9 +33,8 @@ TAGS = {
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_a_run_leaves_every_record_under_the_official_tags(train, tmp_path, row):
-    assert train("a", *ROWS[row]) == 0
-    folder = tmp_path / "a"
+def test_a_run_leaves_every_record_under_the_official_tags(whole, row):
+    folder = whole(*ROWS[row])
     lines = records(folder)
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 6, 7, 7]
     logged = {tag for line in lines for tag in line}
@@ -87,33 +87,32 @@ def test_every_selection_rule_is_reported_side_by_side():
 
 
 @pytest.mark.parametrize(("row", "stops"), [("both", [1]), ("both", [3, 5]), ("neither", [4]), ("meta", [6]), ("mix-up", [3])])
-def test_interrupted_and_resumed_training_equals_uninterrupted_training_bit_for_bit(train, tmp_path, row, stops):
-    assert train("whole", *ROWS[row]) == 0
+def test_interrupted_and_resumed_training_equals_uninterrupted_training_bit_for_bit(train, whole, tmp_path, row, stops):
     for step in [*stops, 7]:
         assert train("parts", *ROWS[row], "--total-steps", str(step), "--resume") == 0
-    assert differing(tmp_path / "whole", tmp_path / "parts") == []
+    assert differing(whole(*ROWS[row]), tmp_path / "parts") == []
     steps = [line["step"] for line in records(tmp_path / "parts")]
     assert steps == sorted(steps)
 
 
-def test_a_killed_evaluation_is_made_up_for_on_resume(train, tmp_path, monkeypatch):
+def test_a_killed_evaluation_is_made_up_for_on_resume(train, whole, tmp_path, monkeypatch):
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(utils.metrics, "evaluate", interrupted)
     assert train("parts", "--total-steps", "3") == 143
     monkeypatch.undo()
-    train("parts", "--resume"), train("whole")
+    train("parts", "--resume")
     assert [line for line in records(tmp_path / "parts") if "test/accuracy" in line] == \
-           [line for line in records(tmp_path / "whole") if "test/accuracy" in line]
-    assert differing(tmp_path / "whole", tmp_path / "parts") == []
+           [line for line in records(whole()) if "test/accuracy" in line]
+    assert differing(whole(), tmp_path / "parts") == []
 
 
-def test_a_checkpoint_of_another_folder_continues_in_a_new_one(train, tmp_path):
-    train("a", "--mix-up", "--total-steps", "3"), train("whole", "--mix-up")
+def test_a_checkpoint_of_another_folder_continues_in_a_new_one(train, whole, tmp_path):
+    train("a", "--mix-up", "--total-steps", "3")
     before = (tmp_path / "a" / "checkpoint.pth").read_bytes()
     assert train("b", "--mix-up", "--resume", str(tmp_path / "a" / "checkpoint.pth")) == 0
-    assert differing(tmp_path / "whole", tmp_path / "b") == []
+    assert differing(whole("--mix-up"), tmp_path / "b") == []
     assert (tmp_path / "b" / "label_indices.txt").read_text() == (tmp_path / "a" / "label_indices.txt").read_text()
     assert (tmp_path / "a" / "checkpoint.pth").read_bytes() == before
     train("d", "--seed", "3", "--total-steps", "2")
@@ -137,22 +136,23 @@ def test_a_folder_that_cannot_be_made_is_one_line_and_a_fault_of_the_machine(tra
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_resume_in_a_folder_without_a_checkpoint_starts_the_run(train, tmp_path):
-    train("a"), train("whole")
+def test_resume_in_a_folder_without_a_checkpoint_starts_the_run(train, whole, tmp_path):
+    train("a")
     for name in ("checkpoint.pth", "checkpoint.prev.pth", "model_best.pth", "results.json"):
         (tmp_path / "a" / name).unlink()                                        # as if killed before the first save
     metrics = tmp_path / "a" / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))
     assert train("a", "--resume") == 0
-    assert differing(tmp_path / "whole", tmp_path / "a") == []
+    assert differing(whole(), tmp_path / "a") == []
     assert [line["step"] for line in records(tmp_path / "a")] == [2, 3, 4, 6, 6, 7, 7]
 
 
-def test_a_terminal_shows_a_progress_bar_and_the_log_file_never(command, tmp_path):
+def test_a_terminal_shows_a_progress_bar_and_the_log_file_never(tmp_path):
     terminal, process_side = pty.openpty()
     termios.tcsetwinsize(process_side, (24, 80))
-    process = subprocess.Popen(command("train_meta.py", *SHORT, "--no-meta", "--save-path", tmp_path / "a"),
-                               stdout=subprocess.DEVNULL, stderr=process_side)
+    process = start([*SHORT, "--no-meta", "--save-path", tmp_path / "a"], partial(on_terminal, os.ttyname(process_side), 2),
+                    output=tmp_path / "output")
+    wait_for(tmp_path / "output.out", "parameters", process)            # it has the terminal open, too
     os.close(process_side)
     shown = b""
     try:
@@ -160,7 +160,7 @@ def test_a_terminal_shows_a_progress_bar_and_the_log_file_never(command, tmp_pat
             shown += chunk
     except OSError:                                                             # the other side was closed
         pass
-    assert process.wait() == 0
+    assert finish(process) == 0
     assert b"7/7" in shown and b"\r" in shown
     log = (tmp_path / "a" / "log.txt").read_bytes()
     assert b"\r" not in log and b"step/s" not in log
@@ -177,7 +177,7 @@ def test_records_after_the_checkpoint_are_taken_back_on_resume(train, tmp_path):
 def test_the_command_that_users_know_runs_as_it_stands(command, tmp_path):
     flags = ["--dataset", "digits", "--num-label", "50", "-a", "convlarge", "--mix-up", "--alpha", "1.0",
              "--save-path", tmp_path / "run", "--weight", "1.0", "--total-steps", "1", "--milestones", "[300000, 350000]",
-             "--lr", "0.1", "--seed", "7788", "--warmup", "4000", "--weight-decay", "1e-4"]
+             "--lr", "0.1", "--seed", "7788", "--warmup", "4000", "--weight-decay", "1e-4", "--batch-size", "8"]
     done = subprocess.run(command("train_meta.py", *flags), env={"CUDA_VISIBLE_DEVICES": "0"}, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "convlarge, 3,121,802 parameters" in done.stdout and "finished 1 steps" in done.stdout
@@ -282,8 +282,8 @@ def test_a_finished_run_is_left_as_it_is_and_continues_with_more_steps(train, tm
     assert "resumed at step 7" in (tmp_path / "a" / "log.txt").read_text()
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_ends_up_the_same(train, tmp_path, capsys):
-    train("whole"), train("a", "--total-steps", "6")
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_ends_up_the_same(train, whole, tmp_path, capsys):
+    train("a", "--total-steps", "6")
     path = tmp_path / "a" / "checkpoint.pth"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -291,7 +291,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_ends_up_the_same(
     assert train("a", "--resume") == 0
     assert "falling back to checkpoint.prev.pth" in capsys.readouterr().out
     assert "resumed at step 3" in (tmp_path / "a" / "log.txt").read_text()
-    assert differing(tmp_path / "whole", tmp_path / "a") == []
+    assert differing(whole(), tmp_path / "a") == []
 
 
 def test_diverging_training_stops_with_one_line_and_never_saves_what_is_not_finite(train, tmp_path, capsys):
