@@ -10,11 +10,13 @@ from utils.interrupt import Interrupt, Stopped, end_at_once
 if __name__ == "__main__":
     end_at_once("plot_features.py")      # first of all: the other imports take a while
 
-from datasets import DATASETS, DataError
-from models import NetworkError, check_network
+from datasets import DataError
+from models import check_network
 from utils import cli
+from utils.failure import one_line_errors
 from utils.files import printable, replacing, write_text
-from utils.run_folder import check_same_data, read_split
+from utils.flags import check_plotting_files, parse_plotting
+from utils.records import read_split
 
 PROG = "plot_features.py"
 MOST_POINTS = 5000          # unlabeled and test points that are drawn by default, as in the paper
@@ -23,27 +25,17 @@ NEIGHBORS = 5
 
 def main(argv=None):
     cli.open_standard_streams()
-    args = cli.parse_plotting(argv, DATASETS)
+    args = parse_plotting(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)           # of the embedding libraries, about one another
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, one_line_errors(PROG, cli.fail):
         try:
-            cli.check_plotting_files(args)
+            check_plotting_files(args)
             args.arch = {name: check_network(name) for name in args.arch}       # name -> SHA-256 of a file of the user's own
             from utils.figures import draw_curves
 
             paths = draw_curves(args.curves, args.save_path) if args.curves else plot(args)
-        except (DataError, NetworkError, cli.UsageError) as error:
-            cli.fail(PROG, error, 2)
-        except OSError as error:
-            cli.fail(PROG, error, 1)
         except Stopped:
             cli.fail(PROG, "stopped by a signal before all was written", interrupt.exit_code)
-        except RuntimeError as error:
-            from utils.failure import NetworkFailure
-
-            if not isinstance(error, NetworkFailure):
-                raise
-            cli.fail(PROG, error, 1)
     print("\n".join(map(printable, paths)))
     return 0
 
@@ -54,11 +46,11 @@ def plot(args):
 
     import numpy as np
 
-    from datasets import load_dataset
     from datasets.splits import check_split
     from utils import checkpoint
-    from utils.device import choose_device, memory_for_images
+    from utils.device import choose_device
     from utils.figures import data_name, draw_features
+    from utils.state import check_same_data, load_data
 
     device = choose_device(args.device)
     saved = [checkpoint.load(path) for path in args.checkpoint_path]
@@ -68,13 +60,12 @@ def plot(args):
         if args.dataset not in (None, state["args"]["dataset"]):
             raise cli.UsageError(f"argument --dataset: {args.dataset}, but {path} was trained on {state['args']['dataset']}: "
                               "leave the flag out")
-    images = load_dataset(flags["dataset"], args.data_path or flags["data_path"], flags["image_size"], flags["flip"],
-                          args.num_workers, memory=memory_for_images(device), statistics=(saved[0]["mean"], saved[0]["std"]),
-                          skip_corrupt=any(state["args"].get("skip_corrupt") for state in saved),
-                          download=bool(args.data_path))
+    flags = {**flags, "data_path": args.data_path or flags["data_path"], "num_workers": args.num_workers,
+             "skip_corrupt": any(state["args"].get("skip_corrupt") for state in saved)}
+    images = load_data(flags, device, saved[0], args.checkpoint_path[0], download=bool(args.data_path))
     data = images.digest
     for path, state in zip(args.checkpoint_path, saved):
-        check_same_data(data, state, path, args.data_path or flags["data_path"])
+        check_same_data(data, state, path, flags["data_path"])
 
     rows = []
     for i, (path, state) in enumerate(zip(args.checkpoint_path, saved)):
@@ -191,10 +182,10 @@ def cached_features(path, state, images, data, row, device):
     import torch
 
     from datasets import normalized_batches
-    from models import build_model, is_own
-    from utils.checkpoint import load_weights
-    from utils.failure import own_network
+    from models import is_custom
+    from utils.failure import network_failures
     from utils.metrics import all_finite
+    from utils.state import load_model
 
     made_of = (path.read_bytes(), row["sample"].astype("<i8").tobytes(), "".join(row["part"]).encode(),
                json.dumps(data, sort_keys=True).encode())
@@ -207,15 +198,14 @@ def cached_features(path, state, images, data, row, device):
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         pass                                                            # none, or not ours: computed afresh
     arch = state["args"]["arch"]
-    model = build_model(arch, images.num_classes, device).eval()            # `check_arch` has let it pass
-    load_weights(state, model, f"argument --checkpoint-path: {path}")
+    model = load_model(arch, images, device, state, f"argument --checkpoint-path: {path}").eval()   # `check_arch` let it pass
     if not callable(getattr(model, "features", None)):
         raise cli.UsageError(f"argument --arch: {arch} has no features(x): add it, and let it return (B, D), what the figure "
                              "is to show")
     test = row["part"] == "test"
     features, logits, kept = [], [], []
     for source, places in ((images.train_images, np.flatnonzero(~test)), (images.test_images, np.flatnonzero(test))):
-        with torch.no_grad(), own_network(arch):
+        with torch.no_grad(), network_failures(arch):
             for x, y in normalized_batches(source[row["sample"][places]], torch.from_numpy(places), state["mean"], state["std"],
                                            device, 500):
                 kept.append(y)
@@ -225,7 +215,7 @@ def cached_features(path, state, images, data, row, device):
                     kind = type(features[-1]).__name__
                     raise cli.UsageError(f"argument --arch: features(x) of {arch} gives a {kind} of shape "
                                          f"{tuple(shape)} for {len(x)} images: expected a tensor (B, D), D at least 2")
-                logits.append(model(x) if is_own(arch) else model.classifier(features[-1]))
+                logits.append(model(x) if is_custom(arch) else model.classifier(features[-1]))
     kept = torch.cat([torch.empty(0), *kept]).long().cpu().numpy()
     if (row["part"][kept] == "labeled").sum() < 2 or not test[kept].any():
         raise DataError("fewer than two labeled images, or no test image, can be read: the figure needs both")

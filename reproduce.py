@@ -35,14 +35,11 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from datasets import DATASETS
-from datasets.splits import check_num_label
-from models import NETWORKS
-from utils import run_folder
-from utils.cli import Parser, UsageError, fail, number, open_standard_streams, parse_training, refuse_idle
+from utils import flags, run_folder
+from utils.cli import Parser, UsageError, fail, number, open_standard_streams, option, refuse_idle
 from utils.files import open_lock, printable, write_text
 from utils.paper import ABLATION, CELLS, ROWS, experiment, scaled, work
-from utils.records import difference, read_flags, read_metrics, read_results
+from utils.records import read_flags, read_metrics, read_results, read_split
 from utils.report import RULES, filled, tables
 
 PROG = "reproduce.py"
@@ -58,7 +55,6 @@ COLUMNS = ("cell", "row", "seed", "scale", "steps", *RULES, "before_decay", "lab
            *(f"after-{k}" for k in QUARTERS), "seconds", "device", "threads", "precision", "torch", "commit")
 TEXT = {"cell", "row", "device", "threads", "precision", "torch", "commit"}
 REQUIRED = {"seed", "scale", "steps", "last", "median_last_20", "best_test", "seconds"}
-FREE = {*run_folder.FREE, "split"} - {"test_freq", "total_steps"}     # flags in which a run may differ from its cell
 LIBC = ctypes.CDLL(None)
 
 
@@ -77,6 +73,7 @@ def main(argv=None):
                 print(shlex.join(["python3", "train_meta.py", *run.flags()]))
             return 0
         lock = run_folder.RunFolder(RUNS.parent)            # against a second program that starts the same runs
+        lock.lock()
         print_plan(runs)
         failures = run_all([run for run in runs if not run.results()], args.gpus, args.jobs)
         if args.table in ("main", "ablation"):
@@ -137,10 +134,12 @@ class Run:
         if not path.exists():
             return None
         results = read_results(self.folder)
-        planned = parse_training(experiment(self.cell, self.row, self.seed, self.scale), DATASETS, NETWORKS, check_num_label)
-        other = difference({**results["args"], "total_steps": results["steps"]}, run_folder.experiment(planned), FREE)
-        if other:
-            raise UsageError(f"{path} is of another experiment than {self.row} of {self.cell}: {other}: move it away")
+        planned = flags.experiment(flags.parse_training(experiment(self.cell, self.row, self.seed, self.scale)))
+        found = {**results["args"], "total_steps": results["steps"]}
+        free = flags.with_role(flags.RESUME) - {"test_freq", "total_steps"} | {"split"}
+        if name := flags.difference(planned, found, free):
+            raise UsageError(f"{path} is of another experiment than {self.row} of {self.cell}: {option(name)} is "
+                             f"{found.get(name)} there and {planned[name]} here: move it away")
         return results
 
     def line(self):
@@ -245,7 +244,7 @@ def check_split(run):
 def record_split(run):
     """Keeps the labeled images of a run whose list is not in splits/ yet, for all later ones."""
     if run.has_split and not run.split.exists():
-        text = "".join(f"{index}\n" for index in run_folder.read_split(run.folder / "label_indices.txt"))
+        text = "".join(f"{index}\n" for index in read_split(run.folder / "label_indices.txt"))
         SPLITS.mkdir(exist_ok=True)
         sums = {**read_sums(), run.split.name: sha256(text.encode())}
         write_text(SUMS, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))

@@ -8,9 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
-from datasets import DATASETS  # noqa: E402
-from models import NETWORKS  # noqa: E402
-from utils.cli import plotting_parser, training_parser  # noqa: E402
+from utils.flags import plotting_parser, training_parser  # noqa: E402
 from utils.report import filled, markdown  # noqa: E402
 
 # Algorithm 2, line by line: its number, what it does, and the file and a part of the one source line that does it.
@@ -69,8 +67,8 @@ def flag_row(parser, action):
 
 
 def blocks():
-    return {"algorithm": algorithm_table(), "training-flags": flag_tables(training_parser(DATASETS, NETWORKS)),
-            "plotting-flags": flag_tables(plotting_parser(DATASETS))}
+    return {"algorithm": algorithm_table(), "training-flags": flag_tables(training_parser()),
+            "plotting-flags": flag_tables(plotting_parser())}
 
 
 def main():

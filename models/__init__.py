@@ -5,9 +5,9 @@ torch arrives with the first `build_model`.
 """
 from importlib import import_module
 
-from models.own import NetworkError, build_own, check_network, is_own, rehearse
+from models.custom import NetworkError, build_custom, check_network, dry_run, is_custom
 
-__all__ = ["NETWORKS", "NetworkError", "build_model", "check_network", "is_own", "rehearse"]
+__all__ = ["NETWORKS", "NetworkError", "build_model", "check_network", "is_custom", "dry_run"]
 
 NETWORKS = {                    # name -> (module, class, keyword arguments)
     "convlarge": ("models.convlarge", "ConvLarge", {"width": 128}),
@@ -32,8 +32,8 @@ def build_model(name, num_classes, device=None):
     Raises:
         NetworkError, a ValueError: for a name that is not in NETWORKS, or a file whose network cannot be built.
     """
-    if is_own(name):
-        model = build_own(name, num_classes)
+    if is_custom(name):
+        model = build_custom(name, num_classes)
         return model if device is None else model.to(device)
     if name not in NETWORKS:
         raise NetworkError(f"no network is named {name!r}; choose from {', '.join(NETWORKS)}")

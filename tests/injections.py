@@ -965,7 +965,7 @@ def misbehaving(folder, tries, rng, patch=None):
 def no_own_network():
     from utils import failure
 
-    failure.own_network = lambda name, step=None: contextlib.nullcontext()
+    failure.network_failures = lambda name, step=None: contextlib.nullcontext()
 
 
 # F19: reports
@@ -973,15 +973,12 @@ def no_own_network():
 def finished_run(row):
     """What a finished run of a row of digits at scale 0.01 leaves, in the folder where reproduce.py looks; that folder."""
     import reproduce
-    from datasets import DATASETS
-    from datasets.splits import check_num_label
-    from models import NETWORKS
     from utils import paper, run_folder
-    from utils.cli import parse_training
+    from utils.flags import parse_training
 
     folder = reproduce.Run("digits", row, 1, 0.01).folder
     folder.mkdir(parents=True)
-    args = parse_training(paper.experiment("digits", row, 1, 0.01), DATASETS, NETWORKS, check_num_label)
+    args = parse_training(paper.experiment("digits", row, 1, 0.01))
     results = {"error_rate": {"last": 5.0, "median_last_20": 6.0, "best_validation": None, "best_test": 4.0},
                "labeled_error_rate": 1.25, "steps": 8, "seconds": 3.4, "args": run_folder.experiment(args),
                "sessions": [{"device": "cpu", "threads": 2, "precision": "float32", "torch": "2", "commit": None}]}

@@ -4,7 +4,6 @@ import os
 import shlex
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -13,13 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reproduce
-from datasets import DATASETS
-from datasets.splits import check_num_label
 from metasemi import METHODS
 from metasemi.losses import CONSISTENCY
-from models import NETWORKS
-from utils.cli import cut_short, parse_milestones, parse_plotting, parse_training, plotting_parser, training_parser
+from utils.cli import parse_milestones
 from utils.device import BFLOAT16, slow_precision
+from utils.flags import cut_short, parse_plotting, parse_training, plotting_parser, training_parser
 from utils.paper import CELLS, ROWS, experiment
 
 TRAINING = [       # (flags, what the line must contain)
@@ -296,7 +293,7 @@ def test_any_other_text_is_a_value_error_and_never_evaluated(text):
 
 
 def test_the_choices_of_the_flags_are_those_of_the_code():
-    actions = {option: action for action in training_parser(DATASETS, NETWORKS)._actions for option in action.option_strings}
+    actions = {option: action for action in training_parser()._actions for option in action.option_strings}
     assert set(actions["--meta-gradient"].choices) == set(METHODS)
     assert set(actions["--consistency"].choices) == set(CONSISTENCY)
 
@@ -311,13 +308,13 @@ def test_every_command_of_the_documents_is_accepted_and_every_flag_is_described(
             words = ["python3", *words[words.index("train_meta.py"):]]
         script, flags = words[words.index("python3") + 1], words[words.index("python3") + 2:]
         if script == "train_meta.py":
-            parse_training(flags, DATASETS, NETWORKS, check_num_label)
+            parse_training(flags)
             parsed += 1
         elif script == "plot_features.py":
-            parse_plotting(flags, DATASETS)
+            parse_plotting(flags)
             parsed += 1
     assert parsed >= 13
-    for parser in (training_parser(DATASETS, NETWORKS), plotting_parser(DATASETS)):
+    for parser in (training_parser(), plotting_parser()):
         for action in parser._actions:
             assert action.dest == "help" or f"`{action.option_strings[-1]}" in text, action.option_strings
 
@@ -325,10 +322,10 @@ def test_every_command_of_the_documents_is_accepted_and_every_flag_is_described(
 @pytest.mark.parametrize("value", ["1" * 400, "1" * 5000, "a" * 300, "a/" * 2500])
 def test_no_flag_takes_a_value_of_hundreds_of_characters(capsys, value):
     """But for a list of names, and --resume, which looks for the file."""
-    lines = [(partial(parse_training, datasets=DATASETS, networks=NETWORKS, check_num_label=check_num_label), [], action)
-             for action in training_parser(DATASETS, NETWORKS)._actions]
-    lines += [(partial(parse_plotting, datasets=DATASETS), ["--save-path", "figure", "--checkpoint-path", "x"], action)
-              for action in plotting_parser(DATASETS)._actions if action.dest not in ("arch", "row_label")]
+    lines = [(parse_training, [], action)
+             for action in training_parser()._actions]
+    lines += [(parse_plotting, ["--save-path", "figure", "--checkpoint-path", "x"], action)
+              for action in plotting_parser()._actions if action.dest not in ("arch", "row_label")]
     lines = [(parse, start, action.option_strings[-1]) for parse, start, action in lines
              if action.nargs != 0 and action.dest != "resume"]
     lines += [(reproduce.parse, ["main"], flag) for flag in ("--seeds", "--jobs", "--gpus", "--scale", "--dataset")]
@@ -354,20 +351,20 @@ OFFICIAL = """
 def test_an_official_command_line_is_accepted_and_so_is_a_row_of_the_ablation_made_of_it(cell, epsilon, change):
     flags = [*shlex.split(OFFICIAL.format(*cell, "1e-2" if change == ["--no-meta"] else epsilon)), *change]
     for short in (flags, [flag for flag in flags if flag != "--mix-up"]):
-        assert parse_training(short, DATASETS, NETWORKS, check_num_label).milestones == [300_000, 350_000]
+        assert parse_training(short).milestones == [300_000, 350_000]
     plotting = ["--dataset", cell[0], "--checkpoint-path", "model_best.pth", "--index-path", "label_indices.txt",
                 "--save-path", "figure", "--num-point", "5000"]
-    assert parse_plotting(plotting, DATASETS).num_point == 5000
+    assert parse_plotting(plotting).num_point == 5000
 
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("row", ROWS)
 def test_every_command_of_the_tables_is_accepted(cell, row):
-    parse_training(experiment(cell, row, 1, 1.0), DATASETS, NETWORKS, check_num_label)
+    parse_training(experiment(cell, row, 1, 1.0))
 
 
 def test_every_official_flag_has_its_official_default():
-    args = vars(training_parser(DATASETS, NETWORKS).parse_args([]))
+    args = vars(training_parser().parse_args([]))
     expected = {"batch_size": 128, "epsilon": 1e-2, "gamma": 0.1, "momentum": 0.9, "num_workers": 4, "resume": None,
                 "print_freq": 100, "test_freq": 400, "seed": 1234, "num_label": 4000, "lr": 0.1, "weight": 1.0,
                 "total_steps": 400_000, "warmup": 4000, "alpha": 1.0, "weight_decay": 1e-4}
@@ -393,7 +390,7 @@ def test_every_official_flag_has_its_official_default():
     (["--total-steps", "4000", "--milestones", "3999"], None),
 ])
 def test_one_line_says_what_of_the_schedule_lies_beyond_the_run(flags, line):
-    assert cut_short(parse_training(flags, DATASETS, NETWORKS, check_num_label)) == line
+    assert cut_short(parse_training(flags)) == line
 
 
 @pytest.mark.parametrize("instructions", [None, *BFLOAT16])

@@ -16,14 +16,12 @@ from injections import SERVER, Processes, become, differing, finish, make_store,
 from oracle import close
 from torch import nn
 
-from datasets import DATASETS
-from datasets.splits import check_num_label
 from metasemi import METHODS, meta_gradient, training_step
 from metasemi.step import evaluation_mode
-from models import NETWORKS
 from models.synchronized import synchronize_batch_norm
-from utils.cli import UsageError, parse_training
+from utils.cli import UsageError
 from utils.distributed import World, check_agreement, checksum
+from utils.flags import parse_training
 from utils.run_folder import RunFolder
 
 SEED, BATCH, STEPS = 3, 8, 20
@@ -392,4 +390,4 @@ def test_the_checksum_sees_every_bit_and_every_exchange():
 
 def test_a_batch_that_no_number_of_processes_divides_is_taken_by_one(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert parse_training(["--batch-size", "7"], DATASETS, NETWORKS, check_num_label).batch_size == 7
+    assert parse_training(["--batch-size", "7"]).batch_size == 7

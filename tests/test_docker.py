@@ -13,10 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SHORT
 
-from datasets import DATASETS
-from datasets.splits import check_num_label
-from models import NETWORKS
-from utils.cli import parse_plotting, parse_training, training_parser
+from utils.flags import parse_plotting, parse_training, training_parser
 
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 COMPOSE = (ROOT / "docker" / "compose.yaml").read_text()
@@ -172,7 +169,7 @@ def test_compose_gives_one_gpu_shared_memory_time_to_save_and_the_folders_the_fl
     workdir, = instructions("WORKDIR")
     mounts = re.findall(r"source: \.\./(\S+), target: (\S+), bind: {create_host_path: false}", text)
     assert mounts == [("data", f"{workdir}/data"), ("results", f"{workdir}/results")]
-    defaults = training_parser(DATASETS, NETWORKS).parse_args([])
+    defaults = training_parser().parse_args([])
     assert (str(defaults.data_path), defaults.save_path.parts[0]) == ("data", "results")
     assert {"/data/", "/results/*", "/docker/.env"} <= set((ROOT / ".gitignore").read_text().split())
 
@@ -181,7 +178,7 @@ def test_its_readme_runs_commands_that_the_scripts_accept_and_whose_results_stay
     service = re.search(r"^services:\n  (\w+):", COMPOSE, re.MULTILINE)[1]
     commands = [shlex.split(line.split(f" {service} ")[1]) for line in (ROOT / "docker" / "README.md").read_text().splitlines()
                 if re.match(r"    .*docker (compose )?run ", line)]
-    kept = [parse_training(flags, DATASETS, NETWORKS, check_num_label) if script == "train_meta.py"
-            else parse_plotting(flags, DATASETS) for script, *flags in commands]
+    kept = [parse_training(flags) if script == "train_meta.py"
+            else parse_plotting(flags) for script, *flags in commands]
     assert {script for script, *_ in commands} == {"train_meta.py", "plot_features.py"}
     assert {args.save_path.parts[0] for args in kept} == {"results"}

@@ -17,7 +17,7 @@ import train_meta
 from datasets import DataError, load_dataset
 from datasets.splits import split_labels, split_training
 from metasemi import meta_gradient
-from models import NetworkError, build_model, check_network, rehearse
+from models import NetworkError, build_model, check_network, dry_run
 
 HEAD = """import torch
 from torch import nn
@@ -160,22 +160,22 @@ def test_a_network_that_cannot_be_trained_is_one_line_and_writes_nothing(train, 
      + "logits\n", "does not support it because it has not been implemented yet.): take --meta-gradient finite-difference")])
 def test_a_network_that_would_train_wrong_or_fail_later_is_refused_in_its_rehearsal(net, body, message):
     with pytest.raises(NetworkError) as error:
-        rehearse(net(body), 10, 16, torch.device("cpu"), meta_gradient=meta_gradient)
+        dry_run(net(body), 10, 16, torch.device("cpu"), meta_gradient=meta_gradient)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_batch_normalization_over_one_value_is_refused_for_every_network(net):
     for name in (net(NETWORKS["batch norm of its own, and dropout"]), "resnet18"):
         with pytest.raises(NetworkError, match="more than 1 value per channel .*: take a larger --batch-size"):
-            rehearse(name, 10, 16, torch.device("cpu"), batch=1)
-    assert rehearse("convsmall", 10, 16, torch.device("cpu"), batch=1) == []
+            dry_run(name, 10, 16, torch.device("cpu"), batch=1)
+    assert dry_run("convsmall", 10, 16, torch.device("cpu"), batch=1) == []
 
 
 def test_probabilities_in_the_place_of_logits_are_one_warning(net):
     for body, mode in ((LINEAR + "logits.softmax(dim=1)\n", "in evaluation mode"),
                        (LINEAR + "logits if not self.training else logits.softmax(dim=1)\n", "in training mode"),
                        (LINEAR + "logits\n", None)):
-        lines = rehearse(net(body), 10, 16, torch.device("cpu"), meta_gradient=meta_gradient)
+        lines = dry_run(net(body), 10, 16, torch.device("cpu"), meta_gradient=meta_gradient)
         assert len(lines) == (mode is not None) and all(f"gives probabilities {mode}" in line for line in lines)
 
 
@@ -307,7 +307,7 @@ def test_a_network_that_fails_on_its_labeled_images_at_the_end_is_one_line_with_
 
 def test_a_rehearsal_leaves_the_random_state_as_it_was(net):
     state = torch.get_rng_state()
-    rehearse(net(NETWORKS["batch norm of its own, and dropout"]), 10, 16, torch.device("cpu"))
+    dry_run(net(NETWORKS["batch norm of its own, and dropout"]), 10, 16, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(NetworkError, match="no network is named 'resnet'"):
         build_model("resnet", 10)

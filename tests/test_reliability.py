@@ -25,14 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import metasemi.step as step_module
 import plot_features
 import train_meta
-from datasets import DATASETS
-from datasets.splits import check_num_label
-from models import NETWORKS
 from utils import checkpoint
-from utils.cli import UsageError, parse_plotting, parse_training, plotting_parser, training_parser
+from utils.cli import UsageError
 from utils.files import printable
+from utils.flags import parse_plotting, parse_training, plotting_parser, training_parser
 from utils.interrupt import REPEATED, Interrupt
-from utils.run_folder import read_split
+from utils.records import read_split
 
 
 def lost(name, folder, tries, patch=None):
@@ -287,7 +285,7 @@ def test_a_split_file_of_any_content_is_a_list_of_indices_or_refused_in_one_line
     assert len(set(labeled)) == len(labeled) and min(labeled, default=0) >= 0
 
 
-options = [*training_parser(DATASETS, NETWORKS)._option_string_actions, *plotting_parser(DATASETS)._option_string_actions]
+options = [*training_parser()._option_string_actions, *plotting_parser()._option_string_actions]
 words = st.one_of(st.sampled_from(sorted(set(options))), st.text(max_size=8),
                   st.sampled_from(["1", "0", "-1", "nan", "inf", "1e3", "digits", "cifar10", "convsmall", "[1, 2]", "="]))
 
@@ -296,8 +294,8 @@ words = st.one_of(st.sampled_from(sorted(set(options))), st.text(max_size=8),
 @given(st.lists(words, max_size=6), st.booleans())
 def test_any_command_line_is_resolved_or_refused_in_one_line(capsys, line, training):
     try:
-        args = (parse_training(line, DATASETS, NETWORKS, check_num_label) if training
-                else parse_plotting(line, DATASETS))
+        args = (parse_training(line) if training
+                else parse_plotting(line))
     except SystemExit as error:
         out = capsys.readouterr()
         assert error.code == 2 and out.err.count("\n") == 1 or error.code == 0 and "usage" in out.out

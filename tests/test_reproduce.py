@@ -16,10 +16,9 @@ from conftest import ROOT
 from injections import finished_run
 
 import reproduce
-from datasets import DATASETS, load_dataset
-from datasets.splits import check_num_label, split_labels
-from models import NETWORKS
-from utils.cli import parse_training
+from datasets import load_dataset
+from datasets.splits import split_labels
+from utils.flags import parse_training
 from utils.paper import ABLATION, CELLS, ROWS
 from utils.report import filled, tables
 from utils.run_folder import median_name
@@ -31,7 +30,7 @@ LINE = {key: "" for key in reproduce.COLUMNS} | {
 
 def flags_of(line):
     words = shlex.split(line)
-    return vars(parse_training(words[words.index("train_meta.py") + 1:], DATASETS, NETWORKS, check_num_label))
+    return vars(parse_training(words[words.index("train_meta.py") + 1:]))
 
 
 @pytest.mark.parametrize("table", [table for table in reproduce.TABLES if table != "imagenet"])

@@ -3,7 +3,6 @@
 A save writes a temporary file, syncs it and renames it; the generation before stays as `checkpoint.prev.pth`.
 A load checks every byte against the sums of the archive, then reads tensors and plain types only.
 """
-import json
 import pickle
 import warnings
 import zipfile
@@ -12,21 +11,11 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import UsageError
+from utils.cli import UsageError, first_line
 from utils.files import BEST, CHECKPOINT, PREVIOUS, link, replacing, sync
+from utils.state import CheckpointError, find_fault
 
-TYPES = {"step": int, "model": dict, "optimizer": dict, "args": dict, "sessions": list, "seconds": float, "evaluations": list,
-         "best": (float, type(None)),
-         "labeled": torch.Tensor, "validation": torch.Tensor, "labels_sha256": str, "class_names": list, "mean": torch.Tensor,
-         "std": torch.Tensor, "image_size": int, "rng": torch.Tensor, "cuda_rng": (torch.Tensor, type(None))}
 NAMES = (CHECKPOINT, PREVIOUS, BEST)
-PLAIN = ("args", "sessions", "seconds", "evaluations", "best", "class_names")
-MOST_STEPS, MOST_PIXELS, PRECISIONS = 10 ** 15, 1024, ("float32", "tf32", "bfloat16")      # as the command line has them
-ARGS = {"dataset": str, "data_path": str, "arch": str, "image_size": int, "flip": bool, "milestones": list}
-
-
-class CheckpointError(UsageError):
-    """A checkpoint that is missing, damaged or not one of this program; the message names it."""
 
 
 def save(state, folder):
@@ -144,63 +133,6 @@ def check_arch(saved, path, given):
     return name
 
 
-def find_fault(state):
-    """What keeps a loaded value from being the state of a run, or None."""
-    if not isinstance(state, dict):
-        return f"it holds a {type(state).__name__}"
-    for key, kind in TYPES.items():
-        if key not in state:
-            return f"it has no {key}"
-        if not isinstance(state[key], kind):
-            return f"its {key} is a {type(state[key]).__name__}"
-    try:
-        json.dumps([state[key] for key in PLAIN], allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        return f"its {', '.join(PLAIN)} are not all plain and finite"
-    data = state.get("data", {})        # not in those of earlier versions
-    if not isinstance(data, dict) or not all(isinstance(text, str) for text in data.values()):
-        return "its data are not names and texts"
-    for key, kind in ARGS.items():
-        if not isinstance(state["args"].get(key), kind):
-            return f"its args have no {key}"
-    if not all(isinstance(step, int) for step in state["args"]["milestones"]):
-        return "its milestones are not steps"
-    if not all(0 < size <= MOST_PIXELS for size in (state["image_size"], state["args"]["image_size"])):
-        return f"its images are not of 1 to {MOST_PIXELS} pixels"
-    if state["args"].get("precision", PRECISIONS[0]) not in PRECISIONS:
-        return "its precision does not exist"
-    for key in ("labeled", "validation"):
-        index = state[key]
-        if index.dtype != torch.int64 or index.dim() != 1 or len(index.unique()) < len(index) or (index < 0).any():
-            return f"its {key} is not a list of different indices"
-    if len(state["labeled"]) == 0:
-        return "it has no labeled image"
-    if not all(isinstance(w, torch.Tensor) for w in state["model"].values()):
-        return "its model is not a state dict"
-    if any(state[key].shape != (3,) or state[key].dtype != torch.float32 or state[key].requires_grad
-           or not state[key].isfinite().all() for key in ("mean", "std")) or not (state["std"] > 0).all():
-        return "its mean and std are not of three channels"
-    if not all(isinstance(e, dict) and isinstance(e.get("step"), int) and isinstance(e.get("test"), float)
-               and isinstance(e.get("validation", 0.0), float) for e in state["evaluations"]):
-        return "its evaluations are not accuracies"
-    if not state["sessions"] or not all(isinstance(session, dict) for session in state["sessions"]):
-        return "it does not say where it was trained"
-    others = state.get("other_rng", [])
-    if not isinstance(others, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in others):
-        return "its other random states are none"
-    if not 0 <= state["step"] <= MOST_STEPS:
-        return "its step is impossible"
-    for rng, cuda_rng in ([state["rng"], state["cuda_rng"]], *others):
-        try:
-            torch.Generator().set_state(rng)
-        except (RuntimeError, TypeError):
-            return "its random state is impossible"
-        if cuda_rng is not None and not (isinstance(cuda_rng, torch.Tensor) and cuda_rng.dtype == torch.uint8
-                                         and cuda_rng.shape == (16,) and cuda_rng[8] % 4 == 0):     # seed, offset: by fours
-            return "its random state is impossible"
-    return None
-
-
 def load_last(folder, warn=lambda message: None):
     """The newest readable checkpoint of a run folder and why it was taken, or None if the folder has none.
 
@@ -218,39 +150,6 @@ def load_last(folder, warn=lambda message: None):
             why = f"{path.name}, the newest generation" if i == 0 else f"{path.name}, since {CHECKPOINT} is damaged"
             return state, path, why
     return None
-
-
-def restore(state, model, optimizer, source):
-    """Puts a run's weights and momenta back; learning rate and the like are this run's.
-
-    Raises CheckpointError, naming the file `source`, if they do not fit the model.
-    """
-    load_weights(state, model, source)
-    try:
-        shapes = [w.shape for group in optimizer.param_groups for w in group["params"]]
-        for i, values in state["optimizer"]["state"].items():
-            momentum = values["momentum_buffer"]
-            if momentum is not None and momentum.shape != shapes[i]:
-                raise ValueError(f"momentum {i} has shape {tuple(momentum.shape)}")
-        optimizer.load_state_dict({"state": state["optimizer"]["state"],
-                                   "param_groups": optimizer.state_dict()["param_groups"]})
-    except Exception as error:
-        raise CheckpointError(f"{source}: its optimizer state does not fit this network ({first_line(error)})") from None
-
-
-def load_weights(state, model, source):
-    """As `restore`, of the weights alone."""
-    try:
-        model.load_state_dict(state["model"])
-    except Exception as error:          # torch reports a mismatch by many types
-        raise CheckpointError(f"{source}: its weights do not fit {state['args']['arch']} "
-                              f"({' '.join(str(error).split())[:200]})") from None
-
-
-def first_line(error):
-    """What an error says, in at most 100 characters."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:100] if lines else type(error).__name__
 
 
 def describe_last(folder):

@@ -14,7 +14,7 @@ from datetime import timedelta
 
 from utils.cli import UsageError, fail, one_line, processes
 from utils.interrupt import heard
-from utils.run_folder import differing
+from utils.records import differing
 
 TIMEOUT = timedelta(minutes=10)         # for a process that neither answers nor dies
 LOADING = timedelta(days=1)             # for the first process of a machine, which may download
@@ -84,7 +84,7 @@ class World:
 
     # Messages
 
-    def share(self, value):
+    def broadcast_object(self, value):
         """The value that rank 0 gave, in every process: tensors and plain types."""
         if self.size == 1:
             return value
@@ -95,7 +95,7 @@ class World:
             dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def gather(self, value):
+    def all_gather_object(self, value):
         """The values of all processes, a list by rank."""
         if self.size == 1:
             return [value]
@@ -106,19 +106,19 @@ class World:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def compare(self, facts):
-        """As `check_agreement`, of the facts of all processes."""
-        check_agreement(self.gather(facts))
+    def check_same(self, facts):
+        """Raises UsageError, which names what differs, unless name -> value is the same in all processes."""
+        check_agreement(self.all_gather_object(facts))
 
-    def sum(self, numbers):
+    def all_reduce_sum(self, numbers):
         """Sums of numbers over the processes, a list of floats."""
-        return self.reduce(numbers, "SUM") if self.size > 1 else list(numbers)
+        return self.all_reduce_numbers(numbers, "SUM") if self.size > 1 else list(numbers)
 
-    def agree(self, signal_number):
-        """A signal that some process has received, or None: the same answer in every process."""
-        return int(self.reduce([signal_number or 0], "MAX")[0]) or None if self.size > 1 else signal_number
+    def all_reduce_max(self, number):
+        """The largest of a number over the processes, in which None counts as 0 and comes back for it."""
+        return int(self.all_reduce_numbers([number or 0], "MAX")[0]) or None if self.size > 1 else number
 
-    def reduce(self, numbers, operation):
+    def all_reduce_numbers(self, numbers, operation):
         import torch
         import torch.distributed as dist
 
@@ -128,8 +128,8 @@ class World:
         return values.tolist()
 
     @contextmanager
-    def one_first(self):
-        """On every machine one process is through the block before the others enter it."""
+    def local_first(self):
+        """On every machine the process of local rank 0 is through the block before the others enter it."""
         if self.local_rank == 0:
             yield
         if self.size > 1:
@@ -142,21 +142,24 @@ class World:
 
     # Tensors of the model
 
-    def average(self, tensors):
-        """Means of tensors over the processes, a list of new tensors; what has one type travels as one."""
+    def all_reduce_mean(self, tensors):
+        """Means of tensors over the processes, a list of new tensors."""
+        if self.size == 1:
+            return tensors
         import torch.distributed as dist
 
-        return self.together(tensors, lambda flat: dist.all_reduce(flat.div_(self.size)))
+        return self.flattened(tensors, lambda flat: dist.all_reduce(flat.div_(self.size)))
 
-    def copy_first(self, tensors):
+    def broadcast(self, tensors):
         """Puts what rank 0 has into tensors, in place."""
         if self.size > 1:
             import torch.distributed as dist
 
-            for tensor, first in zip(tensors, self.together(tensors, lambda flat: dist.broadcast(flat, src=0))):
+            for tensor, first in zip(tensors, self.flattened(tensors, lambda flat: dist.broadcast(flat, src=0))):
                 tensor.copy_(first)
 
-    def together(self, tensors, call):
+    def flattened(self, tensors, call):
+        """The results of a collective call on tensors, a list of new ones; those of one type travel as one tensor."""
         import torch
 
         with torch.no_grad():
@@ -166,8 +169,8 @@ class World:
                 flat = torch.cat([t.reshape(-1) for t, _ in alike])
                 with calls():
                     call(flat)
-                for (_, result), part in zip(alike, flat.split([t.numel() for t, _ in alike])):
-                    result.copy_(part.view(result.shape))
+                for (_, result), values in zip(alike, flat.split([t.numel() for t, _ in alike])):
+                    result.copy_(values.view(result.shape))
         return results
 
     def check_replicas(self, state, step):
@@ -188,13 +191,13 @@ class World:
 
     # What each process does for itself
 
-    def rows(self, count):
-        """The part of count rows, a multiple of `size`, that this process takes of every batch; a slice."""
-        share = count // self.size
-        return slice(self.rank * share, (self.rank + 1) * share)
+    def rows(self, batch_size):
+        """Which rows of every batch this process takes, a slice; batch_size: a multiple of `size`."""
+        count = batch_size // self.size
+        return slice(self.rank * count, (self.rank + 1) * count)
 
-    def part(self, sequence):
-        """Every size-th entry, from that of the rank on: together all of them."""
+    def shard(self, sequence):
+        """Every size-th entry, from that of the rank on: the shards of all processes are the sequence."""
         return sequence if self.size == 1 else sequence[self.rank::self.size]
 
     def seed(self, *numbers):
@@ -207,7 +210,7 @@ class World:
 
     # The end of a run that fails
 
-    def speaks(self, code):
+    def fails_first(self, code):
         """Whether this process is the first to fail, and so the one that says why; code: with which it will exit."""
         if self.store is None:
             return self.rank == 0
@@ -233,7 +236,7 @@ class World:
         if self.store is None:
             with dying_of_signals(), suppress(WorldError):
                 self.connect()
-        if self.speaks(code):
+        if self.fails_first(code):
             print(f"{prog}: {one_line(message)}", file=sys.stderr, flush=True)
         if self.store is None:
             os._exit(code)

@@ -1,76 +1,137 @@
-"""`train_meta.py --evaluate`: measures a trained network on the test set, and trains nothing."""
+"""How well a network does: in the course of a run, and of a finished one for `train_meta.py --evaluate`."""
 import csv
 import io
 
 import torch
 
-from datasets.splits import check_split
-from utils import checkpoint
-from utils.checkpoint import CheckpointError
-from utils.cli import UsageError, training_parser
-from utils.device import choose_device, memory_for_images, set_precision, slow_precision
-from utils.failure import own_network
+from datasets import DATASETS, DataError, normalized_batches
+from models import dry_run
+from utils import checkpoint, metrics
+from utils.cli import UsageError, option
+from utils.device import choose_device, set_precision, slow_precision
+from utils.failure import network_failures
 from utils.files import printable, replacing
-from utils.metrics import Diverged, all_finite, confusion_matrix, expected_calibration_error, finite_names, predict
-from utils.run_folder import differing, trained_on
+from utils.flags import CHECKPOINT, declared, with_role
+from utils.metrics import Diverged, expected_calibration_error, predict
+from utils.records import differing
+from utils.state import CheckpointError, data_of, load_data, load_model
 
 MOST_CLASSES = 20       # whose confusion matrix is printed whole
 
 
-def evaluate_file(args, sha256, datasets, models):
+class Evaluator:
+    """Measures a run in its course, on the test images and, with --num-val, on the validation images.
+
+    Each process of a world holds a shard of every set on its device, and all get the same answers.
+    """
+
+    def __init__(self, args, images, labeled, validation, device, dtype, world):
+        """args: resolved flags.  images: as `load_dataset` returns them.  labeled, validation: indices of training images."""
+        self.args, self.images, self.labeled, self.world = args, images, labeled, world
+        self.device, self.dtype = device, dtype
+        self.fault = None               # why images of this process could not be read
+        self.counts = {"test": len(images.test_labels), "validation": len(validation)}
+        self.select_by = "validation" if len(validation) else "test"
+        self.sets = {"test": (world.shard(images.test_images).to(device), world.shard(images.test_labels))}
+        if len(validation):
+            self.sets["validation"] = self.training_images(validation)
+
+    def training_images(self, indices):
+        """This process's shard of some training images, and their labels."""
+        index = self.world.shard(indices)
+        return self.images.train_images[index].to(self.device), self.images.train_labels[index]
+
+    def measure(self, state, x, y, stop):
+        """`metrics.evaluate` of one set; an error of the network or its logits names the step.
+
+        None as well if images cannot be read, in all processes; `raise_fault` says which.
+        """
+        batches = normalized_batches(x, y, self.images.mean, self.images.std, self.device)
+        try:
+            with network_failures(self.args.arch, state.step):
+                return metrics.evaluate(state.model, batches, self.dtype, stop, self.world.all_reduce_sum)
+        except Diverged as error:
+            raise Diverged(f"{error} at step {state.step}") from None
+        except (DataError, OSError) as error:
+            self.fault = error
+            return None
+
+    def raise_fault(self, state, fault=None):
+        """Raises OSError in every process if one of them cannot read its images; fault: another error of that kind."""
+        fault = fault or self.fault
+        faults = [error for error in self.world.all_gather_object(fault and str(fault)) if error]
+        if faults:
+            raise OSError(f"{faults[0]}; step {state.step} is saved, and --resume continues from there")
+
+    def evaluate(self, state, stop):
+        """Accuracies in [0, 1] by tag, such as "test/accuracy" and "test/top5"; None as in `measure`.
+
+        "test/images" is how many images there were, where some cannot be read.
+        """
+        scalars = {}
+        for name, (x, y) in self.sets.items():
+            measured = self.measure(state, x, y, stop)
+            if measured is None:
+                return None
+            if measured["images"] == self.counts[name]:
+                del measured["images"]
+            scalars |= {f"{name}/{key}": value for key, value in measured.items()}
+        return scalars
+
+    def labeled_error(self, state, stop):
+        """Error in percent on the labeled images, without augmentation; None as in `measure`."""
+        measured = self.measure(state, *self.training_images(self.labeled), stop)
+        return measured and round(100 * (1 - measured["accuracy"]), 4)
+
+    def describe(self, scalars):
+        """What `evaluate` returned, in words."""
+        errors = [f"{tag.replace('/accuracy', '').replace('/top5', ' top-5')} error {100 * (1 - value):.2f} %"
+                  for tag, value in scalars.items() if not tag.endswith("/images")]
+        covered = [(name, scalars[f"{name}/images"]) for name in self.sets if f"{name}/images" in scalars]
+        return "  ".join([*errors, *(f"over {count:,} of {self.counts[name]:,} {name} images: the others cannot be read"
+                                     for name, count in covered)])
+
+    def skipped(self):
+        """Lines about images that a process skipped since the last call."""
+        if not self.args.skip_corrupt:
+            return []
+        return [line for lines in self.world.all_gather_object(self.images.skipped()) for line in lines]
+
+
+def evaluate_file(args):
     """Prints what the checkpoint or state dict args.evaluate achieves; writes args.predictions, if given.  Returns 0.
 
-    sha256: of the file of args.arch, if that is one of the user's own.  datasets, models: the two packages.
     Raises UsageError, DataError or NetworkError for what does not fit together.
     """
-    path = args.evaluate
+    path, source = args.evaluate, f"argument --evaluate: {args.evaluate}"
     device = choose_device(args.device)
-    state = checkpoint.load(path, bare=True)
-    saved = state.get("args", {})
-    if saved:
-        checkpoint.check_arch(saved, path, {args.arch: sha256} if args.arch else {})
-    defaults, flags = training_parser(datasets.DATASETS, models.NETWORKS), {}
-    for key in ("dataset", "data_path", "arch", "image_size", "precision"):
-        given, then = getattr(args, key), saved.get(key)
-        if key in ("dataset", "image_size") and saved and given not in (None, then):
-            raise UsageError(f"argument --{key.replace('_', '-')}: {given}, but {path} was trained with {then}: leave it out")
-        flags[key] = given or then or defaults.get_default(key)
-    if flags["dataset"] not in datasets.DATASETS:
-        raise CheckpointError(f"argument --evaluate: {path} speaks of an unknown data set {flags['dataset']!r}")
-
+    saved = checkpoint.load(path, bare=True)
+    flags = evaluation_flags(args, saved)
+    trained = "args" in saved           # not of a bare state dict
     dtype = set_precision(flags["precision"], device)
     if slow := slow_precision(flags["precision"], device):
         print(slow)
-    images = datasets.load_dataset(flags["dataset"], flags["data_path"], flags["image_size"],
-                                   num_workers=args.num_workers, memory=memory_for_images(device),
-                                   skip_corrupt=args.skip_corrupt or saved.get("skip_corrupt", False),
-                                   statistics=(state["mean"], state["std"]) if "mean" in state else None,
-                                   download=bool(args.data_path) or not saved)
-    if saved:
-        check_split(state["labeled"], state["validation"], len(images.train_labels), path)
-    if saved and list(images.class_names) != state["class_names"]:
-        raise datasets.DataError(f"argument --data-path: {flags['data_path']} has other classes than {path} was trained on")
-    others = [name for name in differing(images.digest, trained_on(state)) if "test" in name] if saved else []
+    images = load_data(flags, device, saved, path, download=bool(args.data_path) or not trained)
+    others = []                         # names of what is not as in the run
+    if trained:
+        if list(images.class_names) != saved["class_names"]:
+            raise DataError(f"argument --data-path: {flags['data_path']} has other classes than {path} was trained on")
+        others = [name for name in differing(images.digest, data_of(saved)) if "test" in name]
     if others and not args.data_path:
         raise UsageError(f"argument --data-path: {flags['data_path']} is not what {path} was tested on: the "
                          f"{', '.join(others)} differ: give a folder to measure what is in there")
-    warned = models.rehearse(flags["arch"], images.num_classes, images.test_images.shape[-1], device, dtype)
-    model = models.build_model(flags["arch"], images.num_classes, device)
-    always_finite = finite_names(model)
-    checkpoint.load_weights({"model": state["model"], "args": flags}, model, f"argument --evaluate: {path}")
-    if not all_finite(value for name, value in model.state_dict().items() if name in always_finite):
-        raise CheckpointError(f"argument --evaluate: the weights in {path} are not finite")
-    mean, std = state.get("mean", images.mean), state.get("std", images.std)
+    warned = dry_run(flags["arch"], images.num_classes, images.test_images.shape[-1], device, dtype)
+    model = load_model(flags["arch"], images, device, saved, source)
     count = len(images.test_labels)
-    batches = datasets.normalized_batches(images.test_images, torch.arange(count), mean, std, device)
+    batches = normalized_batches(images.test_images, torch.arange(count), images.mean, images.std, device)
     try:
-        with own_network(flags["arch"]):
+        with network_failures(flags["arch"]):
             predicted, confidence, index = predict(model, batches, dtype)
     except Diverged as error:
-        raise CheckpointError(f"argument --evaluate: {path}: {error}") from None
+        raise CheckpointError(f"{source}: {error}") from None
 
     names = [printable(name) for name in images.class_names]
-    step = f" of step {state['step']}" if saved else ", a state dict"
+    step = f" of step {saved['step']}" if trained else ", a state dict"
     print("\n".join([*warned, printable(f"{path}{step}: {flags['arch']} on {device.type}, {flags['precision']}")]))
     print(printable(f"test set of {flags['dataset']}" + (f" under {flags['data_path']}" if images.test_files else "")
                     + f": {count:,} images, {len(names)} classes"
@@ -87,10 +148,28 @@ def evaluate_file(args, sha256, datasets, models):
     return 0
 
 
+def evaluation_flags(args, saved):
+    """name -> value, of the flags of an evaluation: what the command line says, else the checkpoint, else the default."""
+    path, then = args.evaluate, saved.get("args", {})
+    if then:
+        checkpoint.check_arch(then, path, {args.arch: getattr(args, "arch_sha256", None)} if args.arch else {})
+    flags = {"num_workers": args.num_workers, "skip_corrupt": args.skip_corrupt or then.get("skip_corrupt", False)}
+    for name in with_role(CHECKPOINT):
+        given = getattr(args, name)
+        if name in ("dataset", "image_size") and then and given not in (None, then.get(name)):
+            raise UsageError(f"argument {option(name)}: {given}, but {path} was trained with {then.get(name)}: leave it out")
+        flags[name] = given or then.get(name) or declared()[name].default
+    if flags["dataset"] not in DATASETS:
+        raise CheckpointError(f"argument --evaluate: {path} speaks of an unknown data set {flags['dataset']!r}")
+    return flags
+
+
 def report(labels, predicted, confidence, names):
     """The lines that `evaluate_file` prints; labels, predicted (N,) class indices, confidence (N,), names of the K classes."""
+    from sklearn.metrics import confusion_matrix  # takes a second to load
+
     correct = predicted == labels
-    matrix = confusion_matrix(labels, predicted, len(names))
+    matrix = torch.from_numpy(confusion_matrix(labels, predicted, labels=range(len(names))))
     right, share = int(correct.sum()), correct.double().mean().item()
     width = max(10, *map(len, names))
     yield f"accuracy {100 * share:.2f} %, error {100 * (1 - share):.2f} % ({right:,} of {len(labels):,} are right)"

@@ -1,27 +1,56 @@
-"""A network of the user's own that fails while it is used: one line instead of a traceback through this program."""
+"""What a user sees of an error: one line and an exit code, not a traceback through this program."""
 from contextlib import contextmanager
 
 from datasets import DataError
-from models.own import NetworkError, is_own, place_in, where
+from models import NetworkError, is_custom
+from models.custom import place_in, where
 from utils.cli import UsageError
-from utils.device import is_out_of_memory
 from utils.distributed import WorldError
-from utils.metrics import Diverged
 
 
 class NetworkFailure(RuntimeError):
-    """What a network of the user's own raised: one line with where, and in which step."""
+    """What a custom network raised in use: one line with where, and in which step."""
 
 
 @contextmanager
-def own_network(name, step=None):
-    """Inside, what the network `name` raises becomes a NetworkFailure; errors of the data, the memory, the other processes or
-    a network of this repository stay what they are, and so do logits that are not finite."""
+def network_failures(name, step=None):
+    """Inside, what the custom network `name` raises becomes a NetworkFailure; errors of the data, the memory, the other
+    processes or a network of this repository stay what they are, and so do logits that are not finite."""
+    from utils.device import is_out_of_memory
+    from utils.metrics import Diverged
+
     try:
         yield
     except Exception as error:
         others = isinstance(error, (DataError, Diverged, NetworkError, UsageError, WorldError)) or is_out_of_memory(error)
-        if not is_own(name) or others or isinstance(error, OSError) and not place_in(error, name):
+        if not is_custom(name) or others or isinstance(error, OSError) and not place_in(error, name):
             raise
         at = "" if step is None else f" at step {step}"
         raise NetworkFailure(f"{name} fails{at}: {where(error, name)}") from error
+
+
+@contextmanager
+def one_line_errors(prog, fail, memory="", after=None):
+    """Inside, an error that is to be expected ends the program `prog` with one line.
+
+    The exit code is 2 for what the user gave and 1 for what happened.  Any other error is a fault of this program.
+
+    fail: a function as `cli.fail`.
+    memory: of what to take less where memory runs out.
+    after: None, or a function that says what is left of a run after an error that came in its course.
+    """
+    try:
+        yield
+    except (DataError, NetworkError, UsageError) as error:
+        fail(prog, error, 2)
+    except OSError as error:
+        fail(prog, error, 1)
+    except (ArithmeticError, MemoryError, RuntimeError) as error:
+        from utils.device import is_out_of_memory
+        from utils.metrics import Diverged
+
+        if is_out_of_memory(error):
+            error = f"out of memory{memory}"
+        elif not isinstance(error, (Diverged, NetworkFailure, WorldError)):
+            raise
+        fail(prog, f"{error}; {after()}" if after else error, 1)

@@ -5,7 +5,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = ".tmp"
+# The files of a run folder.
+ARGS, LOG, METRICS, RESULTS = "args.json", "log.txt", "metrics.jsonl", "results.json"
+INDICES, SPLIT, LOCK = "label_indices.txt", "split.json", ".lock"
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.prev.pth", "model_best.pth"
+LAST = "last"               # --resume without a path: from the last checkpoint
 
 
 def printable(text):

@@ -16,6 +16,7 @@ class Interrupt:
     """
 
     received, deferred = None, False
+    elsewhere = None        # a signal or a fault in another process, for which this one must stop, too
 
     def __enter__(self):
         self.previous = {number: signal.signal(number, self.handle) for number in heard()}
@@ -39,7 +40,7 @@ class Interrupt:
             raise Stopped
 
     def __call__(self):
-        return self.received is not None
+        return self.received is not None or self.elsewhere is not None
 
     @property
     def exit_code(self):

@@ -1,9 +1,12 @@
 """What a run measures: means over the steps between log lines, accuracy, and error rates under every selection rule."""
 import statistics
+import time
+from contextlib import contextmanager
 
 import torch
 
 from datasets.table import DataError
+from metasemi.step import accuracy
 
 NO_IMAGE = "not one of the images to evaluate can be read: give readable ones"
 
@@ -17,6 +20,15 @@ class Meter:
     def __init__(self):
         self.names, self.total, self.count = None, None, 0
         self.finite = self.last_loss = self.last_step = None
+
+    def add_step(self, step, result, y_u):
+        """result: what `training_step` returns.  y_u: (B,) labels of the unlabeled images, or None without any."""
+        scalars = {"loss": result.loss, **result.telemetry}
+        if result.y_tilde is not None:
+            scalars["unlabel-acc"] = accuracy(result.y_tilde, y_u)
+        if result.y_hat is not None and result.y_hat is not result.y_tilde:
+            scalars["pseudo-acc"] = accuracy(result.y_hat, y_u)
+        self.add(step, result.finite, scalars)
 
     def add(self, step, finite, scalars):
         """finite: () bool tensor.  scalars: name -> () tensor, the same names at every step, "loss" among them."""
@@ -39,12 +51,41 @@ class Meter:
                            + (f"the last finite loss was {loss:.4g} at step {step}" if loss == loss
                               else "none was finite before"))
 
-    def read(self, average=list):
-        """name -> mean since the last read; average: a list of tensors to their means over the processes."""
-        means = dict(zip(self.names, average([self.total / self.count])[0].tolist()))
+    def read(self, all_reduce_mean):
+        """name -> mean since the last read; all_reduce_mean: a list of tensors to their means over the processes."""
+        means = dict(zip(self.names, all_reduce_mean([self.total / self.count])[0].tolist()))
         self.total.zero_()
         self.count = 0
         return means
+
+
+class Timer:
+    """The seconds of a run, and the speed of its training alone, without evaluation and saving."""
+
+    def __init__(self, seconds, step):
+        """seconds, step: how long and how far the run has come in its sessions before."""
+        self.before, self.step = seconds, step
+        self.start = self.last = time.perf_counter()
+        self.pause = 0.0                # the seconds of the last evaluation, with its save
+
+    def seconds(self):
+        """Of the run so far."""
+        return self.before + time.perf_counter() - self.start
+
+    @contextmanager
+    def paused(self):
+        """Inside, no time of training passes."""
+        start = time.perf_counter()
+        yield
+        self.pause = time.perf_counter() - start
+        self.last += self.pause
+
+    def rate(self, step):
+        """Steps per second of training since the last call."""
+        now = time.perf_counter()
+        rate = (step - self.step) / (now - self.last)
+        self.step, self.last = step, now
+        return rate
 
 
 class Diverged(ArithmeticError):
@@ -54,11 +95,6 @@ class Diverged(ArithmeticError):
 def all_finite(tensors):
     """Whether every entry of some tensors is finite; waits for the device once."""
     return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
-
-
-def finite_names(model):
-    """Names of the parameters and buffers of a model that are finite throughout."""
-    return {name for name, value in model.state_dict().items() if all_finite([value])}
 
 
 def count_broken(logits):
@@ -73,13 +109,13 @@ def check_logits(broken, count):
 
 
 @torch.no_grad()
-def evaluate(model, batches, dtype=None, stop=lambda: False, add=list):
+def evaluate(model, batches, dtype=None, stop=lambda: False, all_reduce_sum=None):
     """{"accuracy"} in [0, 1] over batches of (x, y), in evaluation mode; None if `stop()` became true on the way.
 
     With more than ten classes there is "top5" as well, the share of images whose class is among the five likeliest.
     "images" is how many there were; DataError if there was none, and Diverged if logits are not finite.
-    add: a list of numbers to their sums over the processes that have the parts of one set.  An error that the batches
-    raise in one of them is raised there, and the others get None.
+    all_reduce_sum: a list of numbers to their sums over the processes, if each has a shard of one set.  An error that the
+    batches raise in one of them is raised there, and the others get None.
     """
     model.eval()
     correct = among_five = broken = torch.tensor(0)
@@ -101,8 +137,8 @@ def evaluate(model, batches, dtype=None, stop=lambda: False, add=list):
             count += len(y)
     except (DataError, OSError) as error:
         fault, stopped = error, True
-    correct, among_five, broken, count, many, stopped = add(
-        [correct.item(), among_five.item(), broken.item(), count, many, stopped])
+    sums = [correct.item(), among_five.item(), broken.item(), count, many, stopped]
+    correct, among_five, broken, count, many, stopped = all_reduce_sum(sums) if all_reduce_sum else sums
     if fault and not isinstance(fault, InterruptedError):
         raise fault
     if stopped:
@@ -136,11 +172,6 @@ def predict(model, batches, dtype=None):
     predicted = torch.cat(predicted).cpu()
     check_logits(sum(broken).item(), len(predicted))
     return predicted, torch.cat(confidence).cpu(), torch.cat(targets).cpu()
-
-
-def confusion_matrix(labels, predicted, num_classes):
-    """Counts (K, K) int64: row = true class, column = predicted class.  labels, predicted: (N,) int64 in [0, K)."""
-    return torch.bincount(labels * num_classes + predicted, minlength=num_classes ** 2).view(num_classes, num_classes)
 
 
 def expected_calibration_error(confidence, correct, bins=15):

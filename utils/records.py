@@ -1,12 +1,13 @@
-"""Reading back what runs have left: args.json, results.json and metrics.jsonl, checked before anybody believes them.
+"""Reads back what runs have left, and checks it: args.json, results.json, metrics.jsonl and lists of labeled images.
 
 Every function raises UsageError, which names the file, for one that is missing, damaged or not what a run writes.
 """
+import hashlib
 import json
 import math
 
 from utils.cli import UsageError
-from utils.run_folder import ARGS, FREE, METRICS, OLDER, RESULTS, SPLIT
+from utils.files import ARGS, METRICS, RESULTS, SPLIT
 
 SESSION = {"device": str, "threads": int, "precision": str, "torch": str, "commit": (str, type(None))}
 FLAGS = {"dataset": str, "arch": str, "num_label": int, "seed": int, "mix_up": bool, "no_meta": bool, "data_path": str}
@@ -45,10 +46,53 @@ def read_metrics(folder):
     return records
 
 
-def difference(flags, expected, free=FREE):
-    """The first flag, but those that are free, in which a run is not what is expected, with both values; or None."""
-    return next((f"--{key.replace('_', '-')} is {flags.get(key, OLDER.get(key))} there and {value} here"
-                 for key, value in expected.items() if key not in free and flags.get(key, OLDER.get(key)) != value), None)
+def read_split(path):
+    """The indices in a label_indices.txt, a list of ints; checked against the split.json beside it, if there is one.
+
+    Raises UsageError, which names the file, for anything that is not a list of different indices, one a line.
+    """
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is not a regular file: give a file of indices, one a line")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({error})") from None
+    lines = text.split()
+    for line in lines:
+        if not (line.isascii() and line.isdigit() and len(line) < 16):
+            raise UsageError(f"{path}: {line[:40]!r} is not the index of an image")
+    if len(set(map(int, lines))) < len(lines):
+        raise UsageError(f"{path} names an image twice")
+    split = path.with_name(SPLIT)
+    if split.exists():
+        try:
+            expected = json.loads(split.read_text(encoding="utf-8"))["sha256"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise UsageError(f"{split} is damaged: restore it or remove it") from None
+        if expected != hashlib.sha256(text.encode()).hexdigest():
+            raise UsageError(f"{path} is not the split whose SHA-256 is in {split.name}: restore it")
+    return [int(line) for line in lines]
+
+
+def read_given_split(path, num_label=None):
+    """The indices of --split, ascending, a list of ints.
+
+    Raises UsageError as `read_split` does, for no index at all, and if num_label is another number.
+    """
+    try:
+        indices = sorted(read_split(path))
+    except UsageError as error:
+        raise UsageError(f"argument --split: {error}") from None
+    if not indices:
+        raise UsageError(f"argument --split: {path} names no image: write one index a line")
+    if num_label not in (None, len(indices)):
+        raise UsageError(f"argument --num-label: {num_label}, but --split {path} has {len(indices)} lines: leave the flag out")
+    return indices
+
+
+def differing(now, then):
+    """Names of what is different in two mappings, of what both hold."""
+    return [name for name, value in now.items() if then.get(name, value) != value]
 
 
 def read(path):

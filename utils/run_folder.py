@@ -8,17 +8,35 @@ import re
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.cli import LAST, UsageError
-from utils.files import BEST, CHECKPOINT, PREVIOUS, TEMPORARY, Appender, is_at, link, open_lock, printable, write_text
+from utils.cli import UsageError
+from utils.files import (
+    ARGS,
+    BEST,
+    CHECKPOINT,
+    INDICES,
+    LAST,
+    LOCK,
+    LOG,
+    METRICS,
+    PREVIOUS,
+    RESULTS,
+    SPLIT,
+    TEMPORARY,
+    Appender,
+    is_at,
+    link,
+    open_lock,
+    printable,
+    write_text,
+)
+from utils.flags import difference
+from utils.records import read_results, read_split
 
-ARGS, LOG, METRICS, RESULTS = "args.json", "log.txt", "metrics.jsonl", "results.json"
-INDICES, SPLIT, LOCK = "label_indices.txt", "split.json", ".lock"
 EVENTS = ".metasemi"        # how the names of our TensorBoard files end: other programs keep theirs in the same folder
 OURS = (ARGS, LOG, METRICS, RESULTS, INDICES, SPLIT, CHECKPOINT, PREVIOUS, BEST)
 
@@ -26,7 +44,7 @@ OURS = (ARGS, LOG, METRICS, RESULTS, INDICES, SPLIT, CHECKPOINT, PREVIOUS, BEST)
 def check_paths(path, resume, overwrite):
     """Raises UsageError for a run folder that a command must not touch, or a checkpoint that is missing; needs no torch.
 
-    resume: None, cli.LAST or the path of a checkpoint.
+    resume: None, LAST or the path of a checkpoint.
     """
     if resume not in (None, LAST) and not os.path.exists(resume):
         raise UsageError(f"argument --resume: {resume}: no such checkpoint (a missing file never means a fresh start)")
@@ -42,25 +60,6 @@ def check_paths(path, resume, overwrite):
     elif holds_run(path) and not overwrite:
         raise UsageError(f"argument --save-path: {path} holds a run: "
                          "add --resume to continue it or --overwrite to start afresh")
-
-
-def prepare(path, resume, overwrite):
-    """What a command that `check_paths` let pass may continue: (folder, saved, source).
-
-    folder is the locked run folder, saved the state of a run and source the file it came from and why that one; None
-    for what there is not.  Writes nothing but the lock.  Raises UsageError for a folder in use and CheckpointError
-    for a checkpoint that cannot be read.
-    """
-    from utils import checkpoint
-
-    folder = RunFolder(path, overwrite) if holds_run(path) else None
-    if resume not in (None, LAST):
-        return folder, checkpoint.load(resume), f"{resume}, as --resume says"
-    last = checkpoint.load_last(path, warn=folder.say) if folder and resume else None
-    if last is None:
-        return folder, None, None
-    saved, folder.source, why = last
-    return folder, saved, why
 
 
 def holds_run(path):
@@ -81,89 +80,73 @@ def continues(path, resume):
     return resume == LAST or resume is not None and Path(resume).parent.resolve() == path.resolve()
 
 
-# Flags that may differ between the parts of a resumed run.  All others define the experiment.
-FREE = ("compile", "data_path", "device", "num_workers", "precision", "print_freq", "skip_corrupt", "test_freq", "total_steps")
-OLDER = {"schedule": "step", "sync_bn": False}          # what runs did that are older than the flag
-
-
-def experiment(args):
-    """The flags as plain types, without those that only say where and how a run is kept."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-            if key not in ("save_path", "resume", "overwrite", "evaluate", "predictions")}
-
-
-def shared(args):
-    """What the processes of a run must hold in common before any data are loaded; flags as in `experiment`, and versions."""
-    local = ("data_path", "num_workers", "split")       # a machine's own; what lies there is compared once it is loaded
-    return {**{key: value for key, value in experiment(args).items() if key not in local},
-            **{package: version(package) for package in ("torch", "torchvision", "numpy", "pillow")}}
-
-
-def differing(now, then):
-    """Names of what is different in two mappings, of what both hold."""
-    return [name for name, value in now.items() if then.get(name, value) != value]
-
-
-def trained_on(saved):
-    """The digest of the data of a checkpoint; one of an earlier version has only a part of it."""
-    return {"class names": "/".join(map(str, saved["class_names"])), "training labels": saved["labels_sha256"],
-            **saved.get("data", {})}
-
-
-def check_same_data(data, saved, source, path):
-    """Refuses data at `path`, of a digest `data`, that are not those of the checkpoint `saved`; source: what to call it."""
-    names = differing(data, trained_on(saved))
-    if names:
-        raise UsageError(f"argument --data-path: {path} is not what {source} was trained on: the {', '.join(names)} differ")
-
-
-def check_same_experiment(args, saved, step):
-    """Refuses to continue a run with a flag that would make it another experiment; saved: `experiment` of the run."""
-    for key, value in experiment(args).items():
-        then = saved.get(key, OLDER.get(key))
-        if key == "milestones":         # those still to come may move
-            value, then = ([m for m in steps if m < step] for steps in (value, then))
-        if key == "arch_sha256" and value != then:
-            raise UsageError(f"argument --arch: {args.arch} has changed since the run that --resume continues (SHA-256 {then} "
-                             f"then, {value} now): restore the file, or give another --save-path without --resume")
-        free = key in FREE and not (key == "total_steps" and args.schedule == "cosine")     # the cosine ends with the run
-        if not free and value != then:
-            raise UsageError(f"argument --{key.replace('_', '-')}: {value} now, {then} in the run that --resume "
-                             f"continues: give {then}, or another --save-path without --resume")
-
-
 class RunFolder:
-    """One run's folder, locked against a second process until `close`; with `overwrite`, `start` clears it."""
+    """One run's folder, locked against a second process from `lock` until `close`.
 
-    def __init__(self, path, overwrite=False, new=False):
-        """new: raises UsageError if another process has left a run here by now."""
-        self.path, self.overwrite = Path(path), overwrite
+    writes: False in a process of a run that writes nothing; every method does nothing there.
+    overwrite: `start` removes the run that is in the folder.
+    """
+
+    def __init__(self, path, writes=True, overwrite=False):
+        self.path, self.writes, self.overwrite = Path(path), writes, overwrite
+        self.lock_file = self.log_file = self.metrics = self.events = None
+        self.source = self.bar = None
+        self.printed = set()            # lines of `print_once`
+        self.failing = set()            # files that a full disk refuses at the moment
+
+    def lock(self):
+        """Makes the folder and locks it.  Raises UsageError if another process has it."""
         self.path.mkdir(parents=True, exist_ok=True)
         if (self.path / LOCK).is_symlink():
             raise UsageError(f"argument --save-path: {self.path / LOCK} is a symbolic link, which is not followed: remove it")
-        self.lock = open_lock(self.path / LOCK)
+        self.lock_file = open_lock(self.path / LOCK)
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"{self.path} is in use by process {self.lock.read().strip() or 'unknown'}") from None
-        if not is_at(self.lock, self.path / LOCK):
+            raise UsageError(f"{self.path} is in use by process {self.lock_file.read().strip() or 'unknown'}") from None
+        if not is_at(self.lock_file, self.path / LOCK):
             raise UsageError(f"{self.path} was removed or replaced while this command began: give it again")
-        if new and holds_run(self.path):
-            raise UsageError(f"argument --save-path: {self.path} holds a run that began after this command: give another")
-        self.lock.truncate(0)
-        self.lock.write(str(os.getpid()))
-        self.lock.flush()
-        self.log_file = self.metrics = self.events = None
-        self.source = self.bar = None
-        self.failing = set()            # files that a full disk refuses at the moment
+        self.lock_file.truncate(0)
+        self.lock_file.write(str(os.getpid()))
+        self.lock_file.flush()
 
-    def start(self, flags, sessions, labeled, validation, labels_sha256, keep):
-        """Writes what the run is and opens its records, with everything after step `keep` taken out of them.
+    def open(self, resume):
+        """What a command that `check_paths` let pass may continue: a checkpoint, a text that says where it is from, and
+        whether results.json tells of it; (None, None, False) for nothing.
+
+        Writes nothing but the lock.  Raises UsageError for a folder
+        in use, and CheckpointError for a checkpoint that cannot be read.
+        """
+        from utils import checkpoint
+
+        if not self.writes:
+            return None, None, False
+        if holds_run(self.path):
+            self.lock()
+        if resume not in (None, LAST):
+            saved = checkpoint.load(resume)
+            return saved, f"{resume}, as --resume says", self.has_results(saved)
+        last = checkpoint.load_last(self.path, warn=self.print) if self.lock_file and resume else None
+        if last is None:
+            return None, None, False
+        saved, self.source, why = last
+        return saved, why, self.has_results(saved)
+
+    def start(self, state):
+        """Writes what the run is and opens its records, with everything after the step of the state taken out of them.
 
         A run from step 0 first removes the files of an older one, by name; no file of another program is touched.
+        Raises UsageError if another process has left a run here by now.
         """
-        clear = keep == 0 or self.overwrite
-        if not clear and (self.path / INDICES).exists() and read_split(self.path / INDICES) != labeled.tolist():
+        if not self.writes:
+            return
+        if self.lock_file is None:
+            self.lock()
+            if holds_run(self.path):
+                raise UsageError(f"argument --save-path: {self.path} holds a run that began after this command: give another")
+        clear = state.step == 0 or self.overwrite
+        labeled = state.labeled.tolist()
+        if not clear and (self.path / INDICES).exists() and read_split(self.path / INDICES) != labeled:
             raise UsageError(f"{self.path / INDICES} is not the split that the checkpoint was trained on: restore it "
                              "or remove it, and it is written again")
         old = [RESULTS, *(name + TEMPORARY for name in OURS)]      # a kill may have left these half written
@@ -173,20 +156,23 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         if self.source and self.source.name == PREVIOUS:    # so that the next save does not keep the damaged one
             link(self.source, self.path / CHECKPOINT)
-        take_back(self.path / METRICS, keep, step_of_record)
-        take_back(self.path / LOG, keep, step_of_line)
+        truncate_after(state.step, self.path / METRICS, step_of_record)
+        truncate_after(state.step, self.path / LOG, step_of_line)
         indices = "".join(f"{index}\n" for index in labeled)
         write_text(self.path / INDICES, indices)
-        self.write_json(SPLIT, {"sha256": hashlib.sha256(indices.encode()).hexdigest(), "dataset": flags["dataset"],
-                                "labels_sha256": labels_sha256, "num_label": len(labeled), "seed": flags["seed"],
-                                "validation": validation.tolist()})
-        self.write_json(ARGS, {"args": flags, "sessions": sessions})
+        self.write_json(SPLIT, {"sha256": hashlib.sha256(indices.encode()).hexdigest(), "dataset": state.args["dataset"],
+                                "labels_sha256": state.labels_sha256, "num_label": len(labeled), "seed": state.args["seed"],
+                                "validation": state.validation.tolist()})
+        self.write_json(ARGS, {"args": state.args, "sessions": state.sessions})
         self.log_file, self.metrics = Appender(self.path / LOG), Appender(self.path / METRICS)
-        self.events = event_writer(self.path, keep)
+        self.events = event_writer(self.path, state.step)
 
-    def say(self, message):
-        """One line to log.txt and to standard output, above the progress bar if there is one."""
-        message = printable(message)
+    def print(self, *messages):
+        """One line each to log.txt and to standard output, above the progress bar if there is one."""
+        for message in map(printable, messages if self.writes else ()):
+            self.print_line(message)
+
+    def print_line(self, message):
         if self.log_file:
             self.append(self.log_file, f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
         try:
@@ -195,28 +181,36 @@ class RunFolder:
         except OSError:                 # nobody reads any more; the run goes on
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+    def print_once(self, messages):
+        """As `print`, for each of some lines that was not printed so before."""
+        new = [message for message in messages if message not in self.printed]
+        self.printed.update(new)
+        self.print(*dict.fromkeys(new))
+
     def append(self, file, text):
         file.write(text)
         if file.error and file.path not in self.failing:
             self.failing.add(file.path)
-            self.say(f"{file.path} cannot be written ({file.error}): its lines are kept in memory until it can")
+            self.print(f"{file.path} cannot be written ({file.error}): its lines are kept in memory until it can")
         elif not file.error:
             self.failing.discard(file.path)
 
     def save(self, state, best, last):
-        """Saves a checkpoint, as the best one too if it is one; returns whether that worked.
+        """Saves the state of the run, as the best one too if it is that; returns whether that worked.
 
         A failure is a warning, and OSError if it is the last save.  OSError, too, if the records of the run are gone; if the
         folder is, nothing is saved: another run may have begun in its place.
         """
         from utils import checkpoint
 
+        if not self.writes:
+            return True
         lost = self.lost()
         if lost == LOCK and (os.path.lexists(self.path / LOCK) or not self.path.is_dir()):
-            raise OSError(f"{self.path} was removed or replaced under this run: step {state['step']} was not saved")
+            raise OSError(f"{self.path} was removed or replaced under this run: step {state.step} was not saved")
         try:
             os.fsync(self.metrics.file.fileno())
-            checkpoint.save(state, self.path)
+            checkpoint.save(state.state_dict(), self.path)
             if best:
                 checkpoint.save_best(self.path / CHECKPOINT)
             if last and self.metrics.error:
@@ -224,7 +218,7 @@ class RunFolder:
         except OSError as error:
             if last or lost:
                 raise
-            self.say(f"step {state['step']} could not be saved ({error}): training goes on; "
+            self.print(f"step {state.step} could not be saved ({error}): training goes on; "
                      + checkpoint.describe_last(self.path))
             return False
         if lost:
@@ -232,59 +226,73 @@ class RunFolder:
                           + checkpoint.describe_last(self.path))
         return True
 
+    def mend_best(self, is_best):
+        """Makes the checkpoint that the run goes on from the best one, if it is: a kill may have come before `save` did."""
+        from utils import checkpoint
+
+        if self.source and is_best:
+            checkpoint.save_best(self.source)
+
     def lost(self):
         """The name of a file that this run holds open and that is not in the folder any more, LOCK first; or None."""
-        held = {LOCK: self.lock, LOG: self.log_file.file, METRICS: self.metrics.file}
+        held = {LOCK: self.lock_file, LOG: self.log_file.file, METRICS: self.metrics.file}
         return next((name for name, file in held.items() if not is_at(file, self.path / name)), None)
 
     def record(self, step, scalars):
         """tag -> value at a step, to metrics.jsonl and TensorBoard."""
+        if not self.writes:
+            return
         self.append(self.metrics, json.dumps({"step": step, **scalars}) + "\n")
         for tag, value in scalars.items():
             self.events.add_scalar(tag, value, step)
 
-    def log(self, step, total_steps, alpha, means, rate, left):
+    def log_means(self, step, total_steps, alpha, means, rate, left):
         """A line of training means; rate: images per second of training, left: seconds to the end, evaluations included."""
         self.record(step, {f"train/{name}": value for name, value in means.items()} | {"train/lr": alpha})
         values = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-        self.say(f"step {step}/{total_steps}  {values}  lr {alpha:.4g}  {rate:.0f} images/s  {duration(left)} left")
+        self.print(f"step {step}/{total_steps}  {values}  lr {alpha:.4g}  {rate:.0f} images/s  {duration(left)} left")
 
-    def finish(self, steps, seconds, rates, top5, labeled, evaluations, flags, sessions, covered):
-        """Writes results.json and says the error rates under every selection rule; top5: likewise, or None.
+    def finish(self, state, labeled, counts):
+        """Writes results.json and prints the error rates under every selection rule.
 
         labeled: error in percent on the run's own labeled images, without augmentation.
-        covered: as `metrics.coverage` returns it.
+        counts: as for `metrics.coverage`.
         """
+        from utils.metrics import coverage, error_rates
+
+        if not self.writes:
+            return
         if lost := self.lost():
             raise OSError(f"{self.path / lost} was removed or replaced under this run: {RESULTS} was not written")
+        count, covered = len(state.evaluations), coverage(state.evaluations, counts)
+        rates, top5 = error_rates(state.evaluations), error_rates(state.evaluations, "test_top5")
         self.write_json(RESULTS, {"error_rate": rates, **({"top5_error_rate": top5} if top5 else {}),
                                   "labeled_error_rate": labeled, **({"images_covered": covered} if covered else {}),
-                                  "evaluations": evaluations, "median_of": min(20, evaluations), "steps": steps,
-                                  "seconds": round(seconds, 1), "args": flags, "sessions": sessions})
+                                  "evaluations": count, "median_of": min(20, count), "steps": state.step,
+                                  "seconds": round(state.seconds, 1), "args": state.args, "sessions": state.sessions})
         validated = rates["best_validation"]
-        self.say(f"finished {steps} steps in {duration(seconds)}: test error {rates['last']:.2f} % (last), "
-                 f"{rates['median_last_20']:.2f} % ({median_name(evaluations)}), "
-                 + (f"{validated:.2f} % (best on validation), " if validated is not None else "")
-                 + f"{rates['best_test']:.2f} % (lowest, so selected on the test set)"
-                 + (f"; top-5 error {top5['last']:.2f} % (last)" if top5 else "")
-                 + f"; error on its own labeled images {labeled:.2f} %"
-                 + "".join(f"; over {fewest:,} of {count:,} {part} images" for part, (fewest, count) in covered.items()))
+        self.print(f"finished {state.step} steps in {duration(state.seconds)}: test error {rates['last']:.2f} % (last), "
+                   f"{rates['median_last_20']:.2f} % ({median_name(count)}), "
+                   + (f"{validated:.2f} % (best on validation), " if validated is not None else "")
+                   + f"{rates['best_test']:.2f} % (lowest, so selected on the test set)"
+                   + (f"; top-5 error {top5['last']:.2f} % (last)" if top5 else "")
+                   + f"; error on its own labeled images {labeled:.2f} %"
+                   + "".join(f"; over {fewest:,} of {n:,} {name} images" for name, (fewest, n) in covered.items()))
         self.close()
 
     def has_results(self, saved):
         """Whether results.json is there and tells of the run and step of the checkpoint `saved`."""
-        from utils.records import difference, read_results
-
         try:
             results = read_results(self.path)
         except UsageError:
             return False
-        return results["steps"] == saved["step"] and not difference(results["args"], saved["args"])
+        return results["steps"] == saved["step"] and difference(saved["args"], results["args"]) is None
 
     @contextmanager
     def progress(self, start, total_steps):
         """A progress bar on a terminal, nothing elsewhere; `advance` moves it.  An exception closes the folder's files."""
-        self.bar = tqdm(initial=start, total=total_steps, unit="step", disable=None, dynamic_ncols=True)
+        self.bar = tqdm(initial=start, total=total_steps, unit="step", disable=None if self.writes else True,
+                        dynamic_ncols=True)
         try:
             yield
         except BaseException:
@@ -304,21 +312,9 @@ class RunFolder:
         write_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def close(self):
-        for file in (self.events, self.metrics, self.log_file, self.lock):
+        for file in (self.events, self.metrics, self.log_file, self.lock_file):
             if file:
                 file.close()
-
-
-class NoFolder:
-    """In place of a RunFolder in a process that writes nothing: every method does nothing."""
-
-    source = None
-
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: None
-
-    def progress(self, start, total_steps):
-        return nullcontext()
 
 
 def event_writer(path, keep):
@@ -341,56 +337,12 @@ def event_writer(path, keep):
     return SummaryWriter(f"run:{path}", purge_step=keep + 1 if keep else None, filename_suffix=EVENTS)
 
 
-def read_split(path):
-    """The indices in a label_indices.txt, a list of ints; checked against the split.json beside it, if there is one.
-
-    Raises UsageError, which names the file, for anything that is not a list of different indices, one a line.
-    """
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is not a regular file: give a file of indices, one a line")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read ({error})") from None
-    lines = text.split()
-    for line in lines:
-        if not (line.isascii() and line.isdigit() and len(line) < 16):
-            raise UsageError(f"{path}: {line[:40]!r} is not the index of an image")
-    if len(set(map(int, lines))) < len(lines):
-        raise UsageError(f"{path} names an image twice")
-    split = path.with_name(SPLIT)
-    if split.exists():
-        try:
-            expected = json.loads(split.read_text(encoding="utf-8"))["sha256"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise UsageError(f"{split} is damaged: restore it or remove it") from None
-        if expected != hashlib.sha256(text.encode()).hexdigest():
-            raise UsageError(f"{path} is not the split whose SHA-256 is in {split.name}: restore it")
-    return [int(line) for line in lines]
-
-
-def read_given_split(path, num_label=None):
-    """The indices of --split, ascending, a list of ints.
-
-    Raises UsageError as `read_split` does, for no index at all, and if num_label is another number.
-    """
-    try:
-        indices = sorted(read_split(path))
-    except UsageError as error:
-        raise UsageError(f"argument --split: {error}") from None
-    if not indices:
-        raise UsageError(f"argument --split: {path} names no image: write one index a line")
-    if num_label not in (None, len(indices)):
-        raise UsageError(f"argument --num-label: {num_label}, but --split {path} has {len(indices)} lines: leave the flag out")
-    return indices
-
-
-def take_back(path, keep, step_of):
-    """Removes from a file of lines those of steps after `keep`, and a last one that was not written to its end."""
+def truncate_after(step, path, step_of):
+    """Removes from a file of lines those of later steps, and a last one that was not written to its end."""
     if path.exists():
         with open(path, encoding="utf-8", errors="replace") as file:
             lines = [line for line in file if line.endswith("\n")]
-        write_text(path, "".join(line for line in lines if step_of(line) <= keep))
+        write_text(path, "".join(line for line in lines if step_of(line) <= step))
 
 
 def step_of_record(line):

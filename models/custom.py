@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import SimpleNamespace
 
-MODULE = "own_network"      # what such a file is run as
+MODULE = "custom_network"      # what such a file is run as
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = [ROOT / name for name in ("datasets", "metasemi", "models", "utils")]       # are nobody's neighbors
 
@@ -23,7 +23,7 @@ class NetworkError(ValueError):
     """A network that cannot be built or trained: one line with what, why and the remedy."""
 
 
-def is_own(name):
+def is_custom(name):
     return ":" in name
 
 
@@ -33,7 +33,7 @@ def check_network(name):
 
     Raises NetworkError if there is no such file, it or a neighbor is not Python, or nothing in it is named CLASS.
     """
-    if not is_own(name):
+    if not is_custom(name):
         return None
     path, _, wanted = name.rpartition(":")
     source, tree = read(path)
@@ -127,7 +127,7 @@ def importable(modules):
         sys.modules.update(others)
 
 
-def build_own(name, num_classes):
+def build_custom(name, num_classes):
     """CLASS(num_classes) of FILE.py:CLASS.  Raises NetworkError for any error in there, and if it cannot be trained."""
     import torch
     from torch import nn
@@ -157,13 +157,13 @@ def build_own(name, num_classes):
     return model
 
 
-def rehearse(name, num_classes, image_size, device, dtype=None, meta_gradient=None, batch=4):
+def dry_run(name, num_classes, image_size, device, dtype=None, meta_gradient=None, batch=4):
     """Tries a network of the user's own on a few random images, so that it fails before anything is written.
 
-    The rehearsal has an instance of its own and leaves torch's random state as it was.
+    The trial has an instance of its own and leaves torch's random state as it was.
 
     Args:
-        name: FILE.py:CLASS; a network of this repository needs no rehearsal, and gets one only for a batch of one.
+        name: FILE.py:CLASS; a network of this repository needs no trial, and gets one only for a batch of one.
         num_classes, image_size: K >= 2 and H = W of the images in pixels.
         device, dtype: where it is to run, and the type for autocast or None.
         meta_gradient: None, or a function of (model, x_l, y_l, x_u) that is to work as well.
@@ -180,7 +180,7 @@ def rehearse(name, num_classes, image_size, device, dtype=None, meta_gradient=No
 
     from models import build_model
 
-    if not is_own(name) and batch > 1:
+    if not is_custom(name) and batch > 1:
         return []
     warnings = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -1,0 +1,77 @@
+"""What comes before the first step of a run: its data, its network, and what the log says of them."""
+from functools import partial
+
+import numpy as np
+import torch
+
+from datasets import DataError
+from datasets.splits import split_training
+from metasemi import meta_gradient
+from models import build_model, dry_run
+from models.synchronized import synchronize_batch_norm
+from utils.device import fingerprint, slow_precision
+from utils.flags import cut_short
+from utils.run_folder import git_commit
+from utils.state import check_same_data, load_data
+
+
+def prepare_data(args, world, device, saved, source, interrupt):
+    """images, their digest, and the indices of labeled, unlabeled and validation images; the same in every process."""
+    with world.local_first():           # it may download
+        images = load_data(vars(args), device, saved, source, stop=interrupt)
+    data = images.digest
+    if saved is None:
+        labeled, validation = split_training(images.train_labels, args.num_label, args.num_val, images.num_classes, args.seed,
+                                             args.labeled)
+    else:
+        check_same_data(data, saved, "the run that --resume continues", args.data_path)
+        labeled, validation = saved["labeled"].numpy(), saved["validation"].numpy()
+    world.check_same({**data, "labeled images": labeled.tolist(), "validation images": validation.tolist()})
+    taken = validation if args.include_labeled else np.concatenate([validation, labeled])
+    unlabeled = np.setdiff1d(np.arange(len(images.train_labels)), taken)
+    if len(unlabeled) == 0 and (args.mix_up or not args.no_meta):
+        raise DataError(f"argument --num-label: {args.num_label} leaves no unlabeled image: add --include-labeled, "
+                        "or train supervised with --no-meta and no --mix-up")
+    return images, data, labeled, unlabeled, validation
+
+
+def prepare_model(args, world, device, dtype, images):
+    """A network with its first weights, the same in every process, and warnings about it."""
+    method = partial(meta_gradient, method=args.meta_gradient, consistency=args.consistency, dtype=dtype)
+    warned = dry_run(args.arch, images.num_classes, images.train_images.shape[-1], device, dtype,
+                     None if args.no_meta else method, min(4, args.batch_size // world.size))
+    torch.manual_seed(args.seed)
+    model = build_model(args.arch, images.num_classes, device)
+    world.broadcast(list(model.state_dict().values()))
+    if args.sync_bn and world.size > 1:
+        synchronize_batch_norm(model, world.all_reduce_mean, world.size)
+    return model, warned
+
+
+def new_session(args, state, device, processes):
+    """Where and by what the part of a run that begins now is trained, for its `sessions`."""
+    return {"from_step": state.step, "commit": git_commit(), **fingerprint(device, args.precision, args.compile, processes)}
+
+
+def describe_run(args, state, images, num_unlabeled, device, warned):
+    """The first lines of the log: data, network, device, and warnings."""
+    yield (f"{images.describe()}; {len(state.labeled)} labeled" + (f", {num_unlabeled} unlabeled" if num_unlabeled else "")
+           + (f", {len(state.validation)} for validation" if len(state.validation) else ""))
+    yield (f"{args.arch}, {sum(w.numel() for w in state.model.parameters()):,} parameters, {state.sessions[-1]['device']}"
+           + (" (no CUDA device is visible)" if args.device == "auto" and device.type == "cpu" else ""))
+    if images.source:
+        yield f"images {images.source}"
+    if images.ignored:
+        yield f"ignored: {images.ignored}"
+    yield from filter(None, (cut_short(args), slow_precision(args.precision, device), *warned))
+
+
+def describe_resumption(state, saved, source):
+    """Lines about where a run goes on, and what is not as it was before."""
+    yield f"resumed at step {state.step} from {source}"
+    if "data" not in saved:
+        yield f"{source}: of an earlier version, which kept no digest of its images: they could not be compared"
+    before, now = state.sessions[-2:]
+    for key, value in now.items():
+        if key not in ("from_step", "commit") and value != before.get(key):
+            yield f"{key} was {before.get(key)} and is {value}: equal to the first part only up to rounding"

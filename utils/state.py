@@ -1,0 +1,247 @@
+"""The state of a run: everything that makes it that run.  A checkpoint is the `state_dict()` of it, and nothing else.
+
+Training, `--evaluate` and `plot_features.py` open a checkpoint with its data and its network by `load_data` and `load_model`.
+"""
+import json
+
+import torch
+
+from datasets import load_dataset
+from datasets.splits import check_split
+from models import build_model
+from utils.cli import UsageError, first_line
+from utils.device import memory_for_images
+from utils.flags import declared, experiment
+from utils.metrics import Diverged, all_finite
+from utils.records import differing
+
+# What a checkpoint holds: name -> type.
+COURSE = {              # how far the run has come
+    "step": int, "seconds": float, "evaluations": list, "best": (float, type(None)), "sessions": list,
+    "rng": torch.Tensor, "cuda_rng": (torch.Tensor, type(None)), "other_rng": list}
+DATA = {                # the images that it is trained on
+    "labeled": torch.Tensor, "validation": torch.Tensor, "labels_sha256": str, "class_names": list, "data": dict,
+    "mean": torch.Tensor, "std": torch.Tensor, "image_size": int}
+FIELDS = {**COURSE, **DATA, "args": dict, "model": dict, "optimizer": dict}
+ABSENT = {"data": {}, "other_rng": []}          # what stands for a field that earlier versions did not have
+PLAIN = ("args", "sessions", "seconds", "evaluations", "best", "class_names")
+ARGS = {"dataset": str, "data_path": str, "arch": str, "image_size": int, "flip": bool, "milestones": list}
+MOST_STEPS, MOST_PIXELS = 10 ** 15, 1024        # as the command line has them
+
+
+class CheckpointError(UsageError):
+    """A checkpoint that is missing, damaged or not one of this program; the message names it."""
+
+
+class RunState:
+    """A run between two steps.
+
+    Attributes are the names in FIELDS; `model` and `optimizer` are the objects themselves.  labeled and validation:
+    (N,) int64 indices of training images.  best: the highest accuracy so far of the set that selects `model_best.pth`.
+    sessions: a dict for each part of the run, with where and by what it was trained.
+    """
+
+    def __init__(self, args, images, data, labeled, validation, model, optimizer):
+        """A run before its first step.  args: resolved flags.  images: as `load_dataset` returns them, data: their digest."""
+        self.args, self.model, self.optimizer = experiment(args), model, optimizer
+        self.labeled, self.validation = torch.from_numpy(labeled), torch.from_numpy(validation)
+        self.data, self.labels_sha256, self.class_names = data, images.labels_sha256, list(images.class_names)
+        self.mean, self.std, self.image_size = images.mean, images.std, images.train_images.shape[-1]
+        self.step, self.seconds, self.evaluations, self.best, self.sessions = 0, 0.0, [], None, []
+        self.rng, self.cuda_rng, self.other_rng = torch.get_rng_state(), None, []
+        # An infinite parameter or buffer, such as the mask of an attention, may stay so.
+        self.finite_at_start = {name for name, value in model.state_dict().items() if all_finite([value])}
+
+    def state_dict(self):
+        """name -> value as in FIELDS, for `checkpoint.save`."""
+        state = {name: getattr(self, name) for name in FIELDS}
+        return state | {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, saved, source):
+        """Goes on where a checkpoint ends; the flags are still those of this command, the learning rate, too.
+
+        Raises CheckpointError, which names the file `source`, if weights or momenta do not fit the model.
+        """
+        load_weights(self.model, self.args["arch"], saved, source)
+        load_momenta(self.optimizer, saved, source)
+        for name in COURSE:
+            setattr(self, name, saved.get(name, ABSENT.get(name)))
+
+    def set_random_state(self, world, device, seed):
+        """Torch's generators as they were at this step.  A process that the run did not have before gets a state of its
+        own, a function of (rank, seed, step)."""
+        world.seed(seed, self.step)
+        states = [[self.rng, self.cuda_rng], *self.other_rng]
+        if self.step and (world.rank == 0 or len(states) == world.size):
+            rng, cuda_rng = states[world.rank]
+            torch.set_rng_state(rng)
+            if device.type == "cuda" and cuda_rng is not None:
+                torch.cuda.set_rng_state(cuda_rng, device)
+
+    def get_random_state(self, world, device):
+        """Takes the states of torch's generators, those of all processes of a world, into the state of the run."""
+        (self.rng, self.cuda_rng), *self.other_rng = world.all_gather_object(
+            [torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None])
+
+    def add_evaluation(self, scalars, select_by):
+        """Keeps accuracies, as `Evaluator.evaluate` returns them; select_by: the set whose accuracy makes `best`."""
+        self.evaluations.append({"step": self.step} | {tag.removesuffix("/accuracy").replace("/", "_"): value
+                                                       for tag, value in scalars.items()})
+        accuracy = scalars[f"{select_by}/accuracy"]
+        if self.best is None or accuracy > self.best:
+            self.best = accuracy
+
+    def lacks_evaluation(self):
+        """Whether a run before ended at a step with an evaluation, but without that."""
+        due = self.step and (self.step % self.args["test_freq"] == 0 or self.step == self.args["total_steps"])
+        return bool(due) and (not self.evaluations or self.evaluations[-1]["step"] != self.step)
+
+    def is_best(self, select_by):
+        """Whether the first of the best evaluations is that of this step."""
+        return bool(self.evaluations) and max(self.evaluations, key=lambda e: e[select_by])["step"] == self.step
+
+    def check_finite(self):
+        """Raises Diverged unless the weights are finite, where they were so at first; waits for the device once."""
+        weights = self.model.state_dict()
+        if not all_finite(weights[name] for name in self.finite_at_start):
+            raise Diverged(f"the weights are not finite at step {self.step}")
+
+
+def find_fault(state):
+    """What keeps a loaded value from being the state of a run, or None."""
+    if not isinstance(state, dict):
+        return f"it holds a {type(state).__name__}"
+    state = ABSENT | state
+    for name, kind in FIELDS.items():
+        if name not in state:
+            return f"it has no {name}"
+        if not isinstance(state[name], kind):
+            return f"its {name} is a {type(state[name]).__name__}"
+    try:
+        json.dumps([state[name] for name in PLAIN], allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return f"its {', '.join(PLAIN)} are not all plain and finite"
+    if not 0 <= state["step"] <= MOST_STEPS:
+        return "its step is impossible"
+    return find_fault_of_args(state["args"]) or find_fault_of_data(state) or find_fault_of_course(state)
+
+
+def find_fault_of_args(args):
+    for name, kind in ARGS.items():
+        if not isinstance(args.get(name), kind):
+            return f"its args have no {name}"
+    if not all(isinstance(step, int) for step in args["milestones"]):
+        return "its milestones are not steps"
+    if not 0 < args["image_size"] <= MOST_PIXELS:
+        return f"its images are not of 1 to {MOST_PIXELS} pixels"
+    precision = declared()["precision"]
+    if args.get("precision", precision.default) not in precision.choices:
+        return "its precision does not exist"
+    return None
+
+
+def find_fault_of_data(state):
+    if not all(isinstance(text, str) for text in state["data"].values()):
+        return "its data are not names and texts"
+    if not 0 < state["image_size"] <= MOST_PIXELS:
+        return f"its images are not of 1 to {MOST_PIXELS} pixels"
+    for name in ("labeled", "validation"):
+        index = state[name]
+        if index.dtype != torch.int64 or index.dim() != 1 or len(index.unique()) < len(index) or (index < 0).any():
+            return f"its {name} is not a list of different indices"
+    if len(state["labeled"]) == 0:
+        return "it has no labeled image"
+    if any(state[name].shape != (3,) or state[name].dtype != torch.float32 or state[name].requires_grad
+           or not state[name].isfinite().all() for name in ("mean", "std")) or not (state["std"] > 0).all():
+        return "its mean and std are not of three channels"
+    return None
+
+
+def find_fault_of_course(state):
+    if not all(isinstance(w, torch.Tensor) for w in state["model"].values()):
+        return "its model is not a state dict"
+    if not all(isinstance(e, dict) and isinstance(e.get("step"), int) and isinstance(e.get("test"), float)
+               and isinstance(e.get("validation", 0.0), float) for e in state["evaluations"]):
+        return "its evaluations are not accuracies"
+    if not state["sessions"] or not all(isinstance(session, dict) for session in state["sessions"]):
+        return "it does not say where it was trained"
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in state["other_rng"]):
+        return "its other random states are none"
+    for rng, cuda_rng in ([state["rng"], state["cuda_rng"]], *state["other_rng"]):
+        try:
+            torch.Generator().set_state(rng)
+        except (RuntimeError, TypeError):
+            return "its random state is impossible"
+        if cuda_rng is not None and not (isinstance(cuda_rng, torch.Tensor) and cuda_rng.dtype == torch.uint8
+                                         and cuda_rng.shape == (16,) and cuda_rng[8] % 4 == 0):     # seed, offset: by fours
+            return "its random state is impossible"
+    return None
+
+
+def load_data(flags, device, saved=None, source="", **options):
+    """The images of a run, as `load_dataset` returns them; normalized with the statistics of a checkpoint, if there is one.
+
+    Args:
+        flags: name -> value, of the flags that say which images, and how they are read.
+        saved, source: a checkpoint, or a bare state dict, and what to call it.  Its labeled and validation images must be
+            among the training images.
+        options: further ones of `load_dataset`.
+
+    Raises:
+        DataError: for images that are missing or damaged, or a split that is not of them.
+    """
+    images = load_dataset(flags["dataset"], flags["data_path"], flags["image_size"], flags.get("flip", False),
+                          flags["num_workers"], memory=memory_for_images(device), skip_corrupt=flags["skip_corrupt"],
+                          statistics=(saved["mean"], saved["std"]) if saved and "mean" in saved else None, **options)
+    if saved and "labeled" in saved:
+        check_split(saved["labeled"].numpy(), saved["validation"].numpy(), len(images.train_labels), source)
+    return images
+
+
+def load_model(arch, images, device, saved, source):
+    """The network of a checkpoint, or of a bare state dict {"model": ...}, for the classes of some images.
+
+    Raises CheckpointError, which names the file `source`, if its weights do not fit or are not finite.
+    """
+    model = build_model(arch, images.num_classes, device)
+    finite = [name for name, value in model.state_dict().items() if all_finite([value])]
+    load_weights(model, arch, saved, source)
+    if not all_finite(model.state_dict()[name] for name in finite):
+        raise CheckpointError(f"{source}: its weights are not finite")
+    return model
+
+
+def load_weights(model, arch, saved, source):
+    """Puts the weights of a checkpoint into a model.  Raises CheckpointError, which names the file `source`."""
+    try:
+        model.load_state_dict(saved["model"])
+    except Exception as error:          # torch reports a mismatch by many types
+        raise CheckpointError(f"{source}: its weights do not fit {arch} "
+                              f"({' '.join(str(error).split())[:200]})") from None
+
+
+def load_momenta(optimizer, saved, source):
+    """Puts the momenta of a checkpoint into an optimizer.  Raises CheckpointError, which names the file `source`."""
+    try:
+        shapes = [w.shape for group in optimizer.param_groups for w in group["params"]]
+        momenta = saved["optimizer"]["state"]
+        for i, values in momenta.items():
+            momentum = values["momentum_buffer"]
+            if momentum is not None and momentum.shape != shapes[i]:
+                raise ValueError(f"momentum {i} has shape {tuple(momentum.shape)}")
+        optimizer.load_state_dict({"state": momenta, "param_groups": optimizer.state_dict()["param_groups"]})
+    except Exception as error:
+        raise CheckpointError(f"{source}: its optimizer state does not fit this network ({first_line(error)})") from None
+
+
+def data_of(saved):
+    """The digest of the data of a checkpoint; one of an earlier version has only a part of it."""
+    return {"class names": "/".join(map(str, saved["class_names"])), "training labels": saved["labels_sha256"],
+            **saved.get("data", {})}
+
+
+def check_same_data(data, saved, source, path):
+    """Refuses images at `path`, of the digest `data`, that are not those of the checkpoint `saved`; source: what to call it."""
+    names = differing(data, data_of(saved))
+    if names:
+        raise UsageError(f"argument --data-path: {path} is not what {source} was trained on: the {', '.join(names)} differ")
