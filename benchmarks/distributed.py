@@ -86,9 +86,9 @@ def measure(args):
         if step == 2:                   # the first two are for warming up
             sent, start = 0, time.perf_counter()
         training_step(model, optimizer, x_l, y_l, x_u, alpha=0.1, beta=0.1, lam=lam,
-                      average=world.average if world.size > 1 else None)
-        world.copy_first(list(model.buffers()))
-        world.agree(None)
+                      average=world.all_reduce_mean if world.size > 1 else None)
+        world.broadcast(list(model.buffers()))
+        world.all_reduce_max(None)
     seconds = (time.perf_counter() - start) / args.steps
     print(seconds, sent / args.steps)
     world.leave()

@@ -58,7 +58,7 @@ def guarded(step, steps):
             meter.add(number, result.finite, {"loss": result.loss, **result.telemetry})
             interrupt()
         meter.check()
-        meter.read()
+        meter.read(lambda tensors: tensors)
 
 
 def unguarded(step, steps):

@@ -42,7 +42,7 @@ SERVER.set_forkserver_preload([
     "injections", "train_meta", "plot_features", "torch", "torch._dynamo", "torch._decomp.decompositions_for_jvp",
     "torch.distributed", "torch.utils.serialization.config", "tensorboardX", "sklearn.datasets", "sklearn.datasets.data",
     "sklearn.datasets.descr", "datasets.batches", "datasets.loading", "metasemi", "models.convlarge", "models.synchronized",
-    "utils.checkpoint", "utils.device", "utils.metrics", "pytest", "hypothesis"])
+    "utils.evaluation", "utils.setup", "utils.checkpoint", "pytest", "hypothesis"])
 
 
 # Runs
@@ -342,10 +342,10 @@ def logged(folder, tries, rng, patch=None):
         yield None if in_metrics == steps == list(map(int, in_log)) else f"{in_metrics} in metrics, {in_log} in the log"
 
 
-def no_take_back():
+def no_truncation():
     import utils.run_folder
 
-    utils.run_folder.take_back = lambda *args: None
+    utils.run_folder.truncate_after = lambda *args: None
 
 
 # F4, F11, F12: files that are not what they were
@@ -664,10 +664,10 @@ def spoiled(kind, value):
 
 
 def no_finite_check():
-    from utils import metrics
+    from utils import metrics, state
 
     metrics.Meter.check = lambda self: None
-    metrics.all_finite = lambda tensors: True
+    state.all_finite = lambda tensors: True
 
 
 def permuted(folder, tries, rng, patch=None):
@@ -900,9 +900,10 @@ def ascii_terminal():
 
 
 def careless_values():
-    from utils import cli
+    from utils import cli, flags
 
-    cli.path, cli.number = Path, lambda kind, **bounds: lambda text: kind(float(text))
+    for module in (cli, flags):
+        module.path, module.number = Path, lambda kind, **bounds: lambda text: kind(float(text))
 
 
 # F25: networks of the user's own
@@ -963,9 +964,10 @@ def misbehaving(folder, tries, rng, patch=None):
 
 
 def no_own_network():
-    from utils import failure
+    import train_meta
+    from utils import evaluation
 
-    failure.network_failures = lambda name, step=None: contextlib.nullcontext()
+    train_meta.network_failures = evaluation.network_failures = lambda name, step=None: contextlib.nullcontext()
 
 
 # F19: reports
@@ -973,14 +975,13 @@ def no_own_network():
 def finished_run(row):
     """What a finished run of a row of digits at scale 0.01 leaves, in the folder where reproduce.py looks; that folder."""
     import reproduce
-    from utils import paper, run_folder
-    from utils.flags import parse_training
+    from utils import flags, paper
 
     folder = reproduce.Run("digits", row, 1, 0.01).folder
     folder.mkdir(parents=True)
-    args = parse_training(paper.experiment("digits", row, 1, 0.01))
+    args = flags.parse_training(paper.experiment("digits", row, 1, 0.01))
     results = {"error_rate": {"last": 5.0, "median_last_20": 6.0, "best_validation": None, "best_test": 4.0},
-               "labeled_error_rate": 1.25, "steps": 8, "seconds": 3.4, "args": run_folder.experiment(args),
+               "labeled_error_rate": 1.25, "steps": 8, "seconds": 3.4, "args": flags.experiment(args),
                "sessions": [{"device": "cpu", "threads": 2, "precision": "float32", "torch": "2", "commit": None}]}
     lines = [{"step": s, "train/unlabel-acc": s / 10, "train/pseudo-acc": s / 5} for s in range(1, 9)]
     lines += [{"step": 6, "test/accuracy": 0.75}, {"step": 8, "test/accuracy": 0.95}]
@@ -1019,6 +1020,7 @@ def reported(folder, tries, rng, patch=None):
             (table, lines + "digits,both\n"), (table, lines.replace("5.0", "five")), (table, lines.replace("seed", "Seed")),
             (Path("README.md"), text.replace("cells", "sells")), (Path("README.md"), text.replace("<!-- end -->", ""))]
         first = run_folder.RunFolder("results")
+        first.lock()
         yield one_line(*refused(flags), "results is in use by process")
         first.close()
         for path, content in cases[:tries]:
@@ -1415,9 +1417,9 @@ def other_data(folder, tries, rng, patch=None):
 
 
 def no_digest():
-    from utils import run_folder
+    from utils import evaluation, state
 
-    run_folder.differing = lambda now, then: []
+    evaluation.differing = state.differing = lambda now, then: []
 
 
 def no_agreement():
@@ -1496,7 +1498,7 @@ INJECTIONS = {
     "F11": Injection(malicious, any_pickle, 2, 10),
     "F12": Injection(data_file, no_sums, 3, 30),
     "F13": Injection(permuted, leaking_labels, 1, 10),
-    "F14": Injection(logged, no_take_back, 1, 10),
+    "F14": Injection(logged, no_truncation, 1, 10),
     "F15": Injection(odd_places, no_streams, 5, 9),
     "F16": Injection(disagreeing, no_agreement, 3, 99),
     "F17": Injection(other_data, no_digest, 1, 99),

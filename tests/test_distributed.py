@@ -98,8 +98,8 @@ def several_steps(place, cases, results):
     world = World()
     world.join("cpu")
     for norm, method, synchronized in cases:
-        results.put((norm.__name__, method, place[0], {name: value.numpy() for name, value in steps(
-            norm, method, world.rows(BATCH), world.average, world.size * synchronized).items()}))
+        found = steps(norm, method, world.rows(BATCH), world.all_reduce_mean, world.size * synchronized)
+        results.put((norm.__name__, method, place[0], {name: value.numpy() for name, value in found.items()}))
     world.leave()
 
 
@@ -288,7 +288,7 @@ def full_disk():
     """Rank 0 cannot make the run folder."""
     def refuse(*args, **kwargs):
         raise OSError("No space left on device")
-    RunFolder.__init__ = refuse
+    RunFolder.lock = refuse
 
 
 @pytest.mark.parametrize(("patch", "message"), [
@@ -374,7 +374,7 @@ def test_the_parts_of_the_processes_make_up_the_whole():
         world.size, rows, parts = size, [], []
         for world.rank in range(size):
             rows += whole[world.rows(12)]
-            parts += world.part(whole)
+            parts += world.shard(whole)
         assert rows == whole and sorted(parts) == whole
 
 

@@ -130,7 +130,7 @@ def test_features_are_reused_until_the_checkpoint_or_the_sample_changes(runs, tm
     path = tmp_path / "model_best.pth"
     path.write_bytes((runs / "baseline" / "model_best.pth").read_bytes())
     built = []
-    monkeypatch.setattr("models.build_model", lambda *args: built.append(args) or build_model(*args))
+    monkeypatch.setattr("utils.state.build_model", lambda *args: built.append(args) or build_model(*args))
     flags = ["--checkpoint-path", path, "--save-path", tmp_path / "out", "--method", "pca", "--num-point", "50"]
     for extra, expected in (([], 1), ([], 1), (["--seed", "7"], 2)):
         assert plot(*flags, *extra) == 0
@@ -155,7 +155,7 @@ def test_features_of_other_images_are_never_taken_for_those_of_these(tmp_path, m
     del saved["data"]                   # as of an earlier version, so that nothing is compared
     torch.save(saved, path)
     built = []
-    monkeypatch.setattr("models.build_model", lambda *args: built.append(args) or build_model(*args))
+    monkeypatch.setattr("utils.state.build_model", lambda *args: built.append(args) or build_model(*args))
     for root, expected in ((roots[0], 1), (roots[0], 1), (roots[1], 2)):
         assert plot(*flags, "--data-path", root) == 0 and len(built) == expected
 
@@ -224,7 +224,7 @@ def test_features_that_make_no_figure_are_one_line(runs, tmp_path, monkeypatch, 
         model.features = lambda x: features(usual(x))
         return model
 
-    monkeypatch.setattr("models.build_model", build)
+    monkeypatch.setattr("utils.state.build_model", build)
     (tmp_path / "a.pth").write_bytes((runs / "baseline" / "model_best.pth").read_bytes())
     assert plot("--checkpoint-path", tmp_path / "a.pth", "--save-path", tmp_path / "out", "--num-point", "140") == 2
     error = capsys.readouterr().err

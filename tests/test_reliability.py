@@ -31,6 +31,7 @@ from utils.files import printable
 from utils.flags import parse_plotting, parse_training, plotting_parser, training_parser
 from utils.interrupt import REPEATED, Interrupt
 from utils.records import read_split
+from utils.state import FIELDS
 
 
 def lost(name, folder, tries, patch=None):
@@ -241,7 +242,7 @@ def saved(tmp_path_factory):
 
 
 @settings(max_examples=100)
-@given(st.lists(st.tuples(st.sampled_from(sorted(checkpoint.TYPES)), st.booleans(), state), min_size=1, max_size=2))
+@given(st.lists(st.tuples(st.sampled_from(sorted(FIELDS)), st.booleans(), state), min_size=1, max_size=2))
 def test_a_checkpoint_of_any_content_is_read_or_refused_in_one_line(saved, changes):
     from train_meta import main
 

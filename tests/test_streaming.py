@@ -212,7 +212,7 @@ def test_a_run_from_disk_equals_the_run_from_memory_bit_for_bit(train, tmp_path,
     flags = ["--dataset", "folder", "--data-path", str(root), "--image-size", "16", "--flip", "--num-label", "6",
              "--num-val", "3", "--mix-up", "--num-workers", "1"]
     assert train("memory", *flags) == 0
-    monkeypatch.setattr(utils.device, "memory_for_images", lambda device: 1000)
+    monkeypatch.setattr("utils.state.memory_for_images", lambda device: 1000)
     assert train("disk", *flags) == 0
     assert differing(tmp_path / "memory", tmp_path / "disk") == []
     assert "images in memory: " in (tmp_path / "memory" / "log.txt").read_text()
@@ -273,7 +273,7 @@ def from_disk(train, tmp_path, monkeypatch):
     root = make_folder(tmp_path / "images", count=8)
     flags = ["--dataset", "folder", "--data-path", str(root), "--image-size", "16", "--num-label", "4", "--total-steps", "4",
              "--batch-size", "2", "--num-workers", "0", "--print-freq", "2", "--test-freq", "2"]
-    monkeypatch.setattr(utils.device, "memory_for_images", lambda device: 0)
+    monkeypatch.setattr("utils.state.memory_for_images", lambda device: 0)
 
     def run(folder, *more, actions=()):
         load, step, calls = datasets.loading.load_dataset, metasemi.training_step, []
@@ -289,7 +289,7 @@ def from_disk(train, tmp_path, monkeypatch):
             return result
 
         with monkeypatch.context() as patch:
-            patch.setattr(datasets.loading, "load_dataset", loading)
+            patch.setattr("utils.state.load_dataset", loading)
             patch.setattr(metasemi, "training_step", stepping)
             return train(folder, *flags, *more)
     run.root = root
