@@ -29,7 +29,7 @@ def main(argv=None):
         try:
             cli.check_plotting_files(args)
             args.arch = {name: check_network(name) for name in args.arch}       # name -> SHA-256 of a file of the user's own
-            from utils.figures import draw_curves
+            from reproduction.figures import draw_curves
 
             paths = draw_curves(args.curves, args.save_path) if args.curves else plot(args)
         except (DataError, NetworkError, cli.UsageError) as error:
@@ -56,9 +56,9 @@ def plot(args):
 
     from datasets import load_dataset
     from datasets.splits import check_split
+    from reproduction.figures import data_name, draw_features
     from utils import checkpoint
     from utils.device import choose_device, memory_for_images
-    from utils.figures import data_name, draw_features
 
     device = choose_device(args.device)
     saved = [checkpoint.load(path) for path in args.checkpoint_path]

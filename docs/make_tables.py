@@ -10,8 +10,8 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 from datasets import DATASETS  # noqa: E402
 from models import NETWORKS  # noqa: E402
+from reproduction.report import filled, markdown  # noqa: E402
 from utils.cli import plotting_parser, training_parser  # noqa: E402
-from utils.report import filled, markdown  # noqa: E402
 
 # Algorithm 2, line by line: its number, what it does, and the file and a part of the one source line that does it.
 ALGORITHM = [

@@ -970,26 +970,23 @@ def no_own_network():
 
 # F19: reports
 
-def finished_run(row):
+def finished_run(row, seed=1):
     """What a finished run of a row of digits at scale 0.01 leaves, in the folder where reproduce.py looks; that folder."""
-    import reproduce
-    from datasets import DATASETS
-    from datasets.splits import check_num_label
-    from models import NETWORKS
-    from utils import paper, run_folder
-    from utils.cli import parse_training
+    from reproduction.cells import training_flags
+    from reproduction.run import Run, resolved
 
-    folder = reproduce.Run("digits", row, 1, 0.01).folder
+    folder = Run("digits", row, seed, 0.01).folder
     folder.mkdir(parents=True)
-    args = parse_training(paper.experiment("digits", row, 1, 0.01), DATASETS, NETWORKS, check_num_label)
     results = {"error_rate": {"last": 5.0, "median_last_20": 6.0, "best_validation": None, "best_test": 4.0},
-               "labeled_error_rate": 1.25, "steps": 8, "seconds": 3.4, "args": run_folder.experiment(args),
+               "labeled_error_rate": 1.25, "steps": 8, "seconds": 3.4,
+               "args": resolved(*training_flags("digits", row, seed, 0.01)),
                "sessions": [{"device": "cpu", "threads": 2, "precision": "float32", "torch": "2", "commit": None}]}
     lines = [{"step": s, "train/unlabel-acc": s / 10, "train/pseudo-acc": s / 5} for s in range(1, 9)]
     lines += [{"step": 6, "test/accuracy": 0.75}, {"step": 8, "test/accuracy": 0.95}]
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     (folder / "args.json").write_text(json.dumps({"args": results["args"]}), encoding="utf-8")
+    (folder / "label_indices.txt").write_text(f"{seed}\n", encoding="utf-8")
     return folder
 
 
@@ -1001,7 +998,7 @@ def reported(folder, tries, rng, patch=None):
         both, supervised = map(finished_run, ("both", "supervised"))
         readme, table = "Müller ± 1\n<!-- cells -->\n<!-- end -->\n", Path("results", "runs.csv")
         Path("README.md").write_text(readme, encoding="utf-8")
-        flags = ["main", "--dataset", "digits", "--scale", "0.01"]
+        flags = ["main", "--dataset", "digits", "--scale", "0.01", "--publish"]
         done = subprocess.run([sys.executable, "-P", ROOT / "reproduce.py", *flags], capture_output=True,
                               env={**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"})
         text = Path("README.md").read_text(encoding="utf-8")
@@ -1053,7 +1050,7 @@ def believing():
     """Any results.json is that of the run in whose folder it lies."""
     from unittest import mock
 
-    with mock.patch("reproduce.difference", lambda *args: None):
+    with mock.patch("reproduction.run.difference", lambda *args: None):
         yield
 
 

@@ -18,9 +18,9 @@ from datasets.splits import check_num_label
 from metasemi import METHODS
 from metasemi.losses import CONSISTENCY
 from models import NETWORKS
+from reproduction.cells import CELLS, ROWS, training_flags
 from utils.cli import cut_short, parse_milestones, parse_plotting, parse_training, plotting_parser, training_parser
 from utils.device import BFLOAT16, slow_precision
-from utils.paper import CELLS, ROWS, experiment
 
 TRAINING = [       # (flags, what the line must contain)
     (["--dataset", "mnist"], ["--dataset", "mnist", "cifar10"]),
@@ -161,6 +161,7 @@ REPRODUCING = [
     (["main", "--gpus", "0", "--jobs", "2"], ["--jobs", "--gpus", "leave it out"]),
     (["main", "--scale", "0"], ["--scale", "0", "at least 0.0001"]),
     (["imagenet", "--gpus", "0"], ["--gpus", "imagenet", "leave it out"]),
+    (["figure3", "--publish"], ["--publish", "figure3", "leave it out"]),
 ]
 WRONG = [(script, *case) for script, cases in (("train_meta", TRAINING), ("plot_features", PLOTTING),
                                                ("reproduce", REPRODUCING)) for case in cases]
@@ -363,7 +364,7 @@ def test_an_official_command_line_is_accepted_and_so_is_a_row_of_the_ablation_ma
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("row", ROWS)
 def test_every_command_of_the_tables_is_accepted(cell, row):
-    parse_training(experiment(cell, row, 1, 1.0), DATASETS, NETWORKS, check_num_label)
+    parse_training(training_flags(cell, row, 1, 1.0), DATASETS, NETWORKS, check_num_label)
 
 
 def test_every_official_flag_has_its_official_default():

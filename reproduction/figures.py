@@ -1,4 +1,4 @@
-"""Drawing: Figure 3 of the paper from embedded features, and the course of runs from their metrics.jsonl."""
+"""The figures: Figure 3 of the paper from embedded features, and the curves of runs from their metrics.jsonl."""
 import statistics
 from pathlib import Path
 
@@ -9,9 +9,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
+from reproduction.cells import ROWS, published_error, row_of  # noqa: E402
 from utils.cli import UsageError  # noqa: E402
 from utils.files import printable, replacing  # noqa: E402
-from utils.paper import published_error, title_of  # noqa: E402
 from utils.records import read_flags, read_metrics, read_split_sums  # noqa: E402
 
 # Petroff's ten colors, made to be told apart by color-blind readers; further classes change the marker.
@@ -97,18 +97,18 @@ def draw_curves(folders, save_path):
             flags, sums, lines = read_flags(folder), read_split_sums(folder), read_metrics(folder)
         except UsageError as error:
             raise UsageError(f"argument --curves: {folder} is not the folder of a run ({error})") from None
-        own = ("seed", "split", "data_path", "num_workers")
-        key = repr(sorted((name, value) for name, value in flags.items() if name not in own)) + sums["labels_sha256"]
-        before = seen.setdefault((key, flags["seed"], sums["sha256"]), folder)
-        if before is not folder:
-            raise UsageError(f"argument --curves: {before} and {folder} are the same run, seed {flags['seed']} with the same "
+        may_differ = ("seed", "split", "data_path", "num_workers")
+        key = repr(sorted((name, value) for name, value in flags.items() if name not in may_differ)) + sums["labels_sha256"]
+        first = seen.setdefault((key, flags["seed"], sums["sha256"]), folder)
+        if first is not folder:
+            raise UsageError(f"argument --curves: {first} and {folder} are the same run, seed {flags['seed']} with the same "
                              "labeled images: give each run once")
         groups.setdefault(key, []).append((flags, folder, lines))
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for i, runs in enumerate(groups.values()):
         flags, folder, _ = runs[0]
-        row = title_of(flags)
+        row = ROWS[row_of(flags)].title
         label = printable(f"{row}, {data_name(flags)}, {flags['num_label']} labels, {flags['arch']}, n = {len(runs)}")
         ends = sorted({lines[-1]["step"] for _, _, lines in runs if lines})
         if len(ends) > 1:
