@@ -153,9 +153,10 @@ def telemetry_table(groups):
     """Accuracy of the pseudo-labels before and after the meta step, in the quarters of training."""
     rows = []
     for (name, scale, row), group in groups.items():
-        if any(line["after-1"] for line in group):
-            pairs = [(mean(group, f"before-{k}"), mean(group, f"after-{k}")) for k in (1, 2, 3, 4)]
-            rows.append([CELLS[name].title, ROWS[row].title, f"{scale:g}", str(len(group)),
+        measured = [line for line in group if all(line[f"{when}-{k}"] for when in ("before", "after") for k in (1, 2, 3, 4))]
+        if measured:
+            pairs = [(mean(measured, f"before-{k}"), mean(measured, f"after-{k}")) for k in (1, 2, 3, 4)]
+            rows.append([CELLS[name].title, ROWS[row].title, f"{scale:g}", str(len(measured)),
                          *(f"{before:.2f} → {after:.2f}" for before, after in pairs),
                          f"{statistics.mean(after - before for before, after in pairs):+.2f}"])
     return markdown(["cell", "row", "scale", "n", "first quarter", "second", "third", "last", "mean gain"], rows)

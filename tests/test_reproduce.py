@@ -104,6 +104,12 @@ def test_pseudo_labels_before_and_after_are_the_means_of_each_quarter(tmp_path, 
     assert "15.00 → 30.00" in tables([line])["telemetry"] and "+45.00" in tables([line])["telemetry"]
 
 
+def test_a_run_without_a_quarter_of_its_pseudo_labels_is_left_out_of_their_table():
+    quarters = {f"{when}-{k}": value for when, value in (("before", "10"), ("after", "12")) for k in (1, 2, 3, 4)}
+    whole = {**LINE, "last": "8", **quarters}
+    assert "| 1 | 10.00 → 12.00 |" in tables([whole, {**whole, "seed": "2", "after-1": "99", "after-3": ""}])["telemetry"]
+
+
 def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
             if path.is_file() and path.name != ".lock"}
