@@ -167,14 +167,8 @@ def run_all(runs, gpus, jobs):
         try:
             while waiting:
                 for future in wait(waiting, timeout=1, return_when=FIRST_COMPLETED).done:
-                    run, process = waiting.pop(future), future.result()
-                    try:
-                        if process.returncode:
-                            raise UsageError(f"{run.folder}: exit code {process.returncode}: {process.stderr.strip()}")
-                        line = run.line()
-                        print(f"{run.folder}: test error {float(line['last']):.2f} %, {line['seconds']} s", flush=True)
-                    except UsageError as error:
-                        print_error(error)
+                    run = waiting.pop(future)
+                    if not ended_well(run, future.result()):
                         failed.append(run)
                 for progress in list(running.values()):
                     progress.print_if_due()
@@ -183,30 +177,49 @@ def run_all(runs, gpus, jobs):
     return failed
 
 
+def ended_well(run, process):
+    """Prints the result of a run whose process has ended, or what went wrong; returns whether the run is finished."""
+    if process.returncode:
+        print_error(f"{run.folder}: exit code {process.returncode}: {process.stderr.strip()}")
+        return False
+    try:
+        line = run.line()
+    except UsageError as error:
+        print_error(error)
+        return False
+    print(f"{run.folder}: test error {float(line['last']):.2f} %, {line['seconds']} s", flush=True)
+    return True
+
+
 class Progress:
     """How far a run has come since this program started or continued it."""
 
     def __init__(self, run):
-        self.run, self.first_step = run, run.progress()[0] or 0
+        self.run, self.start_step = run, run.progress()[0] or 0
         self.started = time.monotonic()
-        self.due = self.started + 5
+        self.due, self.printed = self.started + 5, None
+        self.first = None                   # when it was first seen to have made a step, and which
 
     def print_if_due(self):
         """A line every 5 seconds at first, and ever more rarely, until it is one every 10 minutes."""
         now = time.monotonic()
         if now >= self.due:
-            print(self.line(now - self.started), flush=True)
-            self.due = now + min(600, max(5, (now - self.started) / 4))
+            line = self.line(now)
+            if line != self.printed:
+                print(line, flush=True)
+            self.due, self.printed = now + min(600, max(5, (now - self.started) / 4)), line
 
-    def line(self, seconds):
-        """The step, the last test error, and the time left if the run goes on as in the `seconds` so far."""
+    def line(self, now):
+        """The step, the last test error, and the time left if the run keeps its speed."""
         step, error = self.run.progress()
-        step = step or self.first_step
-        line = f"{self.run.folder}: step {step}/{self.run.steps}"
+        line = f"{self.run.folder}: step {step or 0}/{self.run.steps}"
         if error is not None:
             line += f", test error {error:.2f} %"
-        if step > self.first_step:
-            line += f", {duration((self.run.steps - step) * seconds / (step - self.first_step))} left"
+        if step and self.first and step > self.first[1]:
+            seconds, steps = now - self.first[0], step - self.first[1]
+            line += f", {duration((self.run.steps - step) * seconds / steps)} left"
+        elif step and step != self.start_step:
+            self.first = now, step          # not before: loading takes a while
         return line
 
 

@@ -187,15 +187,20 @@ def test_the_progress_of_a_run_has_its_step_its_error_and_the_time_left(tmp_path
     monkeypatch.chdir(tmp_path)
     run = Run("digits", "both", 1, 1.0)
     run.folder.mkdir(parents=True)
+    metrics = run.folder / "metrics.jsonl"
     begun = reproduce.Progress(run)
-    assert begun.line(3) == f"{run.folder}: step 0/800"
-    (run.folder / "metrics.jsonl").write_text('{"step": 200, "test/accuracy": 0.75}\n{"step": 240, "train/loss": 1.0}\n{"st')
-    assert begun.line(24) == f"{run.folder}: step 240/800, test error 25.00 %, 56 s left"
+    assert begun.line(1000) == f"{run.folder}: step 0/800"
+    metrics.write_text('{"step": 200, "train/loss": 1.0}\n{"st')
+    assert begun.line(1010) == f"{run.folder}: step 200/800"
+    metrics.write_text('{"step": 200, "test/accuracy": 0.75}\n{"step": 240, "train/loss": 1.0}\n')
+    assert begun.line(1014) == f"{run.folder}: step 240/800, test error 25.00 %, 56 s left"
+
     continued = reproduce.Progress(run)
     assert continued.line(9) == f"{run.folder}: step 240/800, test error 25.00 %"
-    with open(run.folder / "metrics.jsonl", "a") as file:
-        file.write('ep": 280, "train/loss": 1.0}\n')
-    assert continued.line(10) == f"{run.folder}: step 280/800, test error 25.00 %, 2 min 10 s left"
+    metrics.write_text('{"step": 200, "test/accuracy": 0.75}\n')      # it goes on from its checkpoint, one evaluation back
+    assert continued.line(10) == f"{run.folder}: step 200/800, test error 25.00 %"
+    metrics.write_text('{"step": 200, "test/accuracy": 0.75}\n{"step": 280, "train/loss": 1.0}\n')
+    assert continued.line(30) == f"{run.folder}: step 280/800, test error 25.00 %, 2 min 10 s left"
 
 
 def test_progress_is_printed_every_five_seconds_at_first_and_every_ten_minutes_in_the_end(tmp_path, monkeypatch, capsys):
@@ -203,10 +208,13 @@ def test_progress_is_printed_every_five_seconds_at_first_and_every_ten_minutes_i
     now = 0.0
     monkeypatch.setattr(reproduce.time, "monotonic", lambda: now)
     progress, times = reproduce.Progress(Run("digits", "both", 1, 1.0)), []
+    monkeypatch.setattr(progress, "line", lambda now: f"{now // 10_000}")
     for now in range(30 * 3600):                            # noqa: B007  a second each
+        due, printed = progress.due, progress.printed
         progress.print_if_due()
-        if capsys.readouterr().out:
+        if progress.due != due:
             times.append(now)
+            assert capsys.readouterr().out == ("" if progress.printed == printed else progress.printed + "\n")
     gaps = np.diff(times)
     assert times[:5] == [5, 10, 15, 20, 25] and gaps.max() == 600 and (np.diff(gaps) >= 0).all() and len(times) < 220
 
@@ -227,7 +235,7 @@ def test_a_run_in_hand_is_seen_while_it_goes_on_and_a_failed_one_says_why(tmp_pa
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert reproduce.run_all(runs, None, 1) == runs and environments == ["3", "3"]
     out, error = capsys.readouterr()
-    assert f"{runs[0].folder}: step 4/8, test error 50.00 %, 2 s left\n" in out
+    assert f"{runs[0].folder}: step 4/8, test error 50.00 %\n" in out
     assert error == "".join(f"reproduce.py: {run.folder}: exit code 1: train_meta.py: no luck\n" for run in runs)
 
 
