@@ -142,20 +142,21 @@ def print_plan(runs):
 # Running
 
 def run_all(runs, gpus, jobs):
-    """Makes runs, one at a time on each GPU, or `jobs` at a time on the CPU; says why and returns which of them failed."""
+    """Makes runs, one at a time on each GPU or `jobs` at a time on the CPU; prints why some fail, and returns these."""
     environments = [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in gpus] if gpus else [cpu_environment(jobs)] * jobs
     slots, running, failed = queue.SimpleQueue(), {}, []
     for environment in environments:
         slots.put(environment)
+    commands = [(run, run.command()) for run in runs]       # here, so that a damaged args.json is found before any run starts
 
-    def start(run):
+    def start(run, flags):
         environment = slots.get()
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             with open_lock(run.folder / ".lock") as lock:   # a run of a program that was killed is still saving
                 fcntl.flock(lock, fcntl.LOCK_EX)
             running[run] = Progress(run)
-            return subprocess.run([sys.executable, HERE / "train_meta.py", *run.command()], env={**os.environ, **environment},
+            return subprocess.run([sys.executable, HERE / "train_meta.py", *flags], env={**os.environ, **environment},
                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
                                   preexec_fn=end_with_parent, start_new_session=True)
         finally:
@@ -163,7 +164,7 @@ def run_all(runs, gpus, jobs):
             slots.put(environment)
 
     with ThreadPoolExecutor(len(environments)) as pool:
-        waiting = {pool.submit(start, run): run for run in runs}
+        waiting = {pool.submit(start, run, flags): run for run, flags in commands}
         try:
             while waiting:
                 for future in wait(waiting, timeout=1, return_when=FIRST_COMPLETED).done:
@@ -198,7 +199,7 @@ class Progress:
         self.run, self.start_step = run, run.progress()[0] or 0
         self.started = time.monotonic()
         self.due, self.printed = self.started + 5, None
-        self.first = None                   # when it was first seen to have made a step, and which
+        self.first = None                   # when it was first seen to have made steps, and how many
 
     def print_if_due(self):
         """A line every 5 seconds at first, and ever more rarely, until it is one every 10 minutes."""
@@ -224,7 +225,7 @@ class Progress:
 
 
 def cpu_environment(jobs):
-    """Environment variables that give each of `jobs` runs its part of the CPUs, unless the user has set their threads."""
+    """Environment variables that divide the CPUs among `jobs` runs, unless the user has set the threads of a run."""
     return {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": str(max(1, available_cpus() // jobs))}
 
 
@@ -262,7 +263,7 @@ def report(runs, publishing):
 
 
 def draw(table, runs):
-    """Figure 3 of the first seed, or the curves of all seeds, for each cell; says why and returns which failed."""
+    """Draws Figure 3 of the first seed, or the curves of all seeds, for each cell.  Returns the folders where that failed."""
     failed = []
     for folder in dict.fromkeys(run.folder.parent for run in runs):
         of_cell = [run for run in runs if run.folder.parent == folder]

@@ -80,7 +80,7 @@ class Run:
         """(step, test error in percent) as far as the run has recorded them; None for what it has not."""
         try:
             records = read_metrics(self.folder)
-        except UsageError:                  # it begins; if the file is damaged, its end will say so
+        except UsageError:                  # not there yet; if it is damaged, `line` raises later
             return None, None
         errors = [test_error(record) for record in records if "test/accuracy" in record]
         return records[-1]["step"] if records else None, errors[-1] if errors else None

@@ -169,6 +169,16 @@ def test_finished_runs_of_an_older_commit_are_published_with_the_commit_that_mad
     assert "| 20 | +0.00 |" in (checkout / "README.md").read_text() and len(published.read_sums()) == 20
 
 
+def test_a_damaged_run_that_was_begun_is_named_before_any_run_starts(checkout, capsys):
+    folder = finished_run("supervised")
+    (folder / "results.json").unlink()
+    (folder / "args.json").write_text("{")
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["main", "--dataset", "digits", "--scale", "0.01"])
+    error = capsys.readouterr().err
+    assert (stop.value.code, error.count("\n")) == (2, 1) and f"{folder}/args.json is damaged" in error
+
+
 def test_a_run_on_other_labeled_images_than_the_published_ones_is_not_published(checkout, capsys):
     finished_run("neither")
     folder = finished_run("both")
