@@ -31,7 +31,7 @@ def main(argv=None):
         try:
             check_plotting_files(args)
             args.arch = {name: check_network(name) for name in args.arch}       # name -> SHA-256 of a file of the user's own
-            from utils.figures import draw_curves
+            from reproduction.figures import draw_curves
 
             paths = draw_curves(args.curves, args.save_path) if args.curves else plot(args)
         except Stopped:
@@ -47,9 +47,9 @@ def plot(args):
     import numpy as np
 
     from datasets.splits import check_split
+    from reproduction.figures import data_name, draw_features
     from utils import checkpoint
     from utils.device import choose_device
-    from utils.figures import data_name, draw_features
     from utils.state import check_same_data, load_data
 
     device = choose_device(args.device)

@@ -1,4 +1,4 @@
-"""The paper's tables: runs what is missing, collects what is there, writes the report.
+"""The paper's tables and figures: makes the runs that are missing, and shows what has come out.
 
     python3 reproduce.py main --seeds 3                             # MetaSemi and fully supervised
     python3 reproduce.py ablation --dataset cifar10 --gpus 0 1      # its rows, on two GPUs
@@ -8,8 +8,9 @@
     python3 reproduce.py imagenet                                   # only prints the plan and its cost
 
 Each run is one command of train_meta.py with a folder of its own under results/reproduce; --dry-run prints them.  A run that
-is finished is not repeated, one that was begun is continued.  `main` and `ablation` write results/runs.csv, a line for each
-run, and from it REPRODUCTION.md and the tables of README.md.
+is finished is not repeated, one that was begun is continued.  Everything is written to results/, which git ignores, and nothing
+else is changed.  With --publish, `main` and `ablation` also write their runs to results/runs.csv, from it REPRODUCTION.md and
+the tables of README.md, and their labeled images to splits/.
 """
 import os
 import sys
@@ -21,40 +22,32 @@ from utils.interrupt import end_at_once
 if __name__ == "__main__":
     end_at_once("reproduce.py")      # first of all: the other imports take a while
 
-import csv
 import ctypes
 import fcntl
-import hashlib
-import io
 import queue
-import re
 import shlex
 import signal
 import statistics
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 
-from utils import flags, run_folder
-from utils.cli import Parser, UsageError, fail, number, open_standard_streams, option, refuse_idle
-from utils.files import open_lock, printable, write_text
-from utils.paper import ABLATION, CELLS, ROWS, experiment, scaled, work
-from utils.records import read_flags, read_metrics, read_results, read_split
-from utils.report import RULES, filled, tables
+from reproduction.cells import ABLATION, CELLS, ROWS, training_flop
+from reproduction.published import RUNS, check_split, order, publish
+from reproduction.report import tables
+from reproduction.run import Run, finished_runs
+from utils.cli import Parser, UsageError, fail, number, open_standard_streams, refuse_idle
+from utils.files import open_lock, printable
+from utils.run_folder import RunFolder, duration
 
 PROG = "reproduce.py"
 HERE = Path(__file__).parent
 TABLES = {"main": ("both", "supervised"), "ablation": (*ABLATION, "beta-0"), "figure3": ("neither", "both"), "curves": ABLATION,
           "imagenet": ("neither", "both", "supervised")}
 TORCHRUN, RATE = "torchrun --nproc-per-node=8", 0.35 * 790e12     # 35 % of a bfloat16 matrix product on an H200
-RUNS, FOLDERS = Path("results", "runs.csv"), Path("results", "reproduce")
-REPORTS = Path("REPRODUCTION.md"), Path("README.md")
-SPLITS, SUMS = Path("splits"), Path("splits", "SHA256SUMS")
-QUARTERS = 1, 2, 3, 4
-COLUMNS = ("cell", "row", "seed", "scale", "steps", *RULES, "before_decay", "labeled", *(f"before-{k}" for k in QUARTERS),
-           *(f"after-{k}" for k in QUARTERS), "seconds", "device", "threads", "precision", "torch", "commit")
-TEXT = {"cell", "row", "device", "threads", "precision", "torch", "commit"}
-REQUIRED = {"seed", "scale", "steps", "last", "median_last_20", "best_test", "seconds"}
+CGROUP = Path("/sys/fs/cgroup")
 LIBC = ctypes.CDLL(None)
 
 
@@ -70,24 +63,24 @@ def main(argv=None):
             return 0
         if args.dry_run:
             for run in runs:
-                print(shlex.join(["python3", "train_meta.py", *run.flags()]))
+                print(shlex.join(["python3", "train_meta.py", *run.command()]))
             return 0
-        lock = run_folder.RunFolder(RUNS.parent)            # against a second program that starts the same runs
-        lock.lock()
+        results = RunFolder(RUNS.parent)
+        results.lock()                                      # against a second program that starts the same runs
+        for run in runs:
+            check_split(run)
         print_plan(runs)
-        failures = run_all([run for run in runs if not run.results()], args.gpus, args.jobs)
+        failed = run_all([run for run in runs if not run.results()], args.gpus, args.jobs)
         if args.table in ("main", "ablation"):
-            print(write_report())
-        elif not failures:
-            failures = draw(args.table, runs)
-        lock.close()
+            report([run for run in runs if run not in failed], args.publish)
+        elif not failed:
+            failed = draw(args.table, runs)
+        results.close()
     except UsageError as error:
         fail(PROG, error, 2)
     except OSError as error:
         fail(PROG, error, 1)
-    for failure in failures:
-        print(f"{PROG}: {printable(failure)}", file=sys.stderr)
-    return 1 if failures else 0
+    return 1 if failed else 0
 
 
 def parse(argv):
@@ -98,135 +91,154 @@ def parse(argv):
     parser.add_argument("--seeds", type=number(int, low=1, high=1000), default=1, metavar="N",
                         help="runs of each row, with seeds one apart (default: 1)")
     parser.add_argument("--scale", type=number(float, low=1e-4, high=1), default=1.0, metavar="X",
-                        help="share of the steps, milestones, warm-up and evaluation interval (default: 1)")
+                        help="multiplies the steps, milestones, warm-up and evaluation interval (default: 1)")
     parser.add_argument("--gpus", nargs="+", type=number(int, low=0, high=1023), metavar="N",
-                        help="GPUs that share the runs, one run on each at a time")
+                        help="GPUs to use, one run on each at a time")
     parser.add_argument("--jobs", type=number(int, low=1, high=1024), default=1, metavar="N",
-                        help="without --gpus: runs side by side, which share the cores (default: 1)")
+                        help="without --gpus: runs at a time, which divide the CPUs that are available to this program among "
+                             "them; OMP_NUM_THREADS in the environment sets the threads of each instead (default: 1)")
+    parser.add_argument("--publish", action="store_true",
+                        help="main and ablation: write the runs of this command to results/runs.csv, REPRODUCTION.md, "
+                             "README.md and splits/; without it no file under version control changes")
     parser.add_argument("--dry-run", action="store_true", help="print the command of each run, and do nothing")
     args = parser.parse_args(argv)
     if args.gpus:
         refuse_idle(parser, args, "--gpus", ("jobs",))
     if args.table == "imagenet":
         refuse_idle(parser, args, "the table imagenet, which runs nothing", ("gpus", "jobs"))
+    if args.table not in ("main", "ablation"):
+        refuse_idle(parser, args, args.table, ("publish",))
     return args
 
 
-class Run:
-    """One row of a cell with one seed: its command, its folder and what it left there."""
-
-    def __init__(self, cell, row, seed, scale):
-        self.cell, self.row, self.seed, self.scale = cell, row, seed, scale
-        self.folder = FOLDERS / f"{cell}-{scale:g}" / f"{row}-{seed}"
-        self.split = SPLITS / f"{CELLS[cell].data}-{CELLS[cell].num_label}-seed{seed}.txt"
-        self.has_split = row != "supervised"
-
-    def flags(self):
-        split = self.split.exists() and self.has_split
-        if (self.folder / "args.json").exists():            # as it was begun
-            split = read_flags(self.folder).get("split") is not None
-        return [*experiment(self.cell, self.row, self.seed, self.scale), *(["--split", str(self.split)] if split else []),
-                "--save-path", str(self.folder), "--resume"]
-
-    def results(self):
-        """results.json, or None if the run is not finished; raises UsageError if it is not of this run."""
-        path = self.folder / "results.json"
-        if not path.exists():
-            return None
-        results = read_results(self.folder)
-        planned = flags.experiment(flags.parse_training(experiment(self.cell, self.row, self.seed, self.scale)))
-        found = {**results["args"], "total_steps": results["steps"]}
-        free = flags.with_role(flags.RESUME) - {"test_freq", "total_steps"} | {"split"}
-        if name := flags.difference(planned, found, free):
-            raise UsageError(f"{path} is of another experiment than {self.row} of {self.cell}: {option(name)} is "
-                             f"{found.get(name)} there and {planned[name]} here: move it away")
-        return results
-
-    def line(self):
-        """column -> text of a finished run."""
-        result, records = self.results(), read_metrics(self.folder)
-        if result is None or not records or records[-1]["step"] != result["steps"]:
-            raise UsageError(f"{self.folder / 'metrics.jsonl'} does not end with the last step of a finished run: restore it, "
-                             "or move the run away")
-        values = {"cell": self.cell, "row": self.row, "seed": self.seed, "scale": f"{self.scale:g}", "steps": result["steps"],
-                  **result["error_rate"], "before_decay": self.before_decay(records),
-                  "labeled": result.get("labeled_error_rate"), **result["sessions"][-1], "seconds": round(result["seconds"])}
-        for part, tag in (("before", "train/unlabel-acc"), ("after", "train/pseudo-acc")):
-            for k in QUARTERS:
-                quarter = [r[tag] for r in records if tag in r and k - 1 < 4 * r["step"] / result["steps"] <= k]
-                values[f"{part}-{k}"] = f"{100 * statistics.mean(quarter):.2f}" if quarter else None
-        return {key: "" if values[key] is None else str(values[key]) for key in COLUMNS}
-
-    def before_decay(self, records):
-        """Test error in percent at the last evaluation before the learning rate first decays, or None."""
-        decay = min((scaled(m, self.scale) for m in CELLS[self.cell].milestones), default=0)
-        errors = [100 * (1 - r["test/accuracy"]) for r in records if "test/accuracy" in r and r["step"] <= decay]
-        return round(errors[-1], 4) if errors else None
-
-
-# Running
+# Before the runs
 
 def print_imagenet(seeds, scale):
     """The commands of the ImageNet table, one run on all GPUs at a time, and hours on paper: none has been measured."""
     print("| row | FLOP | hours on 1 H200 | on 8, without loss between them |\n|---|---|---|---|")
     for row in TABLES["imagenet"]:
-        hours = work("imagenet", row, scale) / RATE / 3600
-        print(f"| {ROWS[row].title} | {work('imagenet', row, scale):.2g} | {hours:.1f} | {hours / 8:.1f} |")
+        flop = training_flop("imagenet", row, scale)
+        print(f"| {ROWS[row].title} | {flop:.2g} | {flop / RATE / 3600:.1f} | {flop / RATE / 3600 / 8:.1f} |")
     print(f"\nat {RATE / 1e12:.0f} TFLOP/s a GPU, 35 % of a large bfloat16 matrix product: an assumption, not a measurement\n")
     for row in TABLES["imagenet"]:
         for seed in range(CELLS["imagenet"].seed, CELLS["imagenet"].seed + seeds):
-            flags = Run("imagenet", row, seed, scale).flags()
+            flags = Run("imagenet", row, seed, scale).command()
             print(f"{TORCHRUN} train_meta.py {shlex.join(flags)} --precision bfloat16")
 
 
 def print_plan(runs):
     """What there is to do, with hours by the speed of the finished runs of the same network."""
     speeds = {}
-    for line in read_runs(finished=True):
-        speed = work(line["cell"], line["row"], float(line["scale"])) / max(1.0, float(line["seconds"]))
-        speeds.setdefault(CELLS[line["cell"]].arch, []).append(speed)
+    for run in finished_runs():
+        speed = training_flop(run.cell, run.row, run.scale) / max(1.0, run.results()["seconds"])
+        speeds.setdefault(CELLS[run.cell].arch, []).append(speed)
     print("| run | state | FLOP | hours |\n|---|---|---|---|")
     for run in runs:
         state = "finished" if run.results() else "begun" if run.folder.exists() else "to do"
-        flop, speed = work(run.cell, run.row, run.scale), speeds.get(CELLS[run.cell].arch)
+        flop, speed = training_flop(run.cell, run.row, run.scale), speeds.get(CELLS[run.cell].arch)
         hours = f"{flop / statistics.median(speed) / 3600:.2g}" if speed else "unknown until one such run is finished"
         print(f"| {run.folder} | {state} | {flop:.2g} | {hours} |", flush=True)
 
 
+# Running
+
 def run_all(runs, gpus, jobs):
-    """Runs side by side, one on each GPU or `jobs` that share the CPU; returns what went wrong, a line each."""
-    slots, failures = queue.SimpleQueue(), []
-    cpu = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    environments = [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in gpus] if gpus else [cpu] * jobs
+    """Makes runs, one at a time on each GPU or `jobs` at a time on the CPU; prints why some fail, and returns these."""
+    environments = [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in gpus] if gpus else [cpu_environment(jobs)] * jobs
+    slots, running, failed = queue.SimpleQueue(), {}, []
     for environment in environments:
         slots.put(environment)
+    commands = [(run, run.command()) for run in runs]       # here, so that a damaged args.json is found before any run starts
 
-    def start(run):
+    def start(run, flags):
         environment = slots.get()
         try:
-            check_split(run)
             run.folder.mkdir(parents=True, exist_ok=True)
             with open_lock(run.folder / ".lock") as lock:   # a run of a program that was killed is still saving
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            return subprocess.run([sys.executable, HERE / "train_meta.py", *run.flags()], env={**os.environ, **environment},
+            running[run] = Progress(run)
+            return subprocess.run([sys.executable, HERE / "train_meta.py", *flags], env={**os.environ, **environment},
                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
                                   preexec_fn=end_with_parent, start_new_session=True)
         finally:
+            running.pop(run, None)
             slots.put(environment)
 
     with ThreadPoolExecutor(len(environments)) as pool:
-        for run, done in zip(runs, pool.map(start, runs)):
-            if done.returncode:
-                failures.append(f"{run.folder}: exit code {done.returncode}: {done.stderr.strip()}")
-            else:
-                try:
-                    record_split(run)
-                    line = run.line()
-                except UsageError as error:
-                    failures.append(str(error))
-                    continue
-                print(f"{run.folder}: test error {float(line['last']):.2f} %, {line['seconds']} s", flush=True)
-    return failures
+        waiting = {pool.submit(start, run, flags): run for run, flags in commands}
+        try:
+            while waiting:
+                for future in wait(waiting, timeout=1, return_when=FIRST_COMPLETED).done:
+                    run = waiting.pop(future)
+                    if not ended_well(run, future.result()):
+                        failed.append(run)
+                for progress in list(running.values()):
+                    progress.print_if_due()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return failed
+
+
+def ended_well(run, process):
+    """Prints the result of a run whose process has ended, or what went wrong; returns whether the run is finished."""
+    if process.returncode:
+        print_error(f"{run.folder}: exit code {process.returncode}: {process.stderr.strip()}")
+        return False
+    try:
+        line = run.line()
+    except UsageError as error:
+        print_error(error)
+        return False
+    print(f"{run.folder}: test error {float(line['last']):.2f} %, {line['seconds']} s", flush=True)
+    return True
+
+
+class Progress:
+    """How far a run has come since this program started or continued it."""
+
+    def __init__(self, run):
+        self.run, self.start_step = run, run.progress()[0] or 0
+        self.started = time.monotonic()
+        self.due, self.printed = self.started + 5, None
+        self.first = None                   # when it was first seen to have made steps, and how many
+
+    def print_if_due(self):
+        """A line every 5 seconds at first, and ever more rarely, until it is one every 10 minutes."""
+        now = time.monotonic()
+        if now >= self.due:
+            line = self.line(now)
+            if line != self.printed:
+                print(line, flush=True)
+            self.due, self.printed = now + min(600, max(5, (now - self.started) / 4)), line
+
+    def line(self, now):
+        """The step, the last test error, and the time left if the run keeps its speed."""
+        step, error = self.run.progress()
+        line = f"{self.run.folder}: step {step or 0}/{self.run.steps}"
+        if error is not None:
+            line += f", test error {error:.2f} %"
+        if step and self.first and step > self.first[1]:
+            seconds, steps = now - self.first[0], step - self.first[1]
+            line += f", {duration((self.run.steps - step) * seconds / steps)} left"
+        elif step and step != self.start_step:
+            self.first = now, step          # not before: loading takes a while
+        return line
+
+
+def cpu_environment(jobs):
+    """Environment variables that divide the CPUs among `jobs` runs, unless the user has set the threads of a run."""
+    return {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": str(max(1, available_cpus() // jobs))}
+
+
+def available_cpus():
+    """How many CPUs this process may use: by its affinity, and by the quota of the container that it runs in."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):          # cgroup version 2, version 1
+        with suppress(OSError, ValueError):                 # not this version; no quota, which version 2 calls "max"
+            quota, period = map(int, " ".join((CGROUP / name).read_text(encoding="utf-8") for name in names).split())
+            if quota > 0:                                   # -1 is none
+                count = min(count, max(1, quota // period))
+    return count
 
 
 def end_with_parent():
@@ -235,123 +247,41 @@ def end_with_parent():
         LIBC.prctl(1, signal.SIGTERM)                       # PR_SET_PDEATHSIG
 
 
-def check_split(run):
-    """Raises UsageError if a list in splits/ is not the one that was recorded."""
-    if run.split.exists() and read_sums().get(run.split.name) != sha256(run.split.read_bytes()):
-        raise UsageError(f"{run.split} is not the list whose SHA-256 is in {SUMS}: restore it")
+# After the runs
 
-
-def record_split(run):
-    """Keeps the labeled images of a run whose list is not in splits/ yet, for all later ones."""
-    if run.has_split and not run.split.exists():
-        text = "".join(f"{index}\n" for index in read_split(run.folder / "label_indices.txt"))
-        SPLITS.mkdir(exist_ok=True)
-        sums = {**read_sums(), run.split.name: sha256(text.encode())}
-        write_text(SUMS, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
-        write_text(run.split, text)
-
-
-def read_sums():
-    """file name -> SHA-256, in the format of sha256sum."""
-    lines = SUMS.read_text(encoding="utf-8", errors="replace").splitlines() if SUMS.exists() else ()
-    for line in lines:
-        if not re.fullmatch(r"[0-9a-f]{64}  \S+", line):
-            raise UsageError(f"{SUMS} is damaged: {line[:40]!r} is not a sum and a name: restore it")
-    return {name: value for value, name in map(str.split, lines)}
-
-
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
+def report(runs, publishing):
+    """Prints the tables of finished runs, and publishes them if that is asked for."""
+    if not runs:
+        return
+    blocks = tables(sorted((run.line() for run in runs), key=order))
+    for cell in dict.fromkeys(run.cell for run in runs):
+        print(f"\n{CELLS[cell].title}: test error in percent\n\n{blocks[cell]}")
+    print(f"\nDifferences of test errors on the same seeds, in points\n\n{blocks['paired']}\n")
+    if publishing:
+        print("published in", *publish(runs))
+    else:
+        print("not published: --publish writes these runs to results/runs.csv, REPRODUCTION.md, README.md and splits/")
 
 
 def draw(table, runs):
-    """Figure 3 of the first seed, or the curves of all, for each cell; returns what went wrong."""
-    failures = []
+    """Draws Figure 3 of the first seed, or the curves of all seeds, for each cell.  Returns the folders where that failed."""
+    failed = []
     for folder in dict.fromkeys(run.folder.parent for run in runs):
-        own = [run for run in runs if run.folder.parent == folder]
+        of_cell = [run for run in runs if run.folder.parent == folder]
         if table == "figure3":
-            first = own[:len(TABLES[table])]
-            flags = ["--checkpoint-path", *(run.folder / "checkpoint.pth" for run in first),
-                     "--row-label", *("MetaSemi" if run.row == "both" else "Baseline" for run in first)]
+            first_seed = of_cell[:len(TABLES[table])]
+            flags = ["--checkpoint-path", *(run.folder / "checkpoint.pth" for run in first_seed),
+                     "--row-label", *("MetaSemi" if run.row == "both" else "Baseline" for run in first_seed)]
         else:
-            flags = ["--curves", *(run.folder for run in own)]
+            flags = ["--curves", *(run.folder for run in of_cell)]
         if subprocess.run([sys.executable, HERE / "plot_features.py", *flags, "--save-path", folder]).returncode:
-            failures.append(f"{folder}: plot_features.py failed")
-    return failures
+            print_error(f"{folder}: plot_features.py failed")
+            failed.append(folder)
+    return failed
 
 
-# Collecting
-
-def write_report():
-    """Brings runs.csv and the reports up to date with the run folders; returns the table of all cells.
-
-    Runs in runs.csv whose folder is not here, such as those of another machine, stay.
-    """
-    lines = {order(line): line for line in (*read_runs(), *read_runs(finished=True))}
-    lines = [lines[key] for key in sorted(lines)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    blocks = tables(lines)
-    texts = {RUNS: text.getvalue(), **{path: filled(path, blocks) for path in REPORTS if path.exists()}}
-    for path, text in texts.items():                # nothing is written before all has been read
-        write_text(path, text)
-    return blocks["cells"]
-
-
-def read_runs(finished=False):
-    """Lines of runs.csv, or of the finished run folders."""
-    if not finished:
-        return read_table() if RUNS.exists() else []
-    runs = []
-    for path in FOLDERS.glob("*/*/results.json"):
-        match = re.fullmatch(r"(.+)-([0-9]+(?:\.[0-9]+)?)/(.+)-([0-9]+)", str(path.parent.relative_to(FOLDERS)))
-        if match and match[1] in CELLS and match[3] in ROWS:
-            run = Run(match[1], match[3], int(match[4]), float(match[2]))
-            if run.folder == path.parent:
-                runs.append(run.line())
-    return runs
-
-
-def read_table():
-    """The lines of runs.csv; raises UsageError, which names the line, for one that is no run, or a run that is there twice."""
-    lines = {}
-    try:
-        table = csv.DictReader(io.StringIO(RUNS.read_text(encoding="utf-8")), strict=True)
-        if missing := {"cell", "row", *REQUIRED} - {*(table.fieldnames or ())}:
-            raise UsageError(f"{RUNS} has no columns {', '.join(sorted(missing))}: restore it")
-        for line in table:
-            fault = fault_of(line)
-            if not fault and order(line) in lines:
-                fault = "the same run is in a line before it"
-            if fault:
-                raise UsageError(f"{RUNS}, line {table.line_num}: {fault[:100]}: restore the file, or mend the line")
-            lines[order(line)] = {**dict.fromkeys(COLUMNS, ""), **line}     # a younger column is empty
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UsageError(f"{RUNS} cannot be read ({error}): restore it") from None
-    return list(lines.values())
-
-
-def fault_of(line):
-    """What keeps a line of runs.csv from being a run, or None."""
-    if None in line or None in line.values():
-        return "it has not as many values as there are columns"
-    for key, known in (("cell", CELLS), ("row", ROWS)):
-        if line[key] not in known:
-            return f"{line[key]!r} is no {key}"
-    for key in line.keys() - TEXT:
-        rule = r"[0-9]{1,18}" if key in ("seed", "steps") else r"[0-9]{1,9}(\.[0-9]+)?"
-        if key not in COLUMNS:
-            return f"{key!r} is no column of it"
-        if not re.fullmatch(rule, line[key]) and (line[key] or key in REQUIRED):
-            return f"{line[key]!r} is no number for {key}"
-    return None
-
-
-def order(line):
-    """Sorts runs as the tables have them; the same for two lines of the same run."""
-    return list(CELLS).index(line["cell"]), -float(line["scale"]), list(ROWS).index(line["row"]), int(line["seed"])
+def print_error(message):
+    print(f"{PROG}: {printable(message)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
+from reproduction.report import filled, markdown  # noqa: E402
 from utils.flags import plotting_parser, training_parser  # noqa: E402
-from utils.report import filled, markdown  # noqa: E402
 
 # Algorithm 2, line by line: its number, what it does, and the file and a part of the one source line that does it.
 ALGORITHM = [

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 MODULE = "custom_network"      # what such a file is run as
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = [ROOT / name for name in ("datasets", "metasemi", "models", "utils")]       # are nobody's neighbors
+PACKAGES = [ROOT / name for name in ("datasets", "metasemi", "models", "reproduction", "utils")]       # are nobody's neighbors
 
 
 class NetworkError(ValueError):

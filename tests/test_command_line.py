@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 import reproduce
 from metasemi import METHODS
 from metasemi.losses import CONSISTENCY
+from reproduction.cells import CELLS, ROWS, training_flags
 from utils.cli import parse_milestones
 from utils.device import BFLOAT16, slow_precision
 from utils.flags import cut_short, parse_plotting, parse_training, plotting_parser, training_parser
-from utils.paper import CELLS, ROWS, experiment
 
 TRAINING = [       # (flags, what the line must contain)
     (["--dataset", "mnist"], ["--dataset", "mnist", "cifar10"]),
@@ -158,6 +158,7 @@ REPRODUCING = [
     (["main", "--gpus", "0", "--jobs", "2"], ["--jobs", "--gpus", "leave it out"]),
     (["main", "--scale", "0"], ["--scale", "0", "at least 0.0001"]),
     (["imagenet", "--gpus", "0"], ["--gpus", "imagenet", "leave it out"]),
+    (["figure3", "--publish"], ["--publish", "figure3", "leave it out"]),
 ]
 WRONG = [(script, *case) for script, cases in (("train_meta", TRAINING), ("plot_features", PLOTTING),
                                                ("reproduce", REPRODUCING)) for case in cases]
@@ -360,7 +361,7 @@ def test_an_official_command_line_is_accepted_and_so_is_a_row_of_the_ablation_ma
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("row", ROWS)
 def test_every_command_of_the_tables_is_accepted(cell, row):
-    parse_training(experiment(cell, row, 1, 1.0))
+    parse_training(training_flags(cell, row, 1, 1.0))
 
 
 def test_every_official_flag_has_its_official_default():

@@ -15,8 +15,8 @@ import plot_features
 import train_meta
 from datasets import load_dataset
 from models import build_model
+from reproduction.figures import draw_features, style
 from utils.cli import UsageError
-from utils.figures import draw_features, style
 
 
 @pytest.fixture(scope="module")
@@ -251,10 +251,10 @@ def test_umap_without_its_package_is_one_line(runs, tmp_path, capsys, monkeypatc
 @pytest.fixture
 def curves(tmp_path, monkeypatch):
     """curves(*runs): the axes of test error; a run is (seed, accuracies at step 400, 800, ..., more flags, labels' SHA-256)."""
-    import utils.figures
+    import reproduction.figures
 
     drawn = {}
-    monkeypatch.setattr(utils.figures, "save", lambda fig, *args: drawn.update(fig=fig) or [])
+    monkeypatch.setattr(reproduction.figures, "save", lambda fig, *args: drawn.update(fig=fig) or [])
 
     def draw(*runs):
         folders = []
@@ -268,7 +268,7 @@ def curves(tmp_path, monkeypatch):
             lines = [{"step": 100, "train/loss": 1.0}, *({"step": 400 * i, "test/accuracy": a}
                                                          for i, a in enumerate(accuracies, 1))]
             (folders[-1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        utils.figures.draw_curves(folders, tmp_path)
+        reproduction.figures.draw_curves(folders, tmp_path)
         return drawn["fig"].axes[0]
     return draw
 

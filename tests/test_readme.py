@@ -21,7 +21,7 @@ import reproduce
 import train_meta
 from metasemi import training_step
 from models import build_model
-from utils.report import filled
+from reproduction.report import filled
 
 sys.path.insert(0, str(ROOT / "docs"))
 import make_tables  # noqa: E402

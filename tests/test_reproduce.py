@@ -9,6 +9,8 @@ import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -18,19 +20,21 @@ from injections import finished_run
 import reproduce
 from datasets import load_dataset
 from datasets.splits import split_labels
-from utils.flags import parse_training
-from utils.paper import ABLATION, CELLS, ROWS
-from utils.report import filled, tables
+from reproduction import published
+from reproduction.cells import ABLATION, CELLS, ROWS
+from reproduction.report import filled, tables
+from reproduction.run import COLUMNS, Run, finished_runs
+from utils.flags import experiment, parse_training
 from utils.run_folder import median_name
 
-LINE = {key: "" for key in reproduce.COLUMNS} | {
+LINE = {key: "" for key in COLUMNS} | {
     "cell": "cifar10", "row": "both", "seed": "1", "scale": "1", "steps": "400000", "median_last_20": "8", "best_test": "7",
     "seconds": "3600", "device": "gpu", "threads": "1", "precision": "float32", "torch": "2", "commit": "abc"}
 
 
 def flags_of(line):
     words = shlex.split(line)
-    return vars(parse_training(words[words.index("train_meta.py") + 1:]))
+    return experiment(parse_training(words[words.index("train_meta.py") + 1:]))
 
 
 @pytest.mark.parametrize("table", [table for table in reproduce.TABLES if table != "imagenet"])
@@ -60,12 +64,12 @@ def test_the_commands_of_the_tables_are_those_of_the_documents(tmp_path, monkeyp
 
 def test_the_reports_are_what_runs_csv_says(monkeypatch):
     monkeypatch.chdir(ROOT)
-    lines = reproduce.read_runs()
-    assert len(lines) >= 4 and [reproduce.order(line) for line in lines] == sorted(map(reproduce.order, lines))
+    lines = published.read_runs()
+    assert len(lines) >= 4 and [published.order(line) for line in lines] == sorted(map(published.order, lines))
     blocks = tables(lines)
-    for path in reproduce.REPORTS:
+    for path in published.REPORTS:
         text = path.read_text()
-        assert filled(path, blocks) == text, f"{path} is behind results/runs.csv: python3 reproduce.py ablation ..."
+        assert filled(path, blocks) == text, f"{path} is behind results/runs.csv: python3 reproduce.py ablation ... --publish"
         assert set(re.findall(r"^<!-- (\S+) -->$", text, re.MULTILINE)) - {"end"} == {
             "README.md": {"digits", "paired"}, "REPRODUCTION.md": {"paired", "main", "ablation", "cells", "cifar10-jpeg-small",
                                                                    "telemetry", "commands"}}[path.name]
@@ -91,12 +95,188 @@ def test_a_scaled_run_says_so_and_never_stands_beside_a_published_value():
 def test_pseudo_labels_before_and_after_are_the_means_of_each_quarter(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     finished_run("both")
-    line, = reproduce.read_runs(finished=True)
+    line, = (run.line() for run in finished_runs())
     assert [line[f"before-{k}"] for k in (1, 2, 3, 4)] == ["15.00", "35.00", "55.00", "75.00"]
     assert [line[f"after-{k}"] for k in (1, 2, 3, 4)] == ["30.00", "70.00", "110.00", "150.00"]
     assert (line["last"], line["best_validation"], line["seconds"], line["commit"]) == ("5.0", "", "3", "")
     assert (line["before_decay"], line["labeled"]) == ("25.0", "1.25")        # digits decays after 600 of 800 steps
     assert "15.00 → 30.00" in tables([line])["telemetry"] and "+45.00" in tables([line])["telemetry"]
+
+
+def test_a_run_without_a_quarter_of_its_pseudo_labels_is_left_out_of_their_table():
+    quarters = {f"{when}-{k}": value for when, value in (("before", "10"), ("after", "12")) for k in (1, 2, 3, 4)}
+    whole = {**LINE, "last": "8", **quarters}
+    assert "| 1 | 10.00 → 12.00 |" in tables([whole, {**whole, "seed": "2", "after-1": "99", "after-3": ""}])["telemetry"]
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.name != ".lock"}
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder with the reports, in which no run is started."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: pytest.fail(f"{command} was started"))
+    for name in ("README.md", "REPRODUCTION.md"):
+        (tmp_path / name).write_text("<!-- digits -->\n<!-- end -->\n<!-- paired -->\n<!-- end -->\n")
+    return tmp_path
+
+
+def test_only_publish_changes_a_file_outside_the_run_folders(checkout, capsys):
+    finished_run("both"), finished_run("supervised")
+    before = files(checkout)
+    command = ["main", "--dataset", "digits", "--scale", "0.01"]
+    assert reproduce.main(command) == 0 and files(checkout) == before
+    out = capsys.readouterr().out
+    assert "| both (MetaSemi) | 5.00 | 5.00 |" in out and "not published: --publish writes these runs to" in out
+    assert reproduce.main([*command, "--publish"]) == 0
+    written = {path for path, content in files(checkout).items() if before.get(path) != content}
+    assert written == {"README.md", "REPRODUCTION.md", "results/runs.csv", "splits/SHA256SUMS", "splits/digits-50-seed1.txt"}
+    assert set(capsys.readouterr().out.splitlines()[-1].split()) == {"published", "in", *written}
+    assert "| both (MetaSemi) | 5.00 |" in (checkout / "README.md").read_text()
+
+
+def test_what_is_published_are_the_runs_of_the_command_beside_those_published_before(checkout):
+    for seed in (1, 2):
+        finished_run("both", seed), finished_run("supervised", seed)
+    lines = [{**LINE, "last": "7.5"}, {**LINE, "cell": "digits", "scale": "0.01", "last": "99", "commit": "older"}]
+    with open(checkout / "results" / "runs.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(lines)
+    assert reproduce.main(["main", "--dataset", "digits", "--scale", "0.01", "--publish"]) == 0
+    runs = published.read_runs()
+    assert [(run["cell"], run["row"], run["seed"], run["last"]) for run in runs] == [
+        ("cifar10", "both", "1", "7.5"), ("digits", "both", "1", "5.0"), ("digits", "supervised", "1", "5.0")]
+
+
+def test_finished_runs_of_an_older_commit_are_published_with_the_commit_that_made_them(checkout):
+    for seed in range(1, 21):
+        for row in reproduce.TABLES["ablation"]:
+            path = finished_run(row, seed) / "results.json"
+            results = json.loads(path.read_text())
+            results["sessions"][-1]["commit"] = f"{row}-{seed}"
+            for flag in ("consistency", "sync_bn", "compile", "meta_lr" if row != "beta-0" else "ramp"):
+                del results["args"][flag]                   # as if they were younger than the run
+            path.write_text(json.dumps(results))
+            (path.parent / "args.json").write_text(json.dumps({"args": results["args"]}))
+    assert reproduce.main(["ablation", "--dataset", "digits", "--scale", "0.01", "--seeds", "20", "--publish"]) == 0
+    runs = published.read_runs()
+    assert len(runs) == 100 and all(run["commit"] == f"{run['row']}-{run['seed']}" for run in runs)
+    assert "| 20 | +0.00 |" in (checkout / "README.md").read_text() and len(published.read_sums()) == 20
+
+
+def test_a_damaged_run_that_was_begun_is_named_before_any_run_starts(checkout, capsys):
+    folder = finished_run("supervised")
+    (folder / "results.json").unlink()
+    (folder / "args.json").write_text("{")
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["main", "--dataset", "digits", "--scale", "0.01"])
+    error = capsys.readouterr().err
+    assert (stop.value.code, error.count("\n")) == (2, 1) and f"{folder}/args.json is damaged" in error
+
+
+def test_a_run_on_other_labeled_images_than_the_published_ones_is_not_published(checkout, capsys):
+    finished_run("neither")
+    folder = finished_run("both")
+    finished_run("supervised")
+    assert reproduce.main(["main", "--dataset", "digits", "--scale", "0.01", "--publish"]) == 0
+    (folder / "label_indices.txt").write_text("2\n")
+    before = files(checkout)
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["main", "--dataset", "digits", "--scale", "0.01", "--publish"])
+    assert stop.value.code == 2 and files(checkout) == before
+    assert f"{folder}/label_indices.txt is not the list that is published as splits/digits-50-seed1.txt" in (
+        capsys.readouterr().err)
+
+
+def test_the_progress_of_a_run_has_its_step_its_error_and_the_time_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Run("digits", "both", 1, 1.0)
+    run.folder.mkdir(parents=True)
+    metrics = run.folder / "metrics.jsonl"
+    begun = reproduce.Progress(run)
+    assert begun.line(1000) == f"{run.folder}: step 0/800"
+    metrics.write_text('{"step": 200, "train/loss": 1.0}\n{"st')
+    assert begun.line(1010) == f"{run.folder}: step 200/800"
+    metrics.write_text('{"step": 200, "test/accuracy": 0.75}\n{"step": 240, "train/loss": 1.0}\n')
+    assert begun.line(1014) == f"{run.folder}: step 240/800, test error 25.00 %, 56 s left"
+
+    continued = reproduce.Progress(run)
+    assert continued.line(9) == f"{run.folder}: step 240/800, test error 25.00 %"
+    metrics.write_text('{"step": 200, "test/accuracy": 0.75}\n')      # it goes on from its checkpoint, one evaluation back
+    assert continued.line(10) == f"{run.folder}: step 200/800, test error 25.00 %"
+    metrics.write_text('{"step": 200, "test/accuracy": 0.75}\n{"step": 280, "train/loss": 1.0}\n')
+    assert continued.line(30) == f"{run.folder}: step 280/800, test error 25.00 %, 2 min 10 s left"
+
+
+def test_progress_is_printed_every_five_seconds_at_first_and_every_ten_minutes_in_the_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    now = 0.0
+    monkeypatch.setattr(reproduce.time, "monotonic", lambda: now)
+    progress, times = reproduce.Progress(Run("digits", "both", 1, 1.0)), []
+    monkeypatch.setattr(progress, "line", lambda now: f"{now // 10_000}")
+    for now in range(30 * 3600):                            # noqa: B007  a second each
+        due, printed = progress.due, progress.printed
+        progress.print_if_due()
+        if progress.due != due:
+            times.append(now)
+            assert capsys.readouterr().out == ("" if progress.printed == printed else progress.printed + "\n")
+    gaps = np.diff(times)
+    assert times[:5] == [5, 10, 15, 20, 25] and gaps.max() == 600 and (np.diff(gaps) >= 0).all() and len(times) < 220
+
+
+def test_a_run_in_hand_is_seen_while_it_goes_on_and_a_failed_one_says_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runs, seen, environments = [Run("digits", row, 1, 0.01) for row in ("both", "supervised")], Event(), []
+
+    def train(command, env, **options):
+        folder = Path(command[command.index("--save-path") + 1])
+        (folder / "metrics.jsonl").write_text('{"step": 4, "test/accuracy": 0.5}\n')
+        environments.append(env["OMP_NUM_THREADS"])
+        seen.wait(60)
+        return subprocess.CompletedProcess(command, 1, stderr="train_meta.py: no luck\n")
+
+    monkeypatch.setattr(subprocess, "run", train)
+    monkeypatch.setattr(reproduce.Progress, "print_if_due", lambda self: print(self.line(2)) or seen.set())
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert reproduce.run_all(runs, None, 1) == runs and environments == ["3", "3"]
+    out, error = capsys.readouterr()
+    assert f"{runs[0].folder}: step 4/8, test error 50.00 %\n" in out
+    assert error == "".join(f"reproduce.py: {run.folder}: exit code 1: train_meta.py: no luck\n" for run in runs)
+
+
+@pytest.mark.parametrize(("affinity", "limits", "available"), [
+    (6, {}, 6), (6, {"cpu.max": "max 100000\n"}, 6), (6, {"cpu.max": "350000 100000\n"}, 3),
+    (2, {"cpu.max": "350000 100000"}, 2), (6, {"cpu.max": "50000 100000"}, 1),
+    (6, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 6),
+    (6, {"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4)])
+def test_jobs_divide_the_cpus_that_the_affinity_and_the_container_leave(tmp_path, monkeypatch, affinity, limits, available):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(affinity)))
+    monkeypatch.setattr(reproduce, "CGROUP", tmp_path)
+    (tmp_path / "cpu").mkdir()
+    for name, text in limits.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert reproduce.available_cpus() == available
+    assert [reproduce.cpu_environment(jobs) for jobs in (1, 2, 99)] == [
+        {"OMP_NUM_THREADS": str(count)} for count in (available, max(1, available // 2), 1)]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert reproduce.cpu_environment(2) == {}
+
+
+def test_the_commands_of_the_reports_publish_what_they_tell_of():
+    lines = [line for name in ("README.md", "REPRODUCTION.md")
+             for line in re.findall(r"(?:^    |`)python3 reproduce.py ([^`\n]*)", (ROOT / name).read_text(), re.MULTILINE)]
+    plans = [reproduce.parse(shlex.split(line)) for line in lines]
+    assert len(plans) >= 10 and all(plan.publish == (plan.table in ("main", "ablation")) for plan in plans)
+
+
+def test_utils_knows_nothing_of_the_reproduction():
+    for path in (ROOT / "utils").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) reproduc", path.read_text(), re.MULTILINE), path
 
 
 def test_results_of_another_experiment_are_no_row_and_no_finished_run(tmp_path, monkeypatch, capsys):
@@ -162,7 +342,8 @@ def test_paired_differences_are_taken_seed_by_seed():
 
 
 def test_killed_at_random_it_continues_repeats_nothing_and_reports_the_same(tmp_path):
-    command = [sys.executable, ROOT / "reproduce.py", "main", "--dataset", "digits", "--scale", "0.02", "--jobs", "2"]
+    command = [sys.executable, ROOT / "reproduce.py", "main", "--dataset", "digits", "--scale", "0.02", "--jobs", "2",
+               "--publish"]
     rng, environment = np.random.default_rng(int.from_bytes(os.urandom(4))), {**os.environ, "OMP_NUM_THREADS": "1"}
     reports = {}
     for name in ("whole", "parts"):
@@ -191,14 +372,14 @@ def test_killed_at_random_it_continues_repeats_nothing_and_reports_the_same(tmp_
 def test_the_shipped_lists_are_those_that_the_seeds_give_and_a_changed_one_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     digits = load_dataset("digits", ".")
-    sums = reproduce.read_sums()
+    sums = published.read_sums()
     assert set(sums) == {path.name for path in (ROOT / "splits").glob("*.txt")}
     for name, value in sums.items():
         text = (ROOT / "splits" / name).read_bytes()
-        assert reproduce.sha256(text) == value
+        assert published.sha256(text) == value
         data, count, seed = re.fullmatch(r"(.+)-(\d+)-seed(\d+)\.txt", name).groups()
         assert len(set(text.split())) == int(count)
-        assert any((cell.data, cell.num_label) == (data, int(count)) for cell in CELLS.values())
+        assert any((cell.data_name, cell.num_label) == (data, int(count)) for cell in CELLS.values())
         if data == "digits":
             assert [int(index) for index in text.split()] == split_labels(digits.train_labels, 50, 10, int(seed))[0].tolist()
 

@@ -1,4 +1,4 @@
-"""Drawing: Figure 3 of the paper from embedded features, and the course of runs from their metrics.jsonl."""
+"""The figures: Figure 3 of the paper from embedded features, and the curves of runs from their metrics.jsonl."""
 import statistics
 from pathlib import Path
 
@@ -9,16 +9,16 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
+from reproduction.cells import ROWS, published_error, row_of  # noqa: E402
 from utils.cli import UsageError  # noqa: E402
 from utils.files import printable, replacing  # noqa: E402
-from utils.paper import published_error, title_of  # noqa: E402
 from utils.records import read_flags, read_metrics, read_split_sums  # noqa: E402
 
 # Petroff's ten colors, made to be told apart by color-blind readers; further classes change the marker.
 COLORS = matplotlib.color_sequences["petroff10"]
 MARKERS = "o^s"
 PLAIN = {"text.parse_math": False}      # a name may hold any number of $
-PARTS = {"labeled": "#d62728", "unlabeled": "#1f77b4", "test": "#999999"}      # red, blue, grey, as in the paper
+SUBSET_COLORS = {"labeled": "#d62728", "unlabeled": "#1f77b4", "test": "#999999"}      # red, blue, gray: the paper's
 
 
 def data_name(flags, data_path=None):
@@ -28,27 +28,27 @@ def data_name(flags, data_path=None):
 
 @plt.rc_context(PLAIN)
 def draw_features(rows, class_names, folder, title, mark_errors=False):
-    """features.png and features.pdf: a row of four panels for each of `rows`; returns their paths.
+    """Writes features.png and features.pdf, with four panels for each of `rows`; returns their paths.
 
-    rows: dicts with "label", "note", and arrays of the drawn points: "coordinates" (N, 2), "part" (N,) of the names in
-    PARTS, "classes" (N,) class indices, "predictions" (N,).
+    rows: dicts with "label", "note", and arrays of the drawn points: "coordinates" (N, 2); "part" (N,), names of
+    SUBSET_COLORS; "classes" (N,) class indices; "predictions" (N,) class indices.
     """
     fig, axes = plt.subplots(len(rows), 4, figsize=(12, 2.95 * len(rows) + 0.95), squeeze=False, layout="constrained")
     for row, panels in zip(rows, axes):
-        xy, part, classes = row["coordinates"], row["part"], row["classes"]
+        xy, subset, classes = row["coordinates"], row["part"], row["classes"]
         size = float(np.clip(12000 / len(xy), 1.5, 16))
-        few = (part == "labeled").sum() < 500
-        sizes = {"labeled": 2 * size if few else size, "unlabeled": size, "test": size}
-        for ax, name in zip(panels, PARTS):
+        few_labeled = (subset == "labeled").sum() < 500
+        sizes = {"labeled": 2 * size if few_labeled else size, "unlabeled": size, "test": size}
+        for ax, name in zip(panels, SUBSET_COLORS):
             for k in range(len(class_names)):
-                dots(ax, xy[(part == name) & (classes == k)], sizes[name], *style(k, len(class_names)))
+                dots(ax, xy[(subset == name) & (classes == k)], sizes[name], *style(k, len(class_names)))
             if mark_errors and name == "test":
-                wrong = (part == name) & (row["predictions"] != classes)
+                wrong = (subset == name) & (row["predictions"] != classes)
                 ax.scatter(*xy[wrong].T, s=3 * size, color="black", marker="x", linewidths=0.6, rasterized=True)
         order = np.random.default_rng(0).permutation(len(xy))      # so that no set hides another
-        if few:
-            order = order[np.argsort(part[order] == "labeled", kind="stable")]
-        dots(panels[3], xy[order], [sizes[p] for p in part[order]], [PARTS[p] for p in part[order]], "o")
+        if few_labeled:
+            order = order[np.argsort(subset[order] == "labeled", kind="stable")]
+        dots(panels[3], xy[order], [sizes[s] for s in subset[order]], [SUBSET_COLORS[s] for s in subset[order]], "o")
         center, half = (xy.max(axis=0) + xy.min(axis=0)) / 2, 0.53 * (xy.max(axis=0) - xy.min(axis=0)).max()
         for ax in panels:
             ax.set(xlim=(center[0] - half, center[0] + half), ylim=(center[1] - half, center[1] + half), xticks=[], yticks=[],
@@ -61,7 +61,7 @@ def draw_features(rows, class_names, folder, title, mark_errors=False):
         handles = [handle(name, *style(k, len(class_names))) for k, name in enumerate(class_names)]
     if mark_errors:
         handles.append(handle("misclassified", "black", "x"))
-    handles += [handle(f"All: {name}", color, "o") for name, color in PARTS.items()]
+    handles += [handle(f"All: {name}", color, "o") for name, color in SUBSET_COLORS.items()]
     fig.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7), frameon=False, fontsize=10)
     fig.suptitle(title, fontsize=12)
     return save(fig, folder, "features")
@@ -97,18 +97,18 @@ def draw_curves(folders, save_path):
             flags, sums, lines = read_flags(folder), read_split_sums(folder), read_metrics(folder)
         except UsageError as error:
             raise UsageError(f"argument --curves: {folder} is not the folder of a run ({error})") from None
-        own = ("seed", "split", "data_path", "num_workers")
-        key = repr(sorted((name, value) for name, value in flags.items() if name not in own)) + sums["labels_sha256"]
-        before = seen.setdefault((key, flags["seed"], sums["sha256"]), folder)
-        if before is not folder:
-            raise UsageError(f"argument --curves: {before} and {folder} are the same run, seed {flags['seed']} with the same "
+        may_differ = ("seed", "split", "data_path", "num_workers")
+        key = repr(sorted((name, value) for name, value in flags.items() if name not in may_differ)) + sums["labels_sha256"]
+        first = seen.setdefault((key, flags["seed"], sums["sha256"]), folder)
+        if first is not folder:
+            raise UsageError(f"argument --curves: {first} and {folder} are the same run, seed {flags['seed']} with the same "
                              "labeled images: give each run once")
         groups.setdefault(key, []).append((flags, folder, lines))
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for i, runs in enumerate(groups.values()):
         flags, folder, _ = runs[0]
-        row = title_of(flags)
+        row = ROWS[row_of(flags)].title
         label = printable(f"{row}, {data_name(flags)}, {flags['num_label']} labels, {flags['arch']}, n = {len(runs)}")
         ends = sorted({lines[-1]["step"] for _, _, lines in runs if lines})
         if len(ends) > 1:

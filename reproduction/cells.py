@@ -2,51 +2,53 @@
 from typing import NamedTuple
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
+    """One training method that the tables compare."""
+
     title: str
-    flags: tuple
-    passes: int                     # forward passes of one batch that a step costs; a backward pass counts as two
+    flags: tuple                    # of train_meta.py, which select the method
+    forward_passes: int             # of one batch, in one step; a backward pass counts as two
 
 
 ROWS = {
-    "neither": Row("neither (supervised baseline)", ("--no-meta",), 3),
-    "meta": Row("meta only", (), 12),
-    "mix-up": Row("mix-up only", ("--no-meta", "--mix-up"), 4),
-    "both": Row("both (MetaSemi)", ("--mix-up",), 12),
-    "beta-0": Row("both, meta learning rate 0", ("--mix-up", "--meta-lr", "0"), 12),
-    "supervised": Row("fully supervised", ("--no-meta",), 3),
+    "neither": TableRow("neither (supervised baseline)", ("--no-meta",), 3),
+    "meta": TableRow("meta only", (), 12),
+    "mix-up": TableRow("mix-up only", ("--no-meta", "--mix-up"), 4),
+    "both": TableRow("both (MetaSemi)", ("--mix-up",), 12),
+    "beta-0": TableRow("both, meta learning rate 0", ("--mix-up", "--meta-lr", "0"), 12),
+    "supervised": TableRow("fully supervised", ("--no-meta",), 3),
 }
 ABLATION = ("neither", "meta", "mix-up", "both")
 
 
 class Cell(NamedTuple):
-    """A data set with its number of labels, and how a network is trained on it."""
+    """A data set with its number of labels, and the network and schedule that every row trains on it."""
 
     title: str
-    flags: tuple                    # of train_meta.py, the same for all rows
+    flags: tuple                    # of train_meta.py, which select the data and what else differs from its defaults
     num_label: int
     num_train: int
     seed: int                       # the first one
     arch: str = "convlarge"
     batch_size: int = 128
     total_steps: int = 400_000
-    milestones: tuple = (300_000, 350_000)      # none: a cosine
+    milestones: tuple = (300_000, 350_000)      # empty with a cosine schedule
     warmup: int = 4000
     test_freq: int = 400
-    ramp: int | None = None         # of the weight of the consistency loss; None: as the warm-up
-    macs: float = 731.4e6           # multiplications of one forward pass of one image
+    ramp: int | None = None         # steps of ramp of the consistency loss; None: as many as of warm-up
+    macs: float = 731.4e6           # multiply-accumulate operations of one forward pass of one image
     published: dict = {}            # row -> error rate in percent
 
     @property
-    def data(self):
-        """What a list of labeled images belongs to: JPEG files have an order of their own, and so lists of their own."""
+    def data_name(self):
+        """The data set in the names of split files.  CIFAR-10 has two: its JPEG files come in another order."""
         return "cifar10-jpeg" if self.flags[:len(JPEG)] == JPEG else self.flags[1]
 
 
 SMALL = {"arch": "convsmall", "batch_size": 64, "total_steps": 5000, "milestones": (3750, 4375), "warmup": 200,
          "test_freq": 250, "macs": 11.8e6}
 JPEG = ("--dataset", "folder", "--data-path", "data/cifar10-images", "--flip")
-# A network that fits its few labels completely, as those of the paper do.
+# This network fits its few labels completely, as the networks of the paper do.
 FEW = {"arch": "convnarrow", "batch_size": 64, "total_steps": 2000, "milestones": (1500, 1750), "warmup": 80, "test_freq": 250,
        "macs": 11.2e6}
 CIFAR10 = {"neither": 15.43, "meta": 11.63, "mix-up": 11.10, "both": 7.78, "supervised": 4.88}
@@ -74,8 +76,8 @@ def scaled(count, scale):
     return max(1, round(count * scale))
 
 
-def experiment(name, row, seed, scale):
-    """The flags of train_meta.py for one run of a cell; scale shrinks steps, milestones, warm-up and evaluation interval."""
+def training_flags(name, row, seed, scale):
+    """The flags of train_meta.py for one run of a cell; scale multiplies steps, milestones, warm-up and --test-freq."""
     cell = CELLS[name]
     steps = scaled(cell.total_steps, scale)
     return [*cell.flags, "--num-label", str(cell.num_train if row == "supervised" else cell.num_label), "-a", cell.arch,
@@ -86,21 +88,17 @@ def experiment(name, row, seed, scale):
             "--print-freq", str(min(100, scaled(steps, 0.05))), "--seed", str(seed)]
 
 
-def work(name, row, scale):
+def training_flop(name, row, scale):
     """Floating-point operations of the training steps of one run."""
     cell = CELLS[name]
-    return 2 * cell.macs * cell.batch_size * ROWS[row].passes * scaled(cell.total_steps, scale)
+    return 2 * cell.macs * cell.batch_size * ROWS[row].forward_passes * scaled(cell.total_steps, scale)
 
 
 def row_of(flags):
-    """The row that a run with these resolved flags belongs to."""
+    """The row of a run with these resolved flags."""
     row = {(False, False): "neither", (False, True): "meta", (True, False): "mix-up", (True, True): "both"}
     name = row[flags["mix_up"], not flags["no_meta"]]
     return "beta-0" if name == "both" and flags.get("meta_lr") == 0 else name
-
-
-def title_of(flags):
-    return ROWS[row_of(flags)].title
 
 
 def published_error(flags):

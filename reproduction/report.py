@@ -4,13 +4,13 @@ import re
 import shlex
 import statistics
 
+from reproduction.cells import ABLATION, CELLS, ROWS, scaled, training_flags
 from utils.cli import UsageError
-from utils.paper import ABLATION, CELLS, ROWS, experiment, scaled
 from utils.run_folder import median_name
 
-PAIRS = ("both", "neither"), ("both", "mix-up"), ("both", "beta-0"), ("meta", "neither")     # what a difference is taken of
-RULES = {"last": "last", "median_last_20": "median of the last 20 evaluations",
-         "best_validation": "best on validation", "best_test": "lowest (selected on the test set)"}
+PAIRS = ("both", "neither"), ("both", "mix-up"), ("both", "beta-0"), ("meta", "neither")     # rows whose errors are subtracted
+SELECTION_RULES = {"last": "last", "median_last_20": "median of the last 20 evaluations",
+                   "best_validation": "best on validation", "best_test": "lowest (selected on the test set)"}
 
 
 def filled(path, blocks):
@@ -46,23 +46,23 @@ def tables(lines):
 
 
 def main_table(groups):
-    rows = [[cell.title, *beside(groups, [(name, "both"), (name, "supervised")])]
+    rows = [[cell.title, *paper_and_measured(groups, [(name, "both"), (name, "supervised")])]
             for name, cell in CELLS.items() if cell.published]
     return markdown(["data set, labels", "paper: MetaSemi", "this code", "paper: fully supervised", "this code"], rows)
 
 
 def ablation_table(groups):
     names = [name for name, cell in CELLS.items() if set(ABLATION) <= set(cell.published)]
-    rows = [[ROWS[row].title, *beside(groups, [(name, row) for name in names])] for row in ABLATION]
+    rows = [[ROWS[row].title, *paper_and_measured(groups, [(name, row) for name in names])] for row in ABLATION]
     return markdown(["row", *(text for name in names for text in (f"{CELLS[name].title}: paper", "this code"))], rows)
 
 
-def beside(groups, pairs):
-    """The published value and this code's, for each (cell, row)."""
+def paper_and_measured(groups, pairs):
+    """The published error rate and the measured one, for each (cell, row)."""
     for name, row in pairs:
         group = groups.get((name, 1.0, row))
         yield published(name, row)
-        yield f"{spread(group, 'last')} (n = {len(group)})" if group else "not run yet"
+        yield f"{mean_and_std(group, 'last')} (n = {len(group)})" if group else "not run yet"
 
 
 def evaluations(name, scale):
@@ -75,14 +75,14 @@ def rows_table(groups, count):
     if not groups:
         return "Not run yet."
     seeds = sorted({line["seed"] for group in groups.values() for line in group}, key=int)
-    rules = [rule for rule in RULES if any(line[rule] for group in groups.values() for line in group)]
+    titles = SELECTION_RULES | {"median_last_20": median_name(count), "labeled": "on its own labeled images"}
+    measured = [column for column in titles if any(line[column] for group in groups.values() for line in group)]
     rows = []
     for row, group in groups.items():
         last = {line["seed"]: f"{float(line['last']):.2f}" for line in group}
-        rows.append([ROWS[row].title, *(last.get(seed, "") for seed in seeds), *(spread(group, rule) for rule in rules),
-                     f"{mean(group, 'seconds'):.0f}"])
-    titles = RULES | {"median_last_20": median_name(count)}
-    return markdown(["row", *(f"seed {seed}" for seed in seeds), *(titles[rule] for rule in rules), "seconds a run"], rows)
+        rows.append([ROWS[row].title, *(last.get(seed, "") for seed in seeds),
+                     *(mean_and_std(group, column) for column in measured), f"{mean(group, 'seconds'):.0f}"])
+    return markdown(["row", *(f"seed {seed}" for seed in seeds), *map(titles.get, measured), "seconds a run"], rows)
 
 
 def cells_table(groups):
@@ -94,19 +94,19 @@ def cells_table(groups):
         whole = f" (of all {count})" if count <= 20 else ""
         commits = {line["commit"][:10] + "-dirty" * line["commit"].endswith("-dirty") for line in group}
         rows.append([CELLS[name].title, ROWS[row].title, f"{scale:g}", group[0]["steps"], str(len(group)),
-                     *(spread(group, rule) + whole * (rule == "median_last_20") for rule in RULES),
-                     published(name, row), *compared(name, row, scale, group),
+                     *(mean_and_std(group, rule) + whole * (rule == "median_last_20") for rule in SELECTION_RULES),
+                     published(name, row), *compare_with_paper(name, row, scale, group),
                      f"{mean(group, 'seconds') / 3600:.2f}", "; ".join(sorted(hardware)), ", ".join(sorted(commits))])
     for name, cell in CELLS.items():
         for row in cell.published:
             if (name, 1.0, row) not in groups:
-                rows.append([cell.title, ROWS[row].title, "1", str(cell.total_steps), "0", *("-" for _ in RULES),
+                rows.append([cell.title, ROWS[row].title, "1", str(cell.total_steps), "0", *("-" for _ in SELECTION_RULES),
                              published(name, row), "-", "not run", "-", "-", "-"])
-    return markdown(["cell", "row", "scale", "steps", "n", *RULES.values(), "paper", "difference", "verdict", "hours a run",
-                     "hardware", "commit"], rows)
+    return markdown(["cell", "row", "scale", "steps", "n", *SELECTION_RULES.values(), "paper", "difference", "verdict",
+                     "hours a run", "hardware", "commit"], rows)
 
 
-def compared(name, row, scale, group):
+def compare_with_paper(name, row, scale, group):
     """Difference to the published value, and the verdict.
 
     The published value is taken for that of one run: it is within the band if it lies in the 95 % prediction interval of
@@ -144,6 +144,8 @@ def paired_table(groups):
                 answer = "cannot tell" if half >= abs(effect) else "lower" if effect < 0 else "higher"
                 rows.append([CELLS[name].title, f"{scale:g}", f"{ROWS[first].title} less {ROWS[second].title}", when, str(n),
                              f"{effect:+.2f}", f"{effect - half:+.2f} to {effect + half:+.2f}", f"{p:.2g}", answer])
+    if not rows:
+        return "None yet: a difference takes two rows of a cell with two seeds in common."
     return markdown(["cell", "scale", "difference", "measured", "n", "mean", "95 % interval", "p", "test error"], rows)
 
 
@@ -151,9 +153,10 @@ def telemetry_table(groups):
     """Accuracy of the pseudo-labels before and after the meta step, in the quarters of training."""
     rows = []
     for (name, scale, row), group in groups.items():
-        if any(line["after-1"] for line in group):
-            pairs = [(mean(group, f"before-{k}"), mean(group, f"after-{k}")) for k in (1, 2, 3, 4)]
-            rows.append([CELLS[name].title, ROWS[row].title, f"{scale:g}", str(len(group)),
+        measured = [line for line in group if all(line[f"{when}-{k}"] for when in ("before", "after") for k in (1, 2, 3, 4))]
+        if measured:
+            pairs = [(mean(measured, f"before-{k}"), mean(measured, f"after-{k}")) for k in (1, 2, 3, 4)]
+            rows.append([CELLS[name].title, ROWS[row].title, f"{scale:g}", str(len(measured)),
                          *(f"{before:.2f} → {after:.2f}" for before, after in pairs),
                          f"{statistics.mean(after - before for before, after in pairs):+.2f}"])
     return markdown(["cell", "row", "scale", "n", "first quarter", "second", "third", "last", "mean gain"], rows)
@@ -162,7 +165,7 @@ def telemetry_table(groups):
 def commands(groups):
     return "\n\n".join(
         f"    # {CELLS[name].title}, {ROWS[row].title}, scale {scale:g}: S = {', '.join(line['seed'] for line in group)}\n"
-        f"    python3 train_meta.py {shlex.join(experiment(name, row, 'S', scale))}"
+        f"    python3 train_meta.py {shlex.join(training_flags(name, row, 'S', scale))}"
         for (name, scale, row), group in groups.items()) or "None yet."
 
 
@@ -175,7 +178,7 @@ def published(name, row):
     return "-" if value is None else f"{value:.2f}"
 
 
-def spread(group, rule):
+def mean_and_std(group, rule):
     """Mean and standard deviation over the seeds; one seed has none."""
     values = [float(line[rule]) for line in group if line[rule]]
     if not values:
