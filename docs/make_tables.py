@@ -3,6 +3,7 @@
     python3 docs/make_tables.py
 """
 import sys
+from argparse import SUPPRESS
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -52,7 +53,8 @@ def flag_tables(parser):
     """The flags of a parser with the words of its help, a table for each group."""
     tables = []
     for group in parser._action_groups:
-        rows = [flag_row(parser, action) for action in group._group_actions if action.dest != "help"]
+        rows = [flag_row(parser, action) for action in group._group_actions
+                if action.dest != "help" and action.help != SUPPRESS]
         if rows:
             tables.append(markdown([f"flags: {group.title}", "meaning"], rows))
     return "\n\n".join(tables)

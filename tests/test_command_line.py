@@ -10,8 +10,10 @@ import torch
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from injections import differing
 
 import reproduce
+import train_meta
 from metasemi import METHODS
 from metasemi.losses import CONSISTENCY
 from reproduction.cells import CELLS, ROWS, training_flags
@@ -21,6 +23,7 @@ from utils.flags import cut_short, parse_plotting, parse_training, plotting_pars
 
 TRAINING = [       # (flags, what the line must contain)
     (["--dataset", "mnist"], ["--dataset", "mnist", "cifar10"]),
+    (["--gpu", "0"], ["--gpu", "CUDA_VISIBLE_DEVICES=0"]),
     (["-a", "resnet"], ["--arch", "resnet", "convlarge"]),
     (["--meta-gradient", "newton"], ["--meta-gradient", "newton", "jvp"]),
     (["--consistency", "l1"], ["--consistency", "l1", "mse"]),
@@ -245,6 +248,59 @@ def test_a_run_is_neither_overwritten_nor_continued_as_another_experiment(train,
     assert train("a", *flags) == 2
     assert message in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir() if path.name != ".lock"} == before
+
+
+def resume(folder, *flags):
+    """train_meta.py with --resume and a run folder, and no other flag of the run."""
+    try:
+        return train_meta.main(["--resume", str(folder), *flags])
+    except SystemExit as error:
+        return error.code
+
+
+def test_a_run_folder_is_resumed_with_its_own_flags_and_only_the_free_ones_can_change(train, whole, tmp_path, capsys):
+    flags = ["--mix-up", "--ramp", "5", "--meta-lr", "0.05", "--milestones", "[4, 6]"]
+    assert train("a", *flags, "--total-steps", "3") == 0
+    assert resume(tmp_path / "a") == 0                                          # those of the run: it is finished
+    assert "finished at step 3" in capsys.readouterr().out
+    assert resume(tmp_path / "a", "--total-steps", "5", "--architecture", "convsmall") == 0
+    assert resume(tmp_path / "a", "--lr", "0.2") == resume(tmp_path / "a", "--save-path", str(tmp_path / "b")) == 2
+    refused, folder = capsys.readouterr().err.splitlines()
+    assert "--lr: 0.2 now, 0.1 in the run" in refused and f"--resume: {tmp_path / 'a'} is a folder" in folder
+    assert resume(tmp_path / "a", "--total-steps", "7") == 0
+    assert differing(whole(*flags), tmp_path / "a") == []
+    ours, theirs = (json.loads((path / "args.json").read_text())["args"] for path in (tmp_path / "a", whole(*flags)))
+    assert ours == theirs
+
+
+def test_a_run_that_is_older_than_a_flag_is_resumed_with_the_default_of_the_flag(train, whole, tmp_path, capsys):
+    assert train("a", "--total-steps", "3") == 0
+    path = tmp_path / "a" / "args.json"
+    kept, saved = json.loads(path.read_text()), torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)
+    for args in (kept["args"], saved["args"]):
+        del args["schedule"], args["consistency"], args["sync_bn"]
+    path.write_text(json.dumps(kept))
+    torch.save(saved, tmp_path / "a" / "checkpoint.pth")
+    assert resume(tmp_path / "a", "--consistency", "kl") == 2
+    assert "--consistency: kl now, mse in the run" in capsys.readouterr().err
+    assert resume(tmp_path / "a", "--total-steps", "7") == 0
+    assert differing(whole(), tmp_path / "a") == []
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"lr": "fast"}, "--lr: 'fast' is not a number"), ({"total_steps": 10 ** 400}, "--total-steps"),
+    ({"dataset": ["digits"]}, "dataset"), ({"milestones": {"a": 1}}, "--milestones"), ({"seed": None}, "its seed is 'None'")])
+def test_damaged_flags_of_a_run_folder_are_one_line_that_names_the_file(train, tmp_path, capsys, change, message):
+    assert train("a", "--total-steps", "1") == 0
+    path = tmp_path / "a" / "args.json"
+    content = json.loads(path.read_text())
+    content["args"] |= change
+    path.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert resume(tmp_path / "a", "--total-steps", "2") == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and message in error and error.count("\n") == 1
+    assert not (tmp_path / "a" / "checkpoint.prev.pth").exists()
 
 
 def test_overwrite_starts_afresh_and_leaves_files_of_others(train, tmp_path):

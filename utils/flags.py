@@ -140,7 +140,8 @@ def training_parser():
     flag(run, "--save-path", roles={COMMAND}, default=Path("./results/tmp"), type=folder, metavar="DIR",
          help="run folder (default: ./results/tmp)")
     flag(run, "--resume", roles={COMMAND}, nargs="?", const=LAST, metavar="PATH",
-         help="continue from this checkpoint; without PATH from the last one in --save-path, if there is one")
+         help="continue from this checkpoint, or the run in this folder; without PATH the run in --save-path, if there is one; "
+              "flags that are not given are those of the run")
     flag(run, "--overwrite", roles={COMMAND}, action="store_true", help="start afresh in a folder that holds a run")
     flag(run, "--print-freq", roles={RESUME}, default=100, type=count, metavar="N",
          help="steps between log lines (default: %(default)s)")
