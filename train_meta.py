@@ -137,6 +137,7 @@ def train(args, given, interrupt, world):
         check_same_data(data, saved, "the run that --resume continues", args.data_path)
         labeled, validation = saved["labeled"].numpy(), saved["validation"].numpy()
         check_split(labeled, validation, len(images.train_labels), source)
+    images = images.to(device)
     world.compare({**data, "labeled images": labeled.tolist(), "validation images": validation.tolist()})
     taken = validation if args.include_labeled else np.concatenate([validation, labeled])
     unlabeled = np.setdiff1d(np.arange(len(images.train_labels)), taken)
@@ -146,7 +147,7 @@ def train(args, given, interrupt, world):
 
     # Model
     warned = rehearse(
-        args.arch, images.num_classes, images.train_images.shape[-1], device, dtype,
+        args.arch, images.num_classes, images.image_size, device, dtype,
         partial(meta_gradient, method=args.meta_gradient, consistency=args.consistency, dtype=dtype) if meta else None,
         min(4, args.batch_size // world.size))
     torch.manual_seed(args.seed)
@@ -168,10 +169,10 @@ def train(args, given, interrupt, world):
     batches = Batches(images, labeled, unlabeled if uses_unlabeled else None, batch_size=args.batch_size,
                       seed=args.seed, device=device, mixup_gamma=args.alpha if args.mix_up else None,
                       rows=world.rows(args.batch_size))
-    held_out = {"test": (world.part(images.test_images).to(device), world.part(images.test_labels))}
+    held_out = {"test": (world.part(images.test_images), world.part(images.test_labels))}
     if len(validation):
         mine = world.part(validation)
-        held_out["validation"] = images.train_images[mine].to(device), images.train_labels[mine]
+        held_out["validation"] = images.train_images[mine], images.train_labels[mine]
     counts = {"test": len(images.test_labels), "validation": len(validation)}
     select_by = "validation" if len(validation) else "test"
 
@@ -261,7 +262,7 @@ def train(args, given, interrupt, world):
                 "labeled": torch.from_numpy(labeled), "validation": torch.from_numpy(validation),
                 "labels_sha256": images.labels_sha256, "class_names": list(images.class_names),
                 "data": data,
-                "mean": images.mean, "std": images.std, "image_size": images.train_images.shape[-1],
+                "mean": images.mean, "std": images.std, "image_size": images.image_size,
                 "rng": rng, "cuda_rng": cuda_rng, **({"other_rng": other_rng} if other_rng else {}),
             }
             if folder.save(state, is_best, last=step == args.total_steps or measured is None or interrupt()):
@@ -288,7 +289,7 @@ def train(args, given, interrupt, world):
             test_and_save(start)
 
         for step in range(start + 1, args.total_steps + 1):
-            x_l, y_l, x_u, hidden, lam = batches(step)                                  # lines 1, 2, 9
+            x_l, y_l, x_u, y_u, lam = batches(step)                                     # lines 1, 2, 9
             alpha = learning_rate(step, args.lr, args.warmup, args.milestones, args.gamma,
                                   args.total_steps if args.schedule == "cosine" else None)
             beta = alpha if args.meta_lr is None else args.meta_lr
@@ -301,9 +302,9 @@ def train(args, given, interrupt, world):
 
             telemetry = {"loss": result.loss, **result.telemetry}
             if result.y_tilde is not None:
-                telemetry["unlabel-acc"] = accuracy(result.y_tilde, hidden)
+                telemetry["unlabel-acc"] = accuracy(result.y_tilde, y_u)
             if meta:
-                telemetry["pseudo-acc"] = accuracy(result.y_hat, hidden)
+                telemetry["pseudo-acc"] = accuracy(result.y_hat, y_u)
             meter.add(step, result.finite, telemetry)
             folder.advance()
 
@@ -331,7 +332,7 @@ def train(args, given, interrupt, world):
                 return exit_code(stopping)
 
     mine = world.part(labeled)
-    fitted = measure(args.total_steps, images.train_images[mine].to(device), images.train_labels[mine], interrupt)
+    fitted = measure(args.total_steps, images.train_images[mine], images.train_labels[mine], interrupt)
     if fitted is None:                  # the run is saved, and --resume comes back to here
         folder.close()
         world.leave()

@@ -257,8 +257,8 @@ def parse_training(argv, datasets, networks, check_num_label, fail=fail):
             (args.meta_gradient != "jvp", f"--meta-gradient {args.meta_gradient}", ("compile",)),
             (args.meta_gradient == "unrolled", "--meta-gradient unrolled", ("epsilon",)),
             (args.schedule == "cosine", "--schedule cosine", ("milestones", "gamma")),
-            (not row.parts, f"--dataset {args.dataset}", ("image_size", "skip_corrupt")),
-            (not row.parts or row.flip, f"--dataset {args.dataset}", ("flip",))):
+            (not row.folders, f"--dataset {args.dataset}", ("image_size", "skip_corrupt")),
+            (not row.folders or row.flip, f"--dataset {args.dataset}", ("flip",))):
         if applies:
             refuse_idle(parser, args, choice, keys)
     args.image_size = args.image_size or row.image_size

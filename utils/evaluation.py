@@ -54,7 +54,7 @@ def evaluate_file(args, sha256, datasets, models):
     if others and not args.data_path:
         raise UsageError(f"argument --data-path: {flags['data_path']} is not what {path} was tested on: the "
                          f"{', '.join(others)} differ: give a folder to measure what is in there")
-    warned = models.rehearse(flags["arch"], images.num_classes, images.test_images.shape[-1], device, dtype)
+    warned = models.rehearse(flags["arch"], images.num_classes, images.image_size, device, dtype)
     model = models.build_model(flags["arch"], images.num_classes, device)
     always_finite = finite_names(model)
     checkpoint.load_weights({"model": state["model"], "args": flags}, model, f"argument --evaluate: {path}")
