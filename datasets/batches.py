@@ -73,12 +73,12 @@ class Batches:
 
     def draw(self, name, step):
         index, pixels = next(self.decoded) if self.on_disk else (self.streams[name](step)[self.rows], None)
-        choices = crop_and_flip_choices(self.batch_size, self.images.padding, self.images.flip, self.seed, f"augment {name}",
-                                        step)
+        padding, flip = self.images.padding, self.images.flip
+        choices = crop_and_flip_choices(self.batch_size, padding, flip, self.seed, f"augment {name}", step)
         choices = self.to_device(np.concatenate([index[:, None], choices[self.rows]], axis=1))
         index = choices[:, 0]
         pixels = self.images.train_images[index] if pixels is None else pixels.to(self.device, non_blocking=True)
-        x = crop_and_flip(pixels, choices[:, 1:], self.images.padding)
+        x = crop_and_flip(pixels, choices[:, 1:], padding)
         return normalize(x, self.mean, self.std), self.train_labels[index]
 
     def __enter__(self):
