@@ -161,8 +161,8 @@ class Variant:
         torch.manual_seed(0)
         self.model = build_model(args.arch, args.num_classes)
         x_l, x_u = torch.randn(2, B, 3, size, size)
-        y_l, hidden = torch.randint(0, args.num_classes, (2, B))
-        self.batch = [t.to(self.device) for t in (x_l, y_l, x_u, torch.rand(B), hidden)]
+        y_l, y_u = torch.randint(0, args.num_classes, (2, B))
+        self.batch = [t.to(self.device) for t in (x_l, y_l, x_u, torch.rand(B), y_u)]
         with torch.no_grad():
             self.model(x_l)                                                         # running statistics
         self.model.to(self.device, memory_format=torch.channels_last if "channels-last" in options else torch.preserve_format)
@@ -202,7 +202,7 @@ class Variant:
 
     def plain(self):
         set_precision(precision(self.options), self.device)
-        x_l, y_l, x_u, lam, hidden = self.batch
+        x_l, y_l, x_u, lam, y_u = self.batch
         y_tilde, gradient, logits_l = self.meta()
         y_hat = update_pseudo_labels(y_tilde, gradient, self.alpha)
         self.model.train()
@@ -215,7 +215,7 @@ class Variant:
         (loss_in + loss_u).backward()
         self.optimizer.step()
         metrics = [loss_in, loss_u, cross_entropy(logits_l, y_l), (logits_l.argmax(dim=1) == y_l).float().mean(),
-                   (y_tilde.argmax(dim=1) == hidden).float().mean()]
+                   (y_tilde.argmax(dim=1) == y_u).float().mean()]
         return metrics if "no-reads" in self.options else [metric.item() for metric in metrics]
 
     def meta(self):

@@ -75,7 +75,7 @@ def compare(args, root):
     def ours():
         for _ in range(args.steps):
             batches(next(steps))
-        batches.disk.close()                                # takes back what was decoded ahead; the workers stay
+        batches.cancel()                                    # takes back what was decoded ahead; the workers stay
 
     def theirs():
         for x, _ in loader:
@@ -91,7 +91,7 @@ def compare(args, root):
             values.append(total / (time.perf_counter() - start))
             first.setdefault(work, time.perf_counter() - start)
     workers = {theirs: [process.pid for process in getattr(loader._iterator, "_workers", [])],
-               ours: list(images.train_images.workers.pool._processes) if args.num_workers else []}
+               ours: [process.pid for process in images.train_images.workers.processes()]}
     ratios = [a / b for a, b in zip(rates[ours][1:], rates[theirs][1:])]
     print(f"{args.batch_size} + {args.batch_size} images of {args.image_size}x{args.image_size} a step, {args.num_workers} "
           f"workers, {args.device}; median of {args.repeats} turns; ratio {min(ratios):.2f} to {max(ratios):.2f}\n")

@@ -6,22 +6,22 @@ import torch
 
 from datasets.augment import crop_and_flip, normalize
 from datasets.sampling import IndexStream, crop_and_flip_choices, mixup_weights
-from datasets.streaming import Files, Stream, most_images
+from datasets.streaming import ImageFiles, ordered_batches, training_images
 from datasets.table import DataError
 
 
 class Batch(NamedTuple):
-    x_l: torch.Tensor                   # (B, 3, H, W) float32, augmented and normalized
+    x_l: torch.Tensor                   # (B, 3, S, S) float32, augmented and normalized
     y_l: torch.Tensor                   # (B,) int64
-    x_u: torch.Tensor | None            # (B, 3, H, W)
-    hidden: torch.Tensor | None         # (B,) labels of x_u: for telemetry, never for training
+    x_u: torch.Tensor | None            # (B, 3, S, S)
+    y_u: torch.Tensor | None            # (B,) labels of x_u: for telemetry, never for training
     lam: torch.Tensor | None            # (B,) mix-up weights
 
 
 class Batches:
     """`batches(step)` is the batch of step 1, 2, ..., the same whatever came before, and wherever the images lie.
 
-    A block `with batches:` leaves no decoding behind.
+    A block `with batches:` ends the processes that decode.
 
     Args:
         images: as `load_dataset` returns them.
@@ -33,24 +33,22 @@ class Batches:
 
     def __init__(self, images, labeled, unlabeled=None, *, batch_size, seed, device="cpu", mixup_gamma=None,
                  rows=slice(None)):
-        self.images, self.seed, self.device, self.mixup_gamma = images, seed, torch.device(device), mixup_gamma
-        self.batch_size, self.rows, self.padding = batch_size, rows, images.padding
-        self.train_images = images.train_images.to(self.device)
-        self.train_labels = images.train_labels.to(self.device)
-        self.mean, self.std = images.mean.to(self.device), images.std.to(self.device)
-        self.streams = {part: IndexStream(indices, batch_size, seed, part)
-                        for part, indices in (("labeled", labeled), ("unlabeled", unlabeled)) if indices is not None}
-        self.disk, self.ahead = None, None
-        if isinstance(self.train_images, Files):
-            self.disk = Stream(self.train_images, self.streams, seed, rows, pin=self.device.type == "cuda")
+        self.images, self.seed, self.device, self.mixup_gamma = images.to(device), seed, torch.device(device), mixup_gamma
+        self.batch_size, self.rows = batch_size, rows
+        self.train_labels, self.mean, self.std = (x.to(self.device) for x in (images.train_labels, images.mean, images.std))
+        self.streams = {name: IndexStream(indices, batch_size, seed, name)
+                        for name, indices in (("labeled", labeled), ("unlabeled", unlabeled)) if indices is not None}
+        self.on_disk = isinstance(images.train_images, ImageFiles)
+        self.batch_ahead = None         # (step, batch), kept by `fault`
+        self.cancel()
 
     def fault(self, step):
-        """What keeps the batch of a step from being read from disk, an error; or None, and the batch is kept for its call.
+        """The error that keeps the batch of a step from being read from disk, or None; the batch is kept for its call.
 
-        None as well if `Workers.stop` has ended the waiting.
+        None as well if the `stop` of `load_dataset` has ended the waiting.
         """
         try:
-            self.ahead = self.disk and (step, self(step))
+            self.batch_ahead = (step, self(step)) if self.on_disk else None
         except InterruptedError:
             pass                        # whoever waits for the signal sees it
         except (DataError, OSError) as error:
@@ -58,32 +56,42 @@ class Batches:
         return None
 
     def __call__(self, step):
-        ahead, self.ahead = self.ahead, None
+        ahead, self.batch_ahead = self.batch_ahead, None
         if ahead and ahead[0] == step:
             return ahead[1]
+        if self.on_disk and step != self.next_step:
+            self.decoded = training_images(self.images.train_images, self.streams, self.seed, step, self.rows,
+                                           self.device.type == "cuda")
+        self.next_step = None           # an error ends `decoded`
         x_l, y_l = self.draw("labeled", step)
-        x_u, hidden = self.draw("unlabeled", step) if "unlabeled" in self.streams else (None, None)
+        x_u, y_u = self.draw("unlabeled", step) if "unlabeled" in self.streams else (None, None)
+        self.next_step = step + 1
         lam = None
         if self.mixup_gamma is not None:
             lam = self.to_device(mixup_weights(self.batch_size, self.mixup_gamma, self.seed, step)[self.rows])
-        return Batch(x_l, y_l, x_u, hidden, lam)
+        return Batch(x_l, y_l, x_u, y_u, lam)
 
-    def draw(self, part, step):
-        index, pixels = self.disk(part, step) if self.disk else (self.streams[part](step)[self.rows], None)
-        choices = crop_and_flip_choices(self.batch_size, self.padding, self.images.flip, self.seed, f"augment {part}", step)
+    def draw(self, name, step):
+        index, pixels = next(self.decoded) if self.on_disk else (self.streams[name](step)[self.rows], None)
+        padding, flip = self.images.padding, self.images.flip
+        choices = crop_and_flip_choices(self.batch_size, padding, flip, self.seed, f"augment {name}", step)
         choices = self.to_device(np.concatenate([index[:, None], choices[self.rows]], axis=1))
         index = choices[:, 0]
-        pixels = self.train_images[index] if pixels is None else pixels.to(self.device, non_blocking=True)
-        x = crop_and_flip(pixels, choices[:, 1:], self.padding)
+        pixels = self.images.train_images[index] if pixels is None else pixels.to(self.device, non_blocking=True)
+        x = crop_and_flip(pixels, choices[:, 1:], padding)
         return normalize(x, self.mean, self.std), self.train_labels[index]
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        if self.disk:
-            self.disk.close()
-            self.train_images.workers.close()
+        if self.on_disk:
+            self.cancel()
+            self.images.train_images.workers.close()
+
+    def cancel(self):
+        """Takes back what is decoded ahead; the processes that decode stay."""
+        self.decoded = self.next_step = None
 
     def to_device(self, array):
         tensor = torch.from_numpy(array)
@@ -92,15 +100,7 @@ class Batches:
 
 
 def normalized_batches(images, labels, mean, std, device="cpu", batch_size=None):
-    """Yields (x, y) over a whole set in order, normalized, without augmentation; images on disk that are skipped are left out.
-
-    images: (N, 3, S, S) uint8, or `streaming.Files`.  batch_size: by default that of `most_images`.
-    """
+    """Yields (x, y) over a whole set in order, normalized, without augmentation; see `streaming.ordered_batches`."""
     mean, std = mean.to(device), std.to(device)
-    batch_size = batch_size or most_images(images)
-    if isinstance(images, Files):
-        parts = images.split(batch_size)
-    else:
-        parts = zip(torch.arange(len(images)).split(batch_size), images.split(batch_size))
-    for index, x in parts:
-        yield normalize(x.to(device), mean, std), labels[index].to(device)
+    for index, pixels in ordered_batches(images, batch_size):
+        yield normalize(pixels.to(device), mean, std), labels[index].to(device)

@@ -1,158 +1,143 @@
 """Images that stay on disk and are decoded when they are needed, for sets that do not fit into memory."""
 from collections import deque
+from copy import copy
+from itertools import count
 
 import numpy as np
 import torch
 
-from datasets.decoding import REMEDY
 from datasets.sampling import resized_crop_choices
 from datasets.table import DataError
 
-TASK = 16           # files a task of a worker
-AHEAD = 3           # steps, or batches of an evaluation, that are decoded ahead
+TASK_SIZE = 16      # files that a worker decodes at a time
+PREFETCH = 3        # training steps, or batches of an evaluation, that are decoded ahead
 
 
-class Files:
-    """Stands where a uint8 tensor (N, 3, S, S) would: has its shape, is indexed by an array, and split for evaluation.
+class ImageFiles:
+    """The images of N files, decoded on demand by `workers`: indexed by a slice or an array it is the set of those.
 
     Args:
         paths: N image files.
-        image_size: S.
-        workers: `decoding.Workers` that decode.
-        crop: as in `decoding.decode_file`: None or "center".
-        resized_crop: whether training takes a random resized crop; else it is the pad and crop of images in memory.
-        skip: whether an unreadable file gives way to the next readable one; else it is a DataError that names it.
+        image_size: S; every image becomes (3, S, S) uint8.
+        workers: `workers.Workers`.
+        resized_crop: whether images are cropped as ImageNet's are, a random resized crop in training and the center in
+            evaluation; else the whole image is resized.
+        skip_corrupt: whether an unreadable file gives way to the next readable one in training and is left out in
+            evaluation; else it is a DataError that names it.
     """
 
-    dtype = torch.uint8
-
-    def __init__(self, paths, image_size, workers, crop=None, resized_crop=False, skip=False):
-        self.paths = np.array(paths, dtype=object)
-        self.image_size, self.workers, self.crop, self.resized_crop, self.skip = image_size, workers, crop, resized_crop, skip
-        self.skipped = {}               # path -> what was wrong with it
-
-    @property
-    def shape(self):
-        return torch.Size((len(self.paths), 3, self.image_size, self.image_size))
+    def __init__(self, paths, image_size, workers, resized_crop=False, skip_corrupt=False):
+        self.paths, self.image_size, self.workers = np.array(paths, dtype=object), image_size, workers
+        self.resized_crop, self.skip_corrupt = resized_crop, skip_corrupt
+        self.skipped = {}               # path -> error message, shared by all subsets
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        part = Files(self.paths[index], self.image_size, self.workers, self.crop, self.resized_crop, self.skip)
-        part.skipped = self.skipped
-        return part
+        subset = copy(self)
+        subset.paths = self.paths[index]
+        return subset
 
-    def to(self, device):
-        return self
+    def submit(self, index, crops=None, task_size=TASK_SIZE):
+        """Sends the images of some indices (B,) to the workers: a list of futures for `collect`.
 
-    def submit(self, index, crops=None):
-        """Sends the images of some indices to the workers: a list of futures for `collect`."""
-        crops = [self.crop] * len(index) if crops is None else crops
-        return [self.workers.submit(self.paths[index[i:i + TASK]].tolist(), self.image_size, crops[i:i + TASK])
-                for i in range(0, len(index), TASK)]
-
-    def collect(self, futures, pin=False):
-        """Pixels (B, 3, S, S) uint8, in pinned memory on demand, and position -> what is wrong for unreadable files."""
-        parts = self.workers.results(futures)
-        pixels = torch.empty((sum(len(part) for part, _ in parts), *self.shape[1:]), dtype=torch.uint8, pin_memory=pin)
-        start, faults = 0, {}
-        for part, found in parts:
-            pixels[start:start + len(part)] = torch.from_numpy(part)
-            faults |= {start + i: fault for i, fault in found.items()}
-            start += len(part)
-        if faults and not self.skip:
-            raise DataError(next(iter(faults.values())) + REMEDY)
-        return pixels, faults
-
-    def read(self, futures, index, members, crops=None, pin=False):
-        """The indices and pixels (B, 3, S, S) that some futures lead to.
-
-        With `skip` an unreadable file is replaced by the next in `members`, ascending indices, that can be read.
+        crops: uniform numbers (B, 10, 4) for `decoding.random_box`, or None for the crop of an evaluation.
         """
-        pixels, faults = self.collect(futures, pin)
-        index = index.copy()
-        for i, fault in faults.items():
+        if crops is None:
+            crops = ["center" if self.resized_crop else None] * len(index)
+        tasks = (slice(i, i + task_size) for i in range(0, len(index), task_size))
+        return [self.workers.submit(self.paths[index[task]].tolist(), self.image_size, crops[task]) for task in tasks]
+
+    def collect(self, futures, pin_memory=False):
+        """Pixels (B, 3, S, S) uint8, and position -> error message for unreadable files."""
+        results, start, errors = [self.workers.result(future) for future in futures], 0, {}
+        size = sum(len(pixels) for pixels, _ in results)
+        batch = torch.empty((size, 3, self.image_size, self.image_size), dtype=torch.uint8, pin_memory=pin_memory)
+        for pixels, found in results:
+            batch[start:start + len(pixels)] = torch.from_numpy(pixels)
+            errors |= {start + i: error for i, error in found.items()}
+            start += len(pixels)
+        if errors and not self.skip_corrupt:
+            raise DataError(f"{next(iter(errors.values()))}: replace or remove it; --skip-corrupt trains without it")
+        return batch, errors
+
+    def submit_ahead(self, items, submit, depth):
+        """Yields each of some items with the futures submit(item), once those of the next `depth` items are submitted too."""
+        pending = deque()
+        try:
+            for item in items:
+                pending.append((item, submit(item)))
+                if len(pending) > depth or self.workers.count == 0:
+                    yield pending.popleft()
+            while pending:
+                yield pending.popleft()
+        finally:
+            for _, futures in pending:
+                for future in futures:
+                    future.cancel()
+
+    def batches(self, batch_size, task_size=TASK_SIZE):
+        """Yields indices (B,) and pixels (B, 3, S, S) uint8 of the whole set in order, as evaluation crops them."""
+        indices = (np.arange(i, min(i + batch_size, len(self))) for i in range(0, len(self), batch_size))
+        for index, futures in self.submit_ahead(indices, lambda index: self.submit(index, task_size=task_size), PREFETCH):
+            pixels, errors = self.collect(futures)
+            for i, error in errors.items():
+                self.skipped.setdefault(self.paths[index[i]], error)
+            kept = np.delete(np.arange(len(index)), list(errors))
+            if len(kept):
+                yield torch.from_numpy(index[kept]), pixels[kept] if errors else pixels
+
+
+    def replace(self, pixels, errors, index, crops, members):
+        """Puts the next of `members`, indices (M,), that can be read in the place of each unreadable file of a batch.
+
+        pixels, errors: of `collect`; index, crops: of `submit`.  Changes pixels and index.
+        """
+        members = np.sort(members)
+        for i, error in errors.items():
             for _ in range(len(members)):
-                self.skipped.setdefault(self.paths[index[i]], fault)
+                self.skipped.setdefault(self.paths[index[i]], error)
                 index[i] = members[(np.searchsorted(members, index[i]) + 1) % len(members)]
-                one, again = self.collect(self.submit(index[i:i + 1], None if crops is None else crops[i:i + 1]))
-                if not again:
+                one, unreadable = self.collect(self.submit(index[i:i + 1], None if crops is None else crops[i:i + 1]))
+                if not unreadable:
                     pixels[i] = one[0]
                     break
-                fault = again[0]
+                error = unreadable[0]
             else:
-                raise DataError(f"{fault}, nor can any other of {len(members)} images")
-        return index, pixels
-
-    def split(self, size):
-        """Yields (indices, pixels) over the whole set in order; with `skip`, unreadable files are left out."""
-        starts, sent = iter(range(0, len(self), size)), deque()
-        try:
-            while True:
-                while len(sent) <= AHEAD and (start := next(starts, None)) is not None:
-                    index = np.arange(start, min(start + size, len(self)))
-                    sent.append((index, self.submit(index)))
-                if not sent:
-                    return
-                index, futures = sent.popleft()
-                pixels, faults = self.collect(futures)
-                for i, fault in faults.items():
-                    self.skipped.setdefault(self.paths[index[i]], fault)
-                keep = np.delete(np.arange(len(index)), list(faults))
-                if len(keep):
-                    yield torch.from_numpy(index[keep]), pixels[keep] if faults else pixels
-        finally:
-            cancel(futures for _, futures in sent)
+                raise DataError(f"{error}, nor can any other of {len(members)} images")
 
 
-class Stream:
-    """The decoded images of step 1, 2, ... of several index streams, each read ahead of its step.
+def training_images(files, streams, seed, step, rows=slice(None), pin_memory=False):
+    """Yields indices (B,) and pixels (B, 3, S, S) uint8 for each of several index streams in turn, of step, step + 1, ...
 
-    `stream(part, step)` gives indices (B,) and pixels (B, 3, S, S) uint8, the same whatever came before, and however many
-    workers decode; the parts of a step are asked for in the order of `streams`.
+    They are the same wherever it starts, and however many workers decode.
 
-    files: `Files`.  streams: part -> `sampling.IndexStream`.  seed: of the resized crops.  rows: the slice of every batch
-    that is given.  pin: give pinned memory.
+    files: `ImageFiles`.  streams: name -> `sampling.IndexStream`.  seed: of the crops.  rows: of every batch, a slice.
     """
+    def choices():
+        for coming in count(step):
+            for name, stream in streams.items():
+                index, crops = stream(coming), None
+                if files.resized_crop:
+                    crops = resized_crop_choices(len(index), seed, f"crop {name}", coming)[rows]
+                yield index[rows], crops, stream.indices
 
-    def __init__(self, files, streams, seed, rows=slice(None), pin=False):
-        self.files, self.streams, self.seed, self.rows, self.pin = files, streams, seed, rows, pin
-        self.sent = deque()             # (part, step), futures, indices, crops
-        self.members = {part: np.sort(stream.indices) for part, stream in streams.items()}
-
-    def __call__(self, part, step):
-        if not self.sent or self.sent[0][0] != (part, step):
-            self.close()
-            parts = list(self.streams)
-            self.coming = ((p, s) for s in range(step, step + 2 ** 62) for p in parts
-                           if s > step or parts.index(p) >= parts.index(part))
-        ahead = AHEAD * len(self.streams) if self.files.workers.count else 0
-        while len(self.sent) <= ahead:
-            self.send(*next(self.coming))
-        _, futures, index, crops = self.sent.popleft()
-        return self.files.read(futures, index, self.members[part], crops, self.pin)
-
-    def send(self, part, step):
-        index, crops = self.streams[part](step), None
-        if self.files.resized_crop:
-            crops = resized_crop_choices(len(index), self.seed, f"crop {part}", step)[self.rows]
-        index = index[self.rows]
-        self.sent.append(((part, step), self.files.submit(index, crops), index, crops))
-
-    def close(self):
-        """Takes back what was asked for ahead."""
-        cancel(futures for _, futures, _, _ in self.sent)
-        self.sent.clear()
+    work = files.submit_ahead(choices(), lambda choice: files.submit(*choice[:2]), PREFETCH * len(streams))
+    for (index, crops, members), futures in work:
+        pixels, errors = files.collect(futures, pin_memory)
+        if errors:
+            files.replace(pixels, errors, index, crops, members)
+        yield index, pixels
 
 
-def cancel(several):
-    """Takes back futures that no worker has begun with, lists of them."""
-    for futures in several:
-        for future in futures:
-            future.cancel()
+def ordered_batches(images, batch_size=None):
+    """Iterates over indices (B,) and pixels (B, 3, S, S) uint8 of a whole set in order, without augmentation.
 
-
-def most_images(images):
-    """How many of some images (N, 3, S, S) are looked at at once where it is only to measure: 1000, fewer with S above 128."""
-    return min(1000, 1000 * 128 ** 2 // images.shape[-1] ** 2)
+    images: (N, 3, S, S) uint8, or ImageFiles.  batch_size: by default 1000, and fewer with S above 128.
+    """
+    image_size = images.image_size if isinstance(images, ImageFiles) else images.shape[-1]
+    batch_size = batch_size or min(1000, 1000 * 128 ** 2 // image_size ** 2)
+    if isinstance(images, ImageFiles):
+        return images.batches(batch_size)
+    return zip(torch.arange(len(images)).split(batch_size), images.split(batch_size))

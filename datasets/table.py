@@ -6,35 +6,35 @@ class DataError(ValueError):
     """Data that is missing, damaged or contradictory; the message names the file and the remedy."""
 
 
-class Row(NamedTuple):
+class DatasetInfo(NamedTuple):
     loader: str                         # key of datasets.loading.LOADERS
     source: str | None = None           # class of torchvision.datasets
     num_classes: int | None = None      # None: read from the data
     num_train: int | None = None
     mean: tuple | None = None           # per channel, of pixels in [0, 1]; None: measured on the training images
     std: tuple | None = None
-    parts: tuple = ()                   # folders of class folders that must lie under the root
+    folders: tuple = ()                 # of class folders: that of the training images and that of the test images
     image_size: int = 32                # of those images, if nothing else is asked for
     resized_crop: bool = False          # training takes torchvision's RandomResizedCrop rather than pad and crop
     flip: bool = False                  # digits and house numbers are not mirror-symmetric
 
 
 DATASETS = {
-    "cifar10": Row("cifar", "CIFAR10", 10, 50_000,
+    "cifar10": DatasetInfo("cifar", "CIFAR10", 10, 50_000,
                    (.49139968, .48215841, .44653091), (.24703223, .24348513, .26158784), flip=True),
-    "cifar100": Row("cifar", "CIFAR100", 100, 50_000,
+    "cifar100": DatasetInfo("cifar", "CIFAR100", 100, 50_000,
                     (.50707516, .48654887, .44091784), (.26733429, .25643846, .27615047), flip=True),
-    "svhn": Row("svhn", "SVHN", 10, 73_257, (.4376821, .4437697, .47280442), (.19803012, .20101562, .19703614)),
-    "digits": Row("digits", None, 10, 1_297),
-    "folder": Row("folder", parts=("train", "test")),
-    "imagenet": Row("folder", None, None, None, (.485, .456, .406), (.229, .224, .225), ("train", "val"), 224,
+    "svhn": DatasetInfo("svhn", "SVHN", 10, 73_257, (.4376821, .4437697, .47280442), (.19803012, .20101562, .19703614)),
+    "digits": DatasetInfo("digits", None, 10, 1_297),
+    "folder": DatasetInfo("folder", folders=("train", "test")),
+    "imagenet": DatasetInfo("folder", None, None, None, (.485, .456, .406), (.229, .224, .225), ("train", "val"), 224,
                     resized_crop=True, flip=True),
 }
 
 
 def check_root(name, root):
     """Raises DataError unless the folders that a data set is read from are there."""
-    for part in DATASETS[name].parts:
-        if not (root / part).is_dir():
-            raise DataError(f"argument --data-path: {root / part} is not a folder: --dataset {name} reads "
-                            + " and ".join(f"{part}/<class>/*" for part in DATASETS[name].parts) + " under it")
+    for folder in (folders := DATASETS[name].folders):
+        if not (root / folder).is_dir():
+            raise DataError(f"argument --data-path: {root / folder} is not a folder: --dataset {name} reads "
+                            + " and ".join(f"{folder}/<class>/*" for folder in folders) + " under it")

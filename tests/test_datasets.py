@@ -14,7 +14,7 @@ from torchvision.transforms import functional as F
 import datasets.loading
 from datasets import DATASETS, Batches, DataError, load_dataset, normalized_batches, split_labels
 from datasets.augment import crop_and_flip, normalize
-from datasets.decoding import decode_chunk, decode_file
+from datasets.decoding import decode_file, decode_files
 from datasets.sampling import IndexStream, crop_and_flip_choices, mixup_weights
 from datasets.splits import split_training
 from utils.flags import training_parser
@@ -158,6 +158,12 @@ def test_digits_are_real_fixed_and_normalized_to_zero_mean_and_unit_deviation(di
     assert x.mean().abs() < 1e-4 and x.std().item() == pytest.approx(1, abs=1e-3)
 
 
+def test_pixels_move_to_a_device_and_labels_stay(digits):
+    moved = digits.to("meta")
+    assert moved.train_images.is_meta and moved.test_images.is_meta and moved.image_size == digits.image_size == 16
+    assert moved.train_labels is digits.train_labels and moved.labels_sha256 == digits.labels_sha256
+
+
 def make_folder(root, classes=("ant", "bee"), count=6, size=(20, 24)):
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
@@ -183,7 +189,7 @@ def test_folder_is_read_by_class_resized_and_measured(tmp_path):
 
 def test_folder_keeps_the_pixels_of_images_that_have_the_size_and_any_number_of_workers_reads_the_same(tmp_path, monkeypatch):
     root = make_folder(tmp_path, size=(16, 16))
-    monkeypatch.setattr("datasets.decoding.CHUNK", 2)
+    monkeypatch.setattr("datasets.folder.TASK_SIZE", 2)
     images = load_dataset("folder", root, image_size=16)
     pixels = torch.from_numpy(np.array(Image.open(root / "train/bee/01.png"))).permute(2, 0, 1)
     assert torch.equal(images.train_images[7], pixels)
@@ -309,7 +315,7 @@ def test_hostile_files_are_refused_before_they_cost_anything(tmp_path, monkeypat
     (tmp_path / "cut.dds").write_bytes(whole["dds"][:60])
     names = ["script.png", "bomb.png", "cut.avif", "cut.dds"]
     for crop, more in ((None, ["none.png", "bin"]), ("center", ["thin.png", "tall.png"])):
-        _, faults = decode_chunk([tmp_path / name for name in names + more], 224, [crop] * 6)
+        _, faults = decode_files([tmp_path / name for name in names + more], 224, [crop] * 6)
         assert len(faults) == 6 and all("cannot be read as an image (" in fault for fault in faults.values()), faults
     assert "20000x1 pixels are too long and thin to cut out the center" in faults[4] and not (tmp_path / "ran").exists()
     assert decode_file(tmp_path / "thin.png", 16).shape == (3, 16, 16)

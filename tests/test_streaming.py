@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from math import floor
 from threading import Timer
 
@@ -31,7 +32,7 @@ import utils.metrics
 from datasets import Batches, DataError, load_dataset, normalized_batches, split_labels
 from datasets.decoding import decode_file, random_box
 from datasets.sampling import resized_crop_choices
-from datasets.streaming import Files
+from datasets.streaming import PREFETCH, ImageFiles
 from metasemi import learning_rate
 
 CLASSES = 200
@@ -87,7 +88,7 @@ def test_batches_from_disk_equal_those_from_memory_bit_for_bit(tmp_path, workers
     root = make_folder(tmp_path, count=17)
     memory = load_dataset("folder", root, 16, flip=True)
     disk = load_dataset("folder", root, 16, flip=True, num_workers=workers, memory=0)
-    assert isinstance(disk.train_images, Files) and isinstance(memory.train_images, torch.Tensor)
+    assert isinstance(disk.train_images, ImageFiles) and isinstance(memory.train_images, torch.Tensor)
     assert equal((disk.mean, disk.std, disk.train_labels), (memory.mean, memory.std, memory.train_labels))
     plain = batches_of(memory)
     with batches_of(disk) as batches:
@@ -101,12 +102,45 @@ def test_order_and_augmentation_are_the_same_for_0_2_and_4_workers_and_from_any_
     drawn = {}
     for workers in (0, 2, 4):
         images = load_dataset("imagenet", photographs, 64, num_workers=workers)
-        with images.train_images.workers, batches_of(images) as batches:
+        with batches_of(images) as batches:
             drawn[workers] = [batches(step) for step in (1, 2, 3)]
         with batches_of(images._replace(train_images=load_dataset("imagenet", photographs, 64).train_images)) as late:
             assert equal(late(3), drawn[workers][2])
     assert all(equal(a, b) for other in (2, 4) for a, b in zip(drawn[0], drawn[other]))
     assert not torch.equal(drawn[0][0].x_u, drawn[0][1].x_u)
+
+
+def test_what_is_decoded_ahead_is_taken_back_when_the_steps_jump_or_end(tmp_path, monkeypatch):
+    images, futures = load_dataset("folder", make_folder(tmp_path, count=17), 16, num_workers=1, memory=0), []
+
+    def submit(paths, image_size, crops):
+        futures.append(Future())
+        futures[-1].size = len(paths)
+        return futures[-1]
+
+    workers = images.train_images.workers
+    monkeypatch.setattr(workers, "submit", submit)
+    monkeypatch.setattr(workers, "result", lambda future: (np.zeros((future.size, 3, 16, 16), np.uint8), {}))
+    batches = batches_of(images)
+    batches(1), batches(2)
+    tasks = 2 * 2                                       # 20 + 20 images in tasks of 16
+    assert len(futures) == (2 + PREFETCH) * tasks and not any(future.cancelled() for future in futures)
+    batches(50)
+    assert [future.cancelled() for future in futures] == (
+        [False] * 2 * tasks + [True] * PREFETCH * tasks + [False] * (1 + PREFETCH) * tasks)
+    batches.cancel()
+    assert sum(future.cancelled() for future in futures) == 2 * PREFETCH * tasks
+
+
+def test_a_step_that_could_not_be_read_can_be_asked_for_again(tmp_path):
+    root = make_folder(tmp_path, count=17)
+    whole = batches_of(load_dataset("folder", root, 16))
+    batches = batches_of(load_dataset("folder", root, 16, memory=0, statistics=(whole.mean, whole.std)))
+    batches(1)
+    (root / "train" / "ant").rename(root / "away")
+    assert isinstance(batches.fault(2), DataError)
+    (root / "away").rename(root / "train" / "ant")
+    assert batches.fault(2) is None and equal(batches(2), whole(2)) and equal(batches(3), whole(3))
 
 
 def test_every_step_crops_the_same_image_anew(photographs):
@@ -128,7 +162,7 @@ def test_images_stay_in_memory_exactly_as_long_as_they_fit(tmp_path):
     size = 24 * 3 * 16 ** 2
     fits, does_not = (load_dataset("folder", root, 16, memory=memory) for memory in (size, size - 1))
     assert isinstance(fits.train_images, torch.Tensor) and fits.source.startswith("in memory: 0.00 GB")
-    assert isinstance(does_not.train_images, Files) and "they may take 0.00 GB of memory" in does_not.source
+    assert isinstance(does_not.train_images, ImageFiles) and "they may take 0.00 GB of memory" in does_not.source
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < utils.device.memory_for_images(torch.device("cpu")) < physical / 2
 
@@ -169,7 +203,7 @@ def test_pixels_are_those_of_torchvision(tmp_path, size):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_corrupt_image_is_named_or_gives_way_to_the_next_of_its_set(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr("datasets.streaming.TASK", 1)
+    monkeypatch.setattr("datasets.streaming.TASK_SIZE", 1)
     root = make_folder(tmp_path, count=8)
     whole = load_dataset("folder", root, 16)
     bad = root / "train/ant/03.png"
@@ -314,9 +348,9 @@ def test_images_that_vanish_end_a_run_once_it_is_saved_and_a_resume_is_exact(fro
 
 def test_a_worker_that_is_killed_ends_the_run_with_one_line_once_its_weights_are_saved(from_disk, tmp_path, capsys):
     def kill(images):
-        pool = images.train_images.workers.pool
-        os.kill(next(iter(pool._processes)), signal.SIGKILL)
-        while not pool._broken:                         # until the pool knows
+        workers = images.train_images.workers
+        os.kill(workers.processes()[0].pid, signal.SIGKILL)
+        while not workers.pool._broken:                         # until the pool knows
             time.sleep(0.01)
 
     assert from_disk("a", "--num-workers", "2", "--total-steps", "9", "--test-freq", "9", actions=[(1, kill)]) == 1
@@ -329,7 +363,7 @@ def test_a_signal_ends_a_run_whose_workers_are_stopped(from_disk, tmp_path, caps
     processes = []
 
     def stop(images):
-        processes.extend(images.train_images.workers.pool._processes.values())
+        processes.extend(images.train_images.workers.processes())
         for process in processes:
             os.kill(process.pid, signal.SIGSTOP)
         Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -344,7 +378,7 @@ def test_a_signal_ends_a_run_whose_workers_are_stopped(from_disk, tmp_path, caps
 def test_a_program_without_a_main_guard_is_told_so(tmp_path):
     root = make_folder(tmp_path / "images", count=2)
     (tmp_path / "own.py").write_text(f"from datasets import load_dataset\nimages = load_dataset('folder', {str(root)!r}, 16, "
-                                     "num_workers=1, memory=0, statistics=(0, 1))\nnext(images.test_images.split(4))\n")
+                                     "num_workers=1, memory=0, statistics=(0, 1))\nnext(images.test_images.batches(4))\n")
     done = subprocess.run([sys.executable, tmp_path / "own.py"], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.stderr.splitlines()[-1].endswith('start the work under if __name__ == "__main__":')

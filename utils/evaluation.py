@@ -22,7 +22,7 @@ MOST_CLASSES = 20       # whose confusion matrix is printed whole
 class Evaluator:
     """Measures a run in its course, on the test images and, with --num-val, on the validation images.
 
-    Each process of a world holds a shard of every set on its device, and all get the same answers.
+    Each process of a world measures a shard of every set, and all get the same answers.
     """
 
     def __init__(self, args, images, labeled, validation, device, dtype, world):
@@ -32,14 +32,14 @@ class Evaluator:
         self.fault = None               # why images of this process could not be read
         self.counts = {"test": len(images.test_labels), "validation": len(validation)}
         self.select_by = "validation" if len(validation) else "test"
-        self.sets = {"test": (world.shard(images.test_images).to(device), world.shard(images.test_labels))}
+        self.sets = {"test": (world.shard(images.test_images), world.shard(images.test_labels))}
         if len(validation):
             self.sets["validation"] = self.training_images(validation)
 
     def training_images(self, indices):
         """This process's shard of some training images, and their labels."""
         index = self.world.shard(indices)
-        return self.images.train_images[index].to(self.device), self.images.train_labels[index]
+        return self.images.train_images[index], self.images.train_labels[index]
 
     def measure(self, state, x, y, stop):
         """`metrics.evaluate` of one set; an error of the network or its logits names the step.
@@ -120,7 +120,7 @@ def evaluate_file(args):
     if others and not args.data_path:
         raise UsageError(f"argument --data-path: {flags['data_path']} is not what {path} was tested on: the "
                          f"{', '.join(others)} differ: give a folder to measure what is in there")
-    warned = dry_run(flags["arch"], images.num_classes, images.test_images.shape[-1], device, dtype)
+    warned = dry_run(flags["arch"], images.num_classes, images.image_size, device, dtype)
     model = load_model(flags["arch"], images, device, saved, source)
     count = len(images.test_labels)
     batches = normalized_batches(images.test_images, torch.arange(count), images.mean, images.std, device)

@@ -259,8 +259,8 @@ def check_effect(parser, given, args):
             (args.meta_gradient != "jvp", f"--meta-gradient {args.meta_gradient}", ("compile",)),
             (args.meta_gradient == "unrolled", "--meta-gradient unrolled", ("epsilon",)),
             (args.schedule == "cosine", "--schedule cosine", ("milestones", "gamma")),
-            (not dataset.parts, f"--dataset {args.dataset}", ("image_size", "skip_corrupt")),
-            (not dataset.parts or dataset.flip, f"--dataset {args.dataset}", ("flip",))):
+            (not dataset.folders, f"--dataset {args.dataset}", ("image_size", "skip_corrupt")),
+            (not dataset.folders or dataset.flip, f"--dataset {args.dataset}", ("flip",))):
         if applies:
             refuse_idle(parser, given, choice, names)
 

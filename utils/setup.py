@@ -26,6 +26,7 @@ def prepare_data(args, world, device, saved, source, interrupt):
     else:
         check_same_data(data, saved, "the run that --resume continues", args.data_path)
         labeled, validation = saved["labeled"].numpy(), saved["validation"].numpy()
+    images = images.to(device)
     world.check_same({**data, "labeled images": labeled.tolist(), "validation images": validation.tolist()})
     taken = validation if args.include_labeled else np.concatenate([validation, labeled])
     unlabeled = np.setdiff1d(np.arange(len(images.train_labels)), taken)
@@ -38,7 +39,7 @@ def prepare_data(args, world, device, saved, source, interrupt):
 def prepare_model(args, world, device, dtype, images):
     """A network with its first weights, the same in every process, and warnings about it."""
     method = partial(meta_gradient, method=args.meta_gradient, consistency=args.consistency, dtype=dtype)
-    warned = dry_run(args.arch, images.num_classes, images.train_images.shape[-1], device, dtype,
+    warned = dry_run(args.arch, images.num_classes, images.image_size, device, dtype,
                      None if args.no_meta else method, min(4, args.batch_size // world.size))
     torch.manual_seed(args.seed)
     model = build_model(args.arch, images.num_classes, device)

@@ -46,7 +46,7 @@ class RunState:
         self.args, self.model, self.optimizer = experiment(args), model, optimizer
         self.labeled, self.validation = torch.from_numpy(labeled), torch.from_numpy(validation)
         self.data, self.labels_sha256, self.class_names = data, images.labels_sha256, list(images.class_names)
-        self.mean, self.std, self.image_size = images.mean, images.std, images.train_images.shape[-1]
+        self.mean, self.std, self.image_size = images.mean, images.std, images.image_size
         self.step, self.seconds, self.evaluations, self.best, self.sessions = 0, 0.0, [], None, []
         self.rng, self.cuda_rng, self.other_rng = torch.get_rng_state(), None, []
         # An infinite parameter or buffer, such as the mask of an attention, may stay so.

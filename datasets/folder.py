@@ -1,0 +1,109 @@
+"""Folders of image files, root/<split>/<class>/*: what is in them, and where the pixels are kept."""
+import hashlib
+import os
+from contextlib import closing
+
+import numpy as np
+import torch
+
+from datasets.decoding import readable_formats
+from datasets.streaming import ImageFiles
+from datasets.table import DataError, check_root
+from datasets.workers import Workers
+
+TASK_SIZE = 500         # files that a worker decodes at a time where all of them are kept in memory
+
+
+def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, stop):
+    """root/<split>/<class>/* of both splits of a data set, images of any size and of the types in `decoding.FORMATS`."""
+    check_root(name, root)
+    splits, ignored, digest = [], {}, {}
+    class_names, test_names = (list_classes(root / folder, ignored) for folder in row.folders)
+    if odd := sorted(set(class_names) ^ set(test_names)):
+        raise DataError(f"{root}: {' and '.join(row.folders)} must have the same classes, but only one has "
+                        f"{', '.join(odd[:5])}")
+    if len(class_names) < 2:
+        raise DataError(f"{root / row.folders[0]} has {len(class_names)} class folders: at least 2 are needed")
+    for folder, split in zip(row.folders, ("training", "test")):
+        files = [list_images(root / folder / class_name, ignored) for class_name in class_names]
+        paths = [path for class_files in files for path in class_files]
+        splits.append((paths, np.repeat(np.arange(len(files), dtype=np.int64), [len(class_files) for class_files in files])))
+        digest |= digest_files(split, root / folder, paths, skip_corrupt)
+    (train, train_labels), (test, test_labels) = splits
+    ignored = "; ".join(f"{len(paths):,} {reason} ({os.path.relpath(paths[0], root)!r}{', ...' * (len(paths) > 1)})"
+                        for reason, paths in ignored.items())
+
+    size = (len(train) + len(test)) * 3 * image_size ** 2
+    source = f"{size / 1e9:,.2f} GB as pixels"
+    if not (row.resized_crop or skip_corrupt or memory is not None and size > memory):
+        pixels = decode_all(train + test, image_size, num_workers, stop)
+        train_images, test_images = pixels[:len(train)], pixels[len(train):]
+        source = f"in memory: {source}"
+    else:
+        workers = Workers(num_workers, stop)
+        train_images, test_images = (ImageFiles(paths, image_size, workers, row.resized_crop, skip_corrupt)
+                                     for paths in (train, test))
+        reason = ("random resized crops need the files" if row.resized_crop else "--skip-corrupt" if skip_corrupt
+                  else f"they may take {memory / 1e9:,.2f} GB of memory")
+        source = f"read from disk by {num_workers or 'no'} worker{'s' * (num_workers != 1)}: {source}, {reason}"
+    return (train_images, train_labels), (test_images, test_labels), class_names, source, tuple(test), ignored, digest
+
+
+def decode_all(paths, image_size, num_workers, stop):
+    """(N, 3, image_size, image_size) uint8, in the order of the paths.  Raises DataError for an unreadable file."""
+    pixels = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)
+    count = min(num_workers, os.cpu_count() or 1, len(paths) // TASK_SIZE)
+    with closing(Workers(count if count > 1 else 0, stop)) as workers:
+        for index, batch in ImageFiles(paths, image_size, workers).batches(TASK_SIZE * max(1, count), TASK_SIZE):
+            pixels[index[0]:index[-1] + 1] = batch
+    return pixels
+
+
+def list_classes(folder, ignored):
+    """Names of the class folders in a folder, in order; other entries are put into ignored, reason -> list of paths."""
+    names = []
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.is_dir() and not entry.name.startswith("."):
+            names.append(entry.name)
+        else:
+            ignored.setdefault("outside a class folder", []).append(entry)
+    return names
+
+
+def list_images(folder, ignored):
+    """Paths of the image files in a folder, in order; other entries are put into ignored, reason -> list of paths.
+
+    Paths are strings: to make a Path of each would take as long as to read them.
+    """
+    paths = []
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            reason = why_ignored(entry)
+            (ignored.setdefault(reason, []) if reason else paths).append(entry.path)
+    return paths
+
+
+def why_ignored(entry):
+    """Why an entry of a class folder is not taken for an image, or None."""
+    if entry.name.startswith("."):
+        return "hidden"
+    if entry.is_dir():
+        return "a folder in a class folder"
+    if not entry.name.lower().endswith(readable_formats()[1]):
+        return "of another suffix"
+    if not entry.is_file() and os.path.exists(entry.path):          # a link to nothing is a file that is missing
+        return "not a regular file"                                 # to open a FIFO would wait for ever
+    return None
+
+
+def digest_files(split, folder, paths, skip_corrupt):
+    """SHA-256 of the names of the files of a split, as under its folder, and of their sizes: what it is of -> hex digits.
+
+    With skip_corrupt there are no sizes: a file may have been damaged, or replaced, since.
+    """
+    names = [path[len(str(folder)):] for path in paths]
+    digest = {f"names of {split} files": hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()}
+    if not skip_corrupt:
+        sizes = [os.path.getsize(path) if os.path.exists(path) else None for path in paths]
+        digest[f"sizes of {split} files"] = hashlib.sha256(repr(sizes).encode()).hexdigest()
+    return digest
