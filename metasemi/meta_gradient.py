@@ -1,7 +1,7 @@
 """The meta-gradient: how the labeled loss answers to the pseudo-labels, through a virtual SGD step.
 
-    theta    model parameters             x_l, y_l  labeled images, class indices
-    y_tilde  pseudo-labels at theta       x_u       unlabeled images
+    theta    model parameters             x_l, y_l  labeled examples, class indices
+    y_tilde  pseudo-labels at theta       x_u       unlabeled examples
     y_hat    improved pseudo-labels       B, K      batch size, classes
     alpha    step size                    beta      meta step size
     g        gradient of the mean labeled loss at theta
@@ -25,8 +25,11 @@ one Jacobian-vector product: the speed of each prediction on x_u as theta moves 
 Stepping against it, y_hat = y_tilde - beta grad, is to first order the prediction after a labeled SGD step of
 size 2 beta.  As in Algorithm 2 the factor alpha / B_u is left to beta; the factor 2 is kept.
 """
+import sys
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
+from inspect import signature
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -53,12 +56,14 @@ def meta_gradient(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency=
     number generators are afterwards what they were, bit for bit.
 
     Args:
-        model: maps (B, C, H, W) to logits (B, K).
-        x_l, y_l: (B_l, C, H, W) float and (B_l,) int64 class indices.
-        x_u: (B_u, C, H, W) float.
+        model: maps (B, ...) to logits (B, K).  It may be compiled; "jvp" and "unrolled" then run the original where
+            compiled code has no derivative.  Activation checkpointing needs use_reentrant=False, no dtype and,
+            in torch 2.11, another method than "jvp".
+        x_l, y_l: (B_l, ...), of any type that the model takes, and (B_l,) int64 class indices.
+        x_u: (B_u, ...).
         method: "jvp", forward-mode differentiation, exact and the cheapest; "finite-difference", the central
-            difference of the paper (eqs. 15, 16); "unrolled", double backward through the virtual step (eqs. 2-5);
-            or what `compiled_jvp` returns.
+            difference of the paper (eqs. 15, 16), also for operations without a forward-mode derivative; "unrolled",
+            double backward through the virtual step (eqs. 2-5); or what `compiled_jvp` returns.
         epsilon: > 0, the length in parameter space of each half-step of the finite difference.
         consistency: "mse" or "kl", the Phi of the consistency loss, or another key of `metasemi.losses.CONSISTENCY`.
         dtype: computing type of the network, e.g. torch.bfloat16; default: that of the parameters.
@@ -70,7 +75,7 @@ def meta_gradient(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency=
         gradient: (B_u, K), 2 J g for "mse" (rows sum to zero), J_log g for "kl".  Zero where g is zero.
 
     Raises:
-        ValueError: for an unknown method or consistency, or a consistency that is not a `Consistency`.
+        ValueError: for an unknown method or consistency, a consistency that is not a `Consistency`, or a wrong shape.
     """
     return meta_gradient_with_telemetry(model, x_l, y_l, x_u, method, epsilon, consistency, dtype, average)[:2]
 
@@ -84,6 +89,7 @@ def meta_gradient_with_telemetry(model, x_l, y_l, x_u, method="jvp", epsilon=1e-
         raise ValueError(f"no consistency is named {consistency!r}; choose from {', '.join(CONSISTENCY)}")
     if not isinstance(CONSISTENCY[consistency], Consistency):
         raise ValueError(f"the consistency {consistency!r} is a loss without its derivative: register a Consistency")
+    check_batch(x_l, y_l, x_u)
     theta = {k: w for k, w in model.named_parameters() if w.requires_grad}
     with evaluation_mode(model), differentiable_attention(), torch.enable_grad():
         parts = METHODS.get(method, method)(model, theta, x_l, y_l, x_u, epsilon, CONSISTENCY[consistency], dtype,
@@ -91,9 +97,29 @@ def meta_gradient_with_telemetry(model, x_l, y_l, x_u, method="jvp", epsilon=1e-
     return MetaGradient(*(part.detach() for part in parts))
 
 
+def check_batch(x_l, y_l, x_u):
+    for name, x in (("x_l", x_l), ("x_u", x_u)):
+        if x.dim() == 0 or len(x) == 0:
+            raise ValueError(f"{name} has the shape {tuple(x.shape)}: expected (B, ...) with at least one example")
+    if y_l.shape != x_l.shape[:1] or y_l.dtype != torch.int64:
+        raise ValueError(f"y_l is {y_l.dtype} of the shape {tuple(y_l.shape)}: expected the class index of each example of "
+                         f"x_l, torch.int64 of the shape ({len(x_l)},)")
+
+
+def without_compiled_code(function):
+    """The function, in which compiled models run their original: compiled code has no forward-mode derivative, which some
+    versions of torch drop silently, and no second one."""
+    @wraps(function)
+    def run(*args):
+        with torch.compiler.set_stance("force_eager"):
+            return function(*args)
+    return run
+
+
 def by_jvp(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, average, derivative=None):
     g, logits_l = labeled_gradient(model, theta, x_l, y_l, dtype, average)
-    y_tilde, gradient = (derivative or derivative_along)(model, detached(theta), g, x_u, consistency, dtype)
+    derivative = derivative or without_compiled_code(derivative_along)
+    y_tilde, gradient = derivative(model, detached(theta), g, x_u, consistency, dtype)
     return y_tilde, gradient, logits_l, norm(g)
 
 
@@ -127,6 +153,7 @@ def by_finite_difference(model, theta, x_l, y_l, x_u, epsilon, consistency, dtyp
     return y_tilde, difference * (g_norm / epsilon), logits_l, g_norm
 
 
+@without_compiled_code
 def by_unrolling(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, average):
     logits_u = logits(model, theta, x_u, dtype)
     y_tilde = logits_u.softmax(dim=1).detach().requires_grad_()                     # eq. 2
@@ -159,9 +186,12 @@ def logits(model, theta, x, dtype):
     values = {w: theta[k] for k, w in state.items() if k in theta}
     if dtype is not None:
         values = {v: values.get(v, v).to(dtype) for v in state.values() if v.is_floating_point()}
-        x = x.to(dtype)
+        x = x.to(dtype) if x.is_floating_point() else x
     # tie_weights=True would give a module with two names its values twice, and put copies back in place of parameters.
     y = functional_call(model, {k: values[v] for k, v in state.items() if v in values}, (x,), tie_weights=False)
+    if not isinstance(y, torch.Tensor) or y.shape[:-1] != x.shape[:1]:
+        got = f"the shape {tuple(y.shape)}" if isinstance(y, torch.Tensor) else f"a {type(y).__name__}"
+        raise ValueError(f"the model gives {got} for {len(x)} examples: expected logits of the shape ({len(x)}, K)")
     return y if dtype is None else y.float()
 
 
@@ -207,3 +237,12 @@ def detached(theta):
 
 def norm(g):
     return get_total_norm(list(g.values()))
+
+
+class CallableModule(ModuleType):
+    """By its name `metasemi.meta_gradient` is this module and the package's function: a module that can be called is both."""
+    __call__ = staticmethod(meta_gradient)
+    __signature__ = signature(meta_gradient)
+
+
+sys.modules[__name__].__class__ = CallableModule

@@ -1,10 +1,10 @@
 """One update of the weights: Algorithm 2, and the other three rows of the paper's ablation.
 
     meta  mix-up   classification loss L_cls                 consistency loss L_cons
-    yes   yes      Phi^KL on mixed images, y_hat             Phi(f(x_u), y_hat)           Algorithm 2
-    yes   no       cross-entropy on labeled images           Phi(f(x_u), y_hat)
-    no    yes      Phi^KL on mixed images, y_tilde           none
-    no    no       cross-entropy on labeled images           none                         the supervised baseline
+    yes   yes      Phi^KL on mixed examples, y_hat           Phi(f(x_u), y_hat)           Algorithm 2
+    yes   no       cross-entropy on labeled examples         Phi(f(x_u), y_hat)
+    no    yes      Phi^KL on mixed examples, y_tilde         none
+    no    no       cross-entropy on labeled examples         none                         the supervised baseline
 
 The symbols are those of `metasemi.meta_gradient`.
 """
@@ -15,38 +15,50 @@ from torch.nn.functional import cross_entropy, one_hot
 from torch.nn.utils import get_total_norm
 
 from metasemi.losses import CONSISTENCY, kl_divergence
-from metasemi.meta_gradient import evaluation_mode, logits, meta_gradient_with_telemetry
+from metasemi.meta_gradient import check_batch, evaluation_mode, logits, meta_gradient_with_telemetry
 from metasemi.pseudo_labels import cross_domain_mixup, update_pseudo_labels
 
 
 class Step(NamedTuple):
     loss: torch.Tensor                  # (), the loss that was minimized
     telemetry: dict                     # name -> () tensor on the device of the model
-    y_tilde: torch.Tensor | None        # (B, K), pseudo-labels before the meta step, if the row has any
-    y_hat: torch.Tensor | None          # (B, K), and after it
+    y_tilde: torch.Tensor | None        # (B_u, K), pseudo-labels before the meta step, if the row has any
+    y_hat: torch.Tensor | None          # (B_u, K), and after it
     finite: torch.Tensor                # () bool, whether loss and gradient were; if not, the update was left out
 
 
-def training_step(model, optimizer, x_l, y_l, x_u=None, *, alpha=None, beta=0.0, weight=1.0, lam=None, meta=True,
-                  method="jvp", epsilon=1e-2, consistency="mse", dtype=None, average=None):
+def training_step(model, optimizer, x_l, y_l, x_u=None, *, x_u_strong=None, alpha=None, beta=0.0, weight=1.0, lam=None,
+                  meta=True, method="jvp", epsilon=1e-2, consistency="mse", dtype=None, average=None):
     """One optimizer step; the model ends in training mode.  With a fused optimizer nothing in here waits for the device.
 
     An update whose loss or gradient is not finite is left out: weights and momenta stay as they are.
 
     Args:
-        model, optimizer: of the same parameters.
-        x_l, y_l: (B, C, H, W) float and (B,) int64.
-        x_u: (B, C, H, W) float; only the supervised baseline does without.
+        model, optimizer: of the same parameters.  The model maps (B, ...) to logits (B, K); the optimizer is any whose
+            `step` needs no closure.
+        x_l, y_l: (B_l, ...), of any type that the model takes, and (B_l,) int64.
+        x_u: (B_u, ...); only the supervised baseline does without.
+        x_u_strong: (B_u, ...), a second view of the examples in x_u, e.g. strongly augmented, which the consistency loss
+            takes instead of x_u itself.
         alpha, beta, weight: learning rate, meta learning rate, weight of the consistency loss; floats.  Of several
             parameter groups the one that began with the largest rate gets alpha, and the others keep their ratio to it.
             alpha=None leaves the rates to the optimizer and its scheduler.
-        lam: (B,) mix-up weights, or None for no mix-up.
+        lam: (max(B_l, B_u),) mix-up weights, or None for no mix-up; `cross_domain_mixup` says what is blended with what.
         meta: whether pseudo-labels are improved by the meta-gradient and the consistency loss is used.
         method, epsilon, consistency, dtype: as in `meta_gradient`; with a dtype the training-mode passes run
             under autocast; weights and losses stay float32.
         average: as in `meta_gradient`; the update and `Step.loss` are then those of the whole batch, equal in every process,
             `finite` too.  The rest is that of this process.
+
+    Raises:
+        ValueError: for wrong shapes, before any weight has changed, and as `meta_gradient`.
     """
+    if x_u is None and (meta or lam is not None):
+        raise ValueError("x_u is None: only the supervised baseline, meta=False and lam=None, needs no unlabeled examples")
+    if x_u_strong is not None and not (meta and x_u_strong.shape[:1] == x_u.shape[:1]):
+        raise ValueError(f"x_u_strong has the shape {tuple(x_u_strong.shape)}: expected a second view of each example of x_u "
+                         "for the consistency loss, and meta=True")
+    check_batch(x_l, y_l, x_l if x_u is None else x_u)
     y_tilde = y_hat = None
     telemetry = {}
     if meta:
@@ -70,7 +82,7 @@ def training_step(model, optimizer, x_l, y_l, x_u=None, *, alpha=None, beta=0.0,
             logits_in = model(x_in)
         else:
             logits_in = model(x_l)
-        logits_u = model(x_u) if meta else None
+        logits_u = model(x_u if x_u_strong is None else x_u_strong) if meta else None
     if lam is not None:
         loss = kl_divergence(full_precision(logits_in), y_in).mean()                         # line 12
         telemetry["interp-loss"] = loss.detach()

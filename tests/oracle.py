@@ -71,3 +71,16 @@ def random_case(size=8, labeled=4, unlabeled=6, num_classes=5, seed=0):
     x_l = torch.randn(labeled, 3, size, size, generator=generator, dtype=torch.float64)
     x_u = torch.randn(unlabeled, 3, size, size, generator=generator, dtype=torch.float64)
     return x_l, torch.randint(0, num_classes, (labeled,), generator=generator), x_u
+
+
+def modalities():
+    """What is no image: name -> (model, x_l, y_l, x_u) in float64, with more unlabeled examples than labeled ones."""
+    torch.manual_seed(6)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    models = {
+        "points": nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 5)),
+        "series": nn.Sequential(nn.Conv1d(3, 8, 5), nn.BatchNorm1d(8), nn.GELU(), nn.Flatten(), nn.Linear(128, 5)),
+        "token ids": nn.Sequential(nn.Embedding(50, 16), encoder, nn.Flatten(), nn.Linear(128, 5))}
+    x = {"points": torch.randn(10, 2).double(), "series": torch.randn(10, 3, 20).double(),
+         "token ids": torch.randint(50, (10, 8))}
+    return {name: (model.double(), x[name][:4], torch.tensor([0, 4, 2, 0]), x[name][4:]) for name, model in models.items()}

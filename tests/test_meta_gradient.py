@@ -1,10 +1,13 @@
 """The meta-gradient against double backward through the virtual step, in float64."""
 import shutil
+from inspect import signature
+from types import ModuleType
 
 import pytest
 import torch
-from oracle import close, double_backward, exact_gradient, random_case, relative_error, smooth_network
+from oracle import close, double_backward, exact_gradient, modalities, random_case, relative_error, smooth_network
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer
 
 from metasemi import METHODS, meta_gradient, update_pseudo_labels
@@ -281,6 +284,54 @@ def test_attention_is_exact_and_its_kernels_are_as_before_also_after_an_exceptio
         assert kernels() == before
 
 
+@pytest.mark.parametrize("modality", modalities())
+def test_points_series_and_token_ids_are_exact_and_in_bfloat16_close(modality):
+    model, x_l, y_l, x_u = modalities()[modality]
+    _, exact = exact_gradient(model.eval(), x_l, y_l, x_u)
+    for method, tolerance in (("jvp", 1e-9), ("unrolled", 1e-9), ("finite-difference", 1e-3)):
+        assert relative_error(meta_gradient(model, x_l, y_l, x_u, method=method)[1], exact) < tolerance
+    x_l, x_u = (x.float() if x.is_floating_point() else x for x in (x_l, x_u))
+    _, gradient = meta_gradient(model.float(), x_l, y_l, x_u, dtype=torch.bfloat16)
+    assert relative_error(gradient, exact) < 0.1
+
+
+class Checkpointed(nn.Module):
+    """A network whose second part keeps no activations."""
+
+    def __init__(self, net, use_reentrant):
+        super().__init__()
+        self.first, self.rest, self.use_reentrant = net[:2], net[2:], use_reentrant
+
+    def forward(self, x):
+        return checkpoint(self.rest, self.first(x), use_reentrant=self.use_reentrant)
+
+
+def test_activation_checkpointing_is_exact_and_of_the_reentrant_kind_refused_by_a_sentence():
+    case = random_case()
+    _, exact = exact_gradient(smooth_network().eval(), *case)
+    methods = {"jvp": 1e-9, "unrolled": 1e-9, "finite-difference": 1e-3}
+    if torch.__version__ < "2.15":
+        del methods["jvp"]              # "You must implement the jvp function for custom autograd.Function"
+    for method, tolerance in methods.items():
+        _, gradient = meta_gradient(Checkpointed(smooth_network(), use_reentrant=False), *case, method=method)
+        assert relative_error(gradient, exact) < tolerance
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        meta_gradient(Checkpointed(smooth_network(), use_reentrant=True), *case)
+
+
+@pytest.mark.parametrize(("method", "in_place"), [*((method, False) for method in METHODS), ("unrolled", True)])
+def test_a_compiled_model_is_exact(method, in_place):
+    model, case = smooth_network().eval(), random_case()
+    _, exact = exact_gradient(model, *case)
+    if in_place:
+        model.compile(backend="aot_eager")
+    else:
+        model = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        _, gradient = meta_gradient(model, *case, method=method)
+        assert relative_error(gradient, exact) < (1e-3 if method == "finite-difference" else 1e-9)
+
+
 def test_every_consistency_and_any_other_with_its_link_is_exact(monkeypatch):
     model, case = smooth_network().eval(), random_case()
     others = {      # name -> loss of probabilities, link of probabilities, inverse of the link
@@ -312,3 +363,35 @@ def test_unknown_names_are_refused_with_the_choices():
         meta_gradient(model, *case, method="newton")
     with pytest.raises(ValueError, match="'l1'; choose from mse, kl"):
         meta_gradient(model, *case, consistency="l1")
+
+
+@pytest.mark.parametrize(("labeled", "y", "unlabeled", "message"), [
+    ((4, 3), [0, 1, 2], (6, 3), r"y_l is torch.int64 of the shape \(3,\): expected the class index .* of the shape \(4,\)"),
+    ((3, 3), [0.0, 1.0, 2.0], (6, 3), "y_l is torch.float32"),
+    ((3, 3), [[1, 0], [0, 1], [1, 0]], (6, 3), r"of the shape \(3, 2\)"),
+    ((0, 3), [], (6, 3), r"x_l has the shape \(0, 3\): expected \(B, ...\) with at least one example"),
+    ((3, 3), [0, 1, 2], (0, 3), r"x_u has the shape \(0, 3\)"),
+    ((), [0], (6, 3), r"x_l has the shape \(\)"),
+    ((3, 2, 3), [0, 1, 2], (6, 2, 3), r"the model gives the shape \(3, 2, 5\) for 3 examples: expected logits of the shape"),
+])
+def test_wrong_shapes_are_refused_by_a_sentence(labeled, y, unlabeled, message):
+    with pytest.raises(ValueError, match=message):
+        meta_gradient(nn.Linear(3, 5), torch.ones(labeled), torch.tensor(y), torch.ones(unlabeled))
+
+
+def test_a_model_that_gives_no_tensor_is_refused_by_a_sentence():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    with pytest.raises(ValueError, match=r"the model gives a tuple for 2 examples: expected logits of the shape \(2, K\)"):
+        meta_gradient(Pair(3, 5), torch.ones(2, 3), torch.tensor([0, 1]), torch.ones(2, 3))
+
+
+def test_the_name_is_the_function_and_the_module():
+    import metasemi
+    import metasemi.meta_gradient as module
+
+    assert isinstance(module, ModuleType) and module.compiled_jvp is compiled_jvp
+    assert module is meta_gradient is metasemi.meta_gradient
+    assert signature(meta_gradient) == signature(module.meta_gradient)

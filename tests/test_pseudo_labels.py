@@ -20,20 +20,35 @@ def test_a_meta_step_of_zero_changes_nothing():
     assert torch.equal(update_pseudo_labels(y_tilde, torch.randn(2, 3), 0.0), y_tilde)
 
 
-def test_mixup_equals_an_explicit_loop():
+@pytest.mark.parametrize("shape", [(3, 2, 2), (7,), ()])
+@pytest.mark.parametrize(("labeled", "unlabeled"), [(4, 4), (2, 5), (4, 3)])
+def test_mixup_equals_an_explicit_loop_that_repeats_the_smaller_batch(labeled, unlabeled, shape):
     torch.manual_seed(0)
-    x_l, x_u, lam = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2), torch.rand(4)
-    y_l, y_hat = torch.eye(5)[:4], torch.rand(4, 5)
+    pairs = max(labeled, unlabeled)
+    x_l, x_u, lam = torch.randn(labeled, *shape), torch.randn(unlabeled, *shape), torch.rand(pairs)
+    y_l, y_hat = torch.eye(5)[:labeled], torch.rand(unlabeled, 5)
     x_in, y_in = cross_domain_mixup(x_l, y_l, x_u, y_hat, lam)
-    for i in range(4):
-        assert close(x_in[i], lam[i] * x_l[i] + (1 - lam[i]) * x_u[i])
-        assert close(y_in[i], lam[i] * y_l[i] + (1 - lam[i]) * y_hat[i])
+    assert x_in.shape == (pairs, *shape) and y_in.shape == (pairs, 5)
+    for i in range(pairs):
+        a, b = i % labeled, i % unlabeled
+        assert close(x_in[i], lam[i] * x_l[a] + (1 - lam[i]) * x_u[b])
+        assert close(y_in[i], lam[i] * y_l[a] + (1 - lam[i]) * y_hat[b])
 
 
 def test_mixup_of_weight_one_is_the_labeled_batch():
     x_l, y_l = torch.randn(2, 3, 2, 2), torch.eye(5)[:2]
     x_in, y_in = cross_domain_mixup(x_l, y_l, torch.randn(2, 3, 2, 2), torch.rand(2, 5), torch.ones(2))
     assert torch.equal(x_in, x_l) and torch.equal(y_in, y_l)
+
+
+@pytest.mark.parametrize(("x_l", "x_u", "lam", "message"), [
+    (torch.ones(2, 3), torch.ones(4, 3), torch.ones(2), r"lam has the shape \(2,\): expected \(4,\), since 2 labeled and 4"),
+    (torch.ones(2, 3), torch.ones(2, 3), torch.tensor(0.5), r"lam has the shape \(\): expected \(2,\)"),
+    (torch.ones(2, 3), torch.ones(2, 4), torch.ones(2), r"\(2, 3\), with x_u, torch.float32 \(2, 4\): expected floats of one"),
+    (torch.ones(2, 3).long(), torch.ones(2, 3).long(), torch.ones(2), r"torch.int64 \(2, 3\).*no mix-up \(lam=None\)")])
+def test_what_cannot_be_blended_is_refused_by_a_sentence(x_l, x_u, lam, message):
+    with pytest.raises(ValueError, match=message):
+        cross_domain_mixup(x_l, torch.eye(5)[:2], x_u, torch.rand(len(x_u), 5), lam)
 
 
 def test_losses_by_hand():

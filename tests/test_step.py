@@ -3,10 +3,12 @@ import math
 
 import pytest
 import torch
-from oracle import close
+from oracle import close, modalities
 from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
-from metasemi import training_step
+from metasemi import meta_gradient, squared_error, training_step, update_pseudo_labels
 
 LR, MOMENTUM, DECAY = 0.05, 0.9, 1e-2
 
@@ -38,18 +40,18 @@ def softmax(row):
     return [e / total for e in exponentials]
 
 
-def plain_step(model, velocity, x_l, y_l, x_u, *, beta, weight, lam, meta):
+def plain_step(model, velocity, x_l, y_l, x_u, *, beta, weight, lam, meta, x_u_strong=None):
     """Algorithm 2 line by line.  Returns the loss; weights and velocity are changed in place."""
     theta = list(model.parameters())
-    batch, classes = len(x_l), 3
+    classes = 3
     y_hat = None
     if meta or lam is not None:
         model.eval()
         y_hat = [[p.item() for p in softmax(row)] for row in model(x_u)]
     if meta:
-        loss_l = sum(-torch.log(softmax(row)[y]) for row, y in zip(model(x_l), y_l)) / batch
+        loss_l = sum(-torch.log(softmax(row)[y]) for row, y in zip(model(x_l), y_l)) / len(x_l)
         g = torch.autograd.grad(loss_l, theta)
-        for i in range(batch):
+        for i in range(len(x_u)):
             for j in range(classes):
                 slope = torch.autograd.grad(softmax(model(x_u)[i])[j], theta)
                 y_hat[i][j] -= beta * 2 * sum((s * d).sum().item() for s, d in zip(slope, g))
@@ -60,16 +62,17 @@ def plain_step(model, velocity, x_l, y_l, x_u, *, beta, weight, lam, meta):
     loss = 0
     if lam is None:
         for row, y in zip(model(x_l), y_l):
-            loss = loss - torch.log(softmax(row)[y]) / batch
+            loss = loss - torch.log(softmax(row)[y]) / len(x_l)
     else:
-        mixed = torch.stack([lam[i] * x_l[i] + (1 - lam[i]) * x_u[i] for i in range(batch)])
-        for i, row in enumerate(model(mixed)):
+        pairs = [(i % len(x_l), i % len(x_u)) for i in range(max(len(x_l), len(x_u)))]
+        mixed = torch.stack([m * x_l[a] + (1 - m) * x_u[b] for m, (a, b) in zip(lam, pairs)])
+        for m, (a, b), row in zip(lam.tolist(), pairs, model(mixed)):
             for j, p in enumerate(softmax(row)):
-                y = lam[i].item() * (1.0 if j == y_l[i] else 0.0) + (1 - lam[i].item()) * y_hat[i][j]
-                loss = loss + (y * (math.log(y) - torch.log(p)) if y > 0 else 0) / batch
+                y = m * (1.0 if j == y_l[a] else 0.0) + (1 - m) * y_hat[b][j]
+                loss = loss + (y * (math.log(y) - torch.log(p)) if y > 0 else 0) / len(pairs)
     if meta:
-        for i, row in enumerate(model(x_u)):
-            loss = loss + weight * sum((p - y) ** 2 for p, y in zip(softmax(row), y_hat[i])) / batch
+        for i, row in enumerate(model(x_u if x_u_strong is None else x_u_strong)):
+            loss = loss + weight * sum((p - y) ** 2 for p, y in zip(softmax(row), y_hat[i])) / len(x_u)
 
     gradients = torch.autograd.grad(loss, theta)
     with torch.no_grad():
@@ -81,16 +84,20 @@ def plain_step(model, velocity, x_l, y_l, x_u, *, beta, weight, lam, meta):
 
 @pytest.mark.parametrize("mix_up", [False, True])
 @pytest.mark.parametrize("meta", [False, True])
-def test_two_steps_of_every_ablation_row_equal_the_plain_implementation(meta, mix_up):
+@pytest.mark.parametrize(("labeled", "unlabeled", "strong"), [(4, 4, False), (3, 5, True), (5, 2, False)])
+def test_two_steps_of_every_ablation_row_equal_the_plain_implementation(labeled, unlabeled, strong, meta, mix_up):
     model, plain = make_model(), make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=MOMENTUM, weight_decay=DECAY)
     velocity = [torch.zeros_like(w) for w in plain.parameters()]
     for step in range(2):
         torch.manual_seed(step)
-        x_l, x_u = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
-        y_l, lam = torch.randint(0, 3, (4,)), torch.rand(4, dtype=torch.float64) if mix_up else None
+        x_l, x_u = (torch.randn(number, 3, 5, 5, dtype=torch.float64) for number in (labeled, unlabeled))
+        y_l = torch.randint(0, 3, (labeled,))
+        lam = torch.rand(max(labeled, unlabeled), dtype=torch.float64) if mix_up else None
         # beta is large, so that entries are clipped
         options = {"beta": 2.0, "weight": 0.7, "lam": lam, "meta": meta}
+        if strong and meta:
+            options["x_u_strong"] = x_u + torch.randn_like(x_u)
         torch.manual_seed(100 + step)
         model.eval()                                    # as an evaluation leaves it
         loss = training_step(model, optimizer, x_l, y_l, x_u, alpha=LR, **options).loss
@@ -152,3 +159,72 @@ def test_alpha_is_the_largest_rate_of_the_groups_which_keep_their_ratios_and_non
     for alpha in (0.5, 0.0, 0.2):                           # zero, as at the end of a cosine, forgets no ratio
         assert rates(alpha=alpha) == pytest.approx([alpha / 10, 0.0, alpha])
     assert rates()[2] == 0.2 and all(torch.equal(w, a) for w, a in zip(model.bn.parameters(), before))
+
+
+@pytest.mark.parametrize("modality", modalities())
+def test_adamw_with_two_groups_and_a_scheduler_of_its_own_makes_the_steps_of_a_plain_loop(modality):
+    weights = []
+    for own in (False, True):
+        model, x_l, y_l, x_u = modalities()[modality]
+        first, *rest = model.parameters()
+        optimizer = torch.optim.AdamW([{"params": [first], "lr": 1e-3}, {"params": rest, "weight_decay": 0.1}], lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        torch.manual_seed(0)
+        for _ in range(3):
+            if own:
+                y_hat = update_pseudo_labels(*meta_gradient(model, x_l, y_l, x_u), beta=0.1)
+                optimizer.zero_grad()
+                (cross_entropy(model(x_l), y_l) + 2 * squared_error(model(x_u), y_hat).mean()).backward()
+                optimizer.step()
+            else:
+                training_step(model, optimizer, x_l, y_l, x_u, beta=0.1, weight=2)
+            scheduler.step()
+        assert [group["lr"] for group in optimizer.param_groups] == [1e-3 / 8, 1e-2 / 8]
+        weights.append(torch.cat([w.detach().flatten() for w in model.parameters()]))
+    assert close(*weights, 10_000)
+
+
+class Checkpointed(nn.Module):
+    """A network that keeps no activations of its own; its parameters are those of the network."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return checkpoint(self.model, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("wrapped", [lambda model: torch.compile(model, backend="aot_eager"), Checkpointed])
+def test_a_compiled_model_and_one_with_activation_checkpointing_make_the_same_step(wrapped):
+    torch.manual_seed(0)
+    x_l, x_u = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
+    y_l, lam = torch.tensor([0, 1, 2, 0]), torch.rand(4, dtype=torch.float64)
+    method = "unrolled" if torch.__version__ < "2.15" and wrapped is Checkpointed else "jvp"
+    for options in ({"lam": lam, "method": method}, {"lam": lam, "meta": False}):
+        models = []
+        for wrap in (wrapped, lambda model: model):
+            model = make_model()
+            model.dropout.p = 0.0           # its random numbers are drawn in other orders
+            model.bn.momentum = 0.0         # and a recomputed pass moves running statistics once more
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=MOMENTUM)
+            for _ in range(2):
+                training_step(wrap(model), optimizer, x_l, y_l, x_u, beta=0.5, **options)
+            models.append(model)
+        assert all(close(a, b, 10_000) for a, b in zip(*(model.parameters() for model in models)))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"x_u": None}, "x_u is None: only the supervised baseline, meta=False and lam=None, needs no unlabeled examples"),
+    ({"x_u": None, "meta": False, "lam": torch.rand(4)}, "x_u is None"),
+    ({"y_l": torch.tensor([0, 1, 2]), "meta": False}, r"y_l is torch.int64 of the shape \(3,\)"),
+    ({"lam": torch.rand(3)}, r"lam has the shape \(3,\): expected \(6,\), since 4 labeled and 6 unlabeled"),
+    ({"x_u_strong": torch.ones(4, 3, 5, 5)}, r"x_u_strong has the shape \(4, 3, 5, 5\): expected a second view"),
+    ({"x_u_strong": torch.ones(6, 3, 5, 5), "meta": False}, "for the consistency loss, and meta=True")])
+def test_wrong_arguments_are_refused_by_a_sentence_and_no_weight_has_changed(options, message):
+    model = Network()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    batch = {"x_l": torch.ones(4, 3, 5, 5), "y_l": torch.tensor([0, 1, 2, 0]), "x_u": torch.ones(6, 3, 5, 5), **options}
+    with pytest.raises(ValueError, match=message):
+        training_step(model, torch.optim.SGD(model.parameters(), lr=0.1), **batch)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
