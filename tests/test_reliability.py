@@ -1,4 +1,5 @@
 """What a run survives: the short forms of the injections, and what they do not reach."""
+import contextlib
 import math
 import os
 import pty
@@ -181,6 +182,16 @@ def test_a_checkpoint_that_cannot_be_read_is_refused_with_the_name_of_one_that_c
     assert f"{folder / 'model_best.pth'} of step {step} is intact" in capsys.readouterr().err
     assert checkpoint.describe_last(folder).endswith(f"{folder / 'model_best.pth'} of step {step} is intact")
     assert train("a", "--resume", str(folder / "model_best.pth")) == 0
+
+
+@pytest.mark.parametrize(("script", "flags"), [
+    ("train_meta", ["--evaluate"]), ("train_meta", [*SHORT, "--save-path", "a", "--resume"]),
+    ("plot_features", ["--save-path", "a", "--checkpoint-path"])])
+def test_a_pipe_in_the_place_of_a_checkpoint_is_one_line_and_nobody_waits_for_it(tmp_path, script, flags):
+    os.mkfifo(tmp_path / "pipe")
+    with contextlib.chdir(tmp_path):
+        code, _, error = run(tmp_path, [*flags, "pipe"], script=script)
+    assert one_line(code, 2, error, "pipe is not a regular file") is None and not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("number", REPEATED)
