@@ -196,7 +196,8 @@ def test_a_pipe_in_the_place_of_a_checkpoint_is_one_line_and_nobody_waits_for_it
 
 
 @pytest.mark.parametrize("number", REPEATED)
-def test_a_signal_that_comes_twice_by_itself_does_not_end_a_run_while_it_saves(number):
+def test_a_signal_that_comes_twice_by_itself_does_not_end_a_run_while_it_saves(number, monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)         # under nohup this process ignores SIGHUP
     with Interrupt() as interrupt:
         interrupt.defer()
         for _ in range(3):
