@@ -1,3 +1,4 @@
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,8 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("busy", deadline=None,        # nothing here depends on how fast the machine is
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.load_profile("busy")
+# torch would take compiled code from an earlier run even where ATEN_CPU_CAPABILITY now forbids its instructions
+os.environ |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
 ROOT = Path(__file__).parent.parent
 SHORT = ["--dataset", "digits", "--num-label", "50", "-a", "convsmall", "--batch-size", "8", "--total-steps", "7",
          "--warmup", "2", "--milestones", "5", "--print-freq", "2", "--test-freq", "3", "--seed", "1"]

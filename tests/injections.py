@@ -59,6 +59,7 @@ def start(flags, *patches, script="train_meta", output=None):
 
 def child(flags, patches, script, output):
     os.setpgid(0, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)            # under nohup it would be ignored
     resource_tracker.register = resource_tracker.unregister = lambda *args: None      # it would name what the killed leave
     if output:
         for number, name in ((1, "out"), (2, "err")):

@@ -100,6 +100,7 @@ TRAINING = [       # (flags, what the line must contain)
     (["--split", "pairs.txt"], ["--split", "'1,2' is not the index of an image"]),
     (["--split", "twice.txt"], ["--split", "twice.txt names an image twice"]),
     (["--split", "three.txt", "--num-label", "4000"], ["--num-label", "4000", "three.txt has 3 lines: leave the flag out"]),
+    (["--split", "pipe"], ["--split", "pipe is not a regular file"]),
     (["--split", "other/label_indices.txt"], ["--split", "is not the split whose SHA-256 is in split.json"]),
     (["--evaluate", "none.pth"], ["--evaluate", "none.pth does not exist"]),
     (["--evaluate", "file", "--resume"], ["--resume", "--evaluate, which trains nothing", "leave it out"]),
@@ -168,7 +169,8 @@ WRONG = [(script, *case) for script, cases in (("train_meta", TRAINING), ("plot_
 
 
 def make_files(folder):
-    """What the command lines speak of: files, and folders that hold a run and a split that was changed."""
+    """What the command lines speak of: files, a pipe, and folders that hold a run and a split that was changed."""
+    os.mkfifo(folder / "pipe")
     for name, text in (("file", ""), ("net.py", "open('pwned', 'w')\nclass Net: pass\n"), ("pairs.txt", "1,2\nx y\n"),
                        ("twice.txt", "1\n2\n1\n"), ("three.txt", "1\n2\n3\n")):
         (folder / name).write_text(text)
@@ -202,7 +204,7 @@ def answers(tmp_path_factory):
     make_files(folder)
     before = sorted(folder.rglob("*"))
     done = subprocess.run([sys.executable, "-c", PROBE], input=json.dumps(WRONG), text=True, capture_output=True, check=True,
-                          cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
+                          cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600)
     given, torch_was_loaded = json.loads(done.stdout)
     assert not torch_was_loaded
     assert sorted(folder.rglob("*")) == before

@@ -7,12 +7,27 @@ import signal
 import time
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SHORT
-from injections import SERVER, Processes, become, differing, finish, make_store, records, run_processes, start, tensors
+from injections import (
+    FEW,
+    SERVER,
+    Processes,
+    become,
+    differing,
+    few_images,
+    finish,
+    make_store,
+    records,
+    run_processes,
+    stand,
+    start,
+    tensors,
+)
 from oracle import close
 from torch import nn
 
@@ -284,6 +299,23 @@ def poisoned():
     batches.Batches.draw = poison
 
 
+def vanishing(part, last):
+    """Images are read from disk, and a class of rank 1's own loses them all during step `last`."""
+    import metasemi
+    from utils import device
+
+    step, calls = metasemi.training_step, []
+    device.memory_for_images = lambda device: 0
+
+    def vanish(*args, **kwargs):
+        result = step(*args, **kwargs)
+        calls.append(None)
+        if len(calls) == last and os.environ["RANK"] == "1":
+            Path(part, "ant").rename(Path(part, "away"))
+        return result
+    metasemi.training_step = vanish
+
+
 def full_disk():
     """Rank 0 cannot make the run folder."""
     def refuse(*args, **kwargs):
@@ -298,6 +330,36 @@ def full_disk():
 def test_a_fault_of_one_process_ends_all_with_one_line(tmp_path, patch, message):
     codes, errors = run(2, tmp_path, "--save-path", tmp_path / "a", patch=patch)
     assert codes == [1, 1] and errors.count("\n") == 1 and message in errors, errors
+
+
+@pytest.fixture
+def places(tmp_path):
+    """Where the images lie of each of two processes, the same ones."""
+    return [few_images(tmp_path / name) for name in ("here", "there")]
+
+
+APART = [*SHORT, *FEW, "--data-path", ".", "--total-steps", "4", "--test-freq", "2"]
+
+
+@pytest.mark.parametrize(("part", "step"), [("train", 1), ("test", 2)])
+def test_images_that_vanish_for_one_process_alone_end_all_once_the_run_is_saved(tmp_path, places, part, step):
+    flags = [*APART, "--save-path", tmp_path / "a"]
+    codes, error = run_processes(tmp_path, [flags] * 2, partial(stand, *places), partial(vanishing, part, step))
+    assert codes == [1, 1] and error.count("\n") == 1, error
+    assert re.match(rf"train_meta.py: {part}/ant/\d.bmp cannot .*No such file.*; step {step} is saved, and --resume", error)
+    assert torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"] == step
+    (places[1] / part / "away").rename(places[1] / part / "ant")
+    assert run_processes(tmp_path, [[*flags, "--resume"]] * 2, partial(stand, *places)) == ([0, 0], "")
+
+
+def test_images_that_one_process_alone_skips_are_named_and_no_evaluation_counts_them(tmp_path, places):
+    flags = [*APART, "--save-path", tmp_path / "a", "--skip-corrupt"]
+    patches = partial(stand, *places), partial(vanishing, "test", 4)
+    assert run_processes(tmp_path, [flags] * 2, *patches) == ([0, 0], "")
+    log = (tmp_path / "a" / "log.txt").read_text()
+    assert re.findall(r"skipped: (\S+) cannot", log) == ["test/ant/1.bmp", "test/ant/3.bmp"]       # rank 1 has every second
+    assert [line.get("test/images") for line in records(tmp_path / "a") if "test/accuracy" in line] == [None, 6]
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["images_covered"] == {"test": [6, 8]}
 
 
 @pytest.mark.parametrize(("flags", "message"), [

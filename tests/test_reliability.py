@@ -1,4 +1,6 @@
 """What a run survives: the short forms of the injections, and what they do not reach."""
+import contextlib
+import json
 import math
 import os
 import pty
@@ -18,7 +20,7 @@ import torch
 from conftest import ROOT, SHORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from injections import FLAGS, INJECTIONS, differing, finish, on_terminal, one_line, run, start
+from injections import FEW, FLAGS, INJECTIONS, differing, few_images, finish, on_terminal, one_line, run, start
 from test_datasets import make_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -182,8 +184,19 @@ def test_a_checkpoint_that_cannot_be_read_is_refused_with_the_name_of_one_that_c
     assert train("a", "--resume", str(folder / "model_best.pth")) == 0
 
 
+@pytest.mark.parametrize(("script", "flags"), [
+    ("train_meta", ["--evaluate"]), ("train_meta", [*SHORT, "--save-path", "a", "--resume"]),
+    ("plot_features", ["--save-path", "a", "--checkpoint-path"])])
+def test_a_pipe_in_the_place_of_a_checkpoint_is_one_line_and_nobody_waits_for_it(tmp_path, script, flags):
+    os.mkfifo(tmp_path / "pipe")
+    with contextlib.chdir(tmp_path):
+        code, _, error = run(tmp_path, [*flags, "pipe"], script=script)
+    assert one_line(code, 2, error, "pipe is not a regular file") is None and not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize("number", REPEATED)
-def test_a_signal_that_comes_twice_by_itself_does_not_end_a_run_while_it_saves(number):
+def test_a_signal_that_comes_twice_by_itself_does_not_end_a_run_while_it_saves(number, monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)         # under nohup this process ignores SIGHUP
     with Interrupt() as interrupt:
         interrupt.defer()
         for _ in range(3):
@@ -308,3 +321,30 @@ def test_any_command_line_is_resolved_or_refused_in_one_line(capsys, line, train
 def test_text_from_a_file_is_shown_as_one_line_without_control_characters():
     assert printable("a\x1b[2J\nb\r\udcff\u202e") == r"a\x1b[2J\nb\r\udcff\u202e"
     assert printable(Path("ünï ☃/100 % $HOME")) == "ünï ☃/100 % $HOME"
+
+
+def test_folders_and_files_whose_names_are_no_unicode_are_trained_on_resumed_evaluated_and_plotted(train, tmp_path, capsys):
+    classes = [os.fsdecode(name) for name in (b"caf\xe9", b"na\xefve")]                # Latin-1
+    images, folder, table = few_images(tmp_path / "im\udce4ges", classes=classes), "r\udcfcn", tmp_path / "p\udcff.csv"
+    (images / "test" / classes[0] / "0.bmp").rename(images / "test" / classes[0] / "\udce9.bmp")
+    flags, path = [*FEW, "--no-meta", "--data-path", str(images), "--total-steps"], str(tmp_path / folder / "checkpoint.pth")
+    assert train("whole", *flags, "2") == 0
+    assert train(folder, *flags, "1") == 0
+    assert train(folder, *flags, "2", "--resume", path) == 0
+    assert differing(tmp_path / "whole", tmp_path / folder) == []
+    assert train_meta.main(["--evaluate", path, "--num-workers", "0", "--predictions", str(table)]) == 0
+    rows = table.read_bytes().splitlines()
+    assert len(rows) == 9 and os.fsencode(images / "test" / classes[0] / "\udce9.bmp") in b"".join(rows)
+    assert [row.split(b",")[-2] for row in rows[1:]] == [b"caf\xe9"] * 4 + [b"na\xefve"] * 4
+    plot = ["--save-path", str(tmp_path / "figur\udce9"), "--num-workers", "0"]
+    assert plot_features.main([*plot, "--checkpoint-path", path, "--method", "pca"]) == 0
+    assert plot_features.main([*plot[:2], "--curves", str(tmp_path / folder)]) == 0
+    summary = json.loads((tmp_path / "figur\udce9" / "embedding.json").read_text())
+    assert summary["rows"][0]["label"] == r"r\udcfcn" and summary["rows"][0]["checkpoint"] == path
+    out, error = capsys.readouterr()
+    assert error == "" and r"caf\udce9" in out and r"r\udcfcn, test: 5-nearest" in out
+    for main, command in ((train_meta.main, ["--evaluate", f"{path}x"]),
+                          (plot_features.main, [*plot, "--checkpoint-path", f"{path}x"])):
+        with pytest.raises(SystemExit, match="2"):
+            main(command)
+        assert r"r\udcfcn/checkpoint.pthx does not exist" in capsys.readouterr().err

@@ -13,12 +13,13 @@ from functools import partial
 import pytest
 import torch
 from conftest import SHORT
-from injections import FEW, differing, few_images, finish, on_terminal, records, start, tensors, wait_for
+from injections import FEW, differing, few_images, finish, on_terminal, one_line, records, run, start, tensors, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_datasets import make_folder
 
 import metasemi
 import train_meta
+import utils.device
 import utils.metrics
 from utils import checkpoint
 from utils.metrics import error_rates
@@ -120,6 +121,29 @@ def test_a_checkpoint_of_another_folder_continues_in_a_new_one(train, whole, tmp
     assert records(tmp_path / "d") == records(tmp_path / "b")                   # nothing of the run that was there
     assert train("c", "--mix-up", "--total-steps", "2", "--resume", str(tmp_path / "a" / "checkpoint.pth")) == 0
     assert not (tmp_path / "c").exists()                                        # already past its last step
+
+
+def vanishing_labeled_images(images, away):
+    """From disk; they vanish once the run has measured its test images, for the first and last time."""
+    evaluate, calls = utils.metrics.evaluate, []
+    utils.device.memory_for_images = lambda device: 0
+
+    def vanish(*args, **options):
+        calls.append(None)
+        if len(calls) == 2:
+            images.rename(away)
+        return evaluate(*args, **options)
+    utils.metrics.evaluate = vanish
+
+
+def test_an_image_that_vanishes_in_the_last_measurement_of_all_is_one_line_and_a_resume_finishes(tmp_path):
+    images = few_images(tmp_path / "images") / "train" / "ant"
+    flags = [*SHORT, *FEW, "--data-path", tmp_path / "images", "--total-steps", "2", "--save-path", tmp_path / "a"]
+    code, _, error = run(tmp_path, flags, partial(vanishing_labeled_images, images, tmp_path / "away"))
+    assert one_line(code, 1, error, f"{images}/", "No such file", "; step 2 is saved, and --resume continues") is None
+    assert not (tmp_path / "a" / "results.json").exists()
+    (tmp_path / "away").rename(images)
+    assert run(tmp_path, [*flags, "--resume"])[0] == 0 and (tmp_path / "a" / "results.json").exists()
 
 
 def test_results_that_a_kill_kept_from_being_written_are_written_on_resume(train, tmp_path):
