@@ -302,10 +302,10 @@ def poisoned():
 def vanishing(part, last):
     """Images are read from disk, and a class of rank 1's own loses them all during step `last`."""
     import metasemi
-    from utils import device
+    from utils import state
 
     step, calls = metasemi.training_step, []
-    device.memory_for_images = lambda device: 0
+    state.memory_for_images = lambda device: 0
 
     def vanish(*args, **kwargs):
         result = step(*args, **kwargs)

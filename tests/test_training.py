@@ -21,6 +21,7 @@ import metasemi
 import train_meta
 import utils.device
 import utils.metrics
+import utils.state
 from utils import checkpoint
 from utils.metrics import error_rates
 
@@ -126,7 +127,7 @@ def test_a_checkpoint_of_another_folder_continues_in_a_new_one(train, whole, tmp
 def vanishing_labeled_images(images, away):
     """From disk; they vanish once the run has measured its test images, for the first and last time."""
     evaluate, calls = utils.metrics.evaluate, []
-    utils.device.memory_for_images = lambda device: 0
+    utils.state.memory_for_images = lambda device: 0
 
     def vanish(*args, **options):
         calls.append(None)
