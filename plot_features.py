@@ -42,8 +42,6 @@ def main(argv=None):
 
 def plot(args):
     """From checkpoints to the figure; nothing is written before all of it has been computed.  Returns the paths."""
-    import json
-
     import numpy as np
 
     from datasets.splits import check_split
@@ -110,17 +108,26 @@ def plot(args):
                       **{key: row[key][keep] for key in ("coordinates", "part", "classes", "predictions")}})
     title = f"{method} of the features, {data_name(flags, args.data_path)}, {len(rows[0]['sample']):,} points"
     paths = draw_features(drawn, images.class_names, args.save_path, title, args.mark_errors)
+    return [*paths, *write_embedding(args, flags["dataset"], rows, software)]
+
+
+def write_embedding(args, dataset, rows, software):
+    """embedding.npz and embedding.json: what the figure shows, and how it was made.  Returns the paths."""
+    import json
+
+    import numpy as np
+
     arrays = {f"{key}_{i}": row[key] for i, row in enumerate(rows)
               for key in ("coordinates", "part", "sample", "classes", "predictions", "drawn")}
     with replacing(args.save_path / "embedding.npz") as file:
         np.savez(file, labels=[row["label"] for row in rows], **arrays)
     summary = {"method": args.method, "software": software, "seed": args.seed,
                "perplexity": args.perplexity if args.method == "tsne" else None,
-               "embedded": "all" if args.embed_all else "sample", "dataset": flags["dataset"], "neighbors": NEIGHBORS,
+               "embedded": "all" if args.embed_all else "sample", "dataset": dataset, "neighbors": NEIGHBORS,
                "rows": [{key: row[key] for key in ("label", "checkpoint", "step", "arch", "knn_accuracy", "silhouette",
                                                    "kl_divergence")} for row in rows]}
     write_text(args.save_path / "embedding.json", json.dumps(summary, indent=2) + "\n")
-    return [*paths, args.save_path / "embedding.npz", args.save_path / "embedding.json"]
+    return [args.save_path / "embedding.npz", args.save_path / "embedding.json"]
 
 
 def check_index_file(path, labeled, images, required):

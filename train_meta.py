@@ -58,11 +58,8 @@ def train(args, interrupt, world):
     import torch
 
     from datasets import Batches
-    from metasemi import learning_rate, ramp, training_step
-    from metasemi.meta_gradient import compiled_jvp
     from utils.device import check_compiler, choose_device, set_precision
     from utils.evaluation import Evaluator
-    from utils.metrics import Meter, Timer
     from utils.setup import describe_resumption, describe_run, new_session, prepare_data, prepare_model
     from utils.state import RunState
 
@@ -70,7 +67,6 @@ def train(args, interrupt, world):
     dtype = set_precision(args.precision, device)
     if args.compile:
         check_compiler()
-    meta, uses_unlabeled = not args.no_meta, args.mix_up or not args.no_meta
 
     # The run so far, if there is one.  Nothing is written before every check has passed.
     folder = RunFolder(args.save_path, writes=world.rank == 0, overwrite=args.overwrite)
@@ -94,75 +90,82 @@ def train(args, interrupt, world):
     state = RunState(args, images, data, labeled, validation, model, optimizer)
     if saved is not None:
         state.load_state_dict(saved, source)
-    batches = Batches(images, labeled, unlabeled if uses_unlabeled else None, batch_size=args.batch_size,
+    batches = Batches(images, labeled, unlabeled, batch_size=args.batch_size,
                       seed=args.seed, device=device, mixup_gamma=args.alpha if args.mix_up else None,
                       rows=world.rows(args.batch_size))
     evaluator = Evaluator(args, images, labeled, validation, device, dtype, world)
 
     state.sessions = [*state.sessions, new_session(args, state, device, world.size)]
     folder.start(state)
-    folder.print(*describe_run(args, state, images, len(unlabeled) * uses_unlabeled, device, warned))
+    folder.print(*describe_run(args, state, images, unlabeled, device, warned))
     if saved is not None:
         folder.print(*describe_resumption(state, saved, source))
         folder.mend_best(state.is_best(evaluator.select_by))
+    state.set_random_state(world, device, args.seed)
 
-    method = compiled_jvp() if args.compile else args.meta_gradient
-    all_reduce_mean = world.all_reduce_mean if world.size > 1 else None
-    meter = Meter()
     interrupt.defer()
     with batches, folder.progress(state.step, args.total_steps):
-        state.set_random_state(world, device, args.seed)
-        timer = Timer(state.seconds, state.step)
-        if state.lacks_evaluation():    # a signal came first
-            evaluate_and_save(state, folder, evaluator, timer, interrupt)
-
-        for step in range(state.step + 1, args.total_steps + 1):
-            x_l, y_l, x_u, y_u, lam = batches(step)                                     # lines 1, 2, 9
-            alpha = learning_rate(step, args.lr, args.warmup, args.milestones, args.gamma,
-                                  args.total_steps if args.schedule == "cosine" else None)
-            weight = ramp(step, args.warmup if args.ramp is None else args.ramp, args.weight)
-            with network_failures(args.arch, step):
-                result = training_step(                                                 # lines 3-8, 10-15
-                    model, optimizer, x_l, y_l, x_u, alpha=alpha, beta=alpha if args.meta_lr is None else args.meta_lr,
-                    weight=weight, lam=lam, meta=meta, method=method, epsilon=args.epsilon,
-                    consistency=args.consistency, dtype=dtype, average=all_reduce_mean)
-            world.broadcast(list(model.buffers()))              # batch statistics: a process has its own, rank 0's count
-            meter.add_step(step, result, y_u)
-            state.step = step
-            folder.advance()
-
-            last = step == args.total_steps
-            if step % args.print_freq == 0 or last:
-                meter.check()           # waits for the device
-                rate = timer.rate(step)
-                left = (args.total_steps - step) * (1 / rate + timer.pause / args.test_freq)
-                folder.print_once(evaluator.skipped())
-                folder.log_means(step, args.total_steps, alpha, meter.read(world.all_reduce_mean),
-                                 rate * args.batch_size * (1 + uses_unlabeled), left)
-            fault = None if last else batches.fault(step + 1)
-            stopping = world.all_reduce_max(FAULT if fault else interrupt.received)
-            if step % args.test_freq == 0 or last or stopping:
-                meter.check()
-                interrupt.elsewhere = stopping
-                evaluate_and_save(state, folder, evaluator, timer, interrupt, fault)
-                stopping = world.all_reduce_max(interrupt.received)     # it may have come meanwhile
-            elif step % REPLICAS_FREQ == 0:
-                world.check_replicas(model.state_dict(), step)
-            if stopping:
-                folder.print(f"stopped by a signal at step {step}/{args.total_steps}; --resume continues")
-                folder.close()
-                world.leave()
-                return exit_code(stopping)
-
-        labeled_error = evaluator.labeled_error(state, interrupt)
+        stopping = take_steps(args, state, batches, evaluator, folder, interrupt, world)
+        labeled_error = None if stopping else evaluator.labeled_error(state, interrupt)
         evaluator.raise_fault(state)
-    if labeled_error is None:           # the run is saved, and --resume comes back to here
+        if labeled_error is None:
+            stopping = stopping or world.all_reduce_max(interrupt.received)
+    if stopping:
+        folder.print(f"stopped by a signal at step {state.step}/{args.total_steps}; --resume continues")
         folder.close()
-        world.leave()
-        return exit_code(world.all_reduce_max(interrupt.received))
-    folder.finish(state, labeled_error, evaluator.counts)
+    else:
+        folder.finish(state, labeled_error, evaluator.counts)
     world.leave()
-    return 0
+    return exit_code(stopping) if stopping else 0
+
+
+def take_steps(args, state, batches, evaluator, folder, interrupt, world):
+    """The steps from that of the state on.  Returns None, or the signal that ended them; either way the run is saved."""
+    from metasemi import learning_rate, ramp, training_step
+    from metasemi.meta_gradient import compiled_jvp
+    from utils.metrics import Meter, Timer
+
+    meta, images_per_step = not args.no_meta, args.batch_size * (1 if args.no_meta and not args.mix_up else 2)
+    method = compiled_jvp() if args.compile else args.meta_gradient
+    all_reduce_mean = world.all_reduce_mean if world.size > 1 else None
+    meter, timer = Meter(), Timer(state.seconds, state.step)
+    if state.lacks_evaluation():        # a signal came first
+        evaluate_and_save(state, folder, evaluator, timer, interrupt)
+
+    for step in range(state.step + 1, args.total_steps + 1):
+        x_l, y_l, x_u, y_u, lam = batches(step)                                         # lines 1, 2, 9
+        alpha = learning_rate(step, args.lr, args.warmup, args.milestones, args.gamma,
+                              args.total_steps if args.schedule == "cosine" else None)
+        weight = ramp(step, args.warmup if args.ramp is None else args.ramp, args.weight)
+        with network_failures(args.arch, step):
+            result = training_step(                                                     # lines 3-8, 10-15
+                state.model, state.optimizer, x_l, y_l, x_u, alpha=alpha, beta=alpha if args.meta_lr is None else args.meta_lr,
+                weight=weight, lam=lam, meta=meta, method=method, epsilon=args.epsilon, consistency=args.consistency,
+                dtype=evaluator.dtype, average=all_reduce_mean)
+        world.broadcast(list(state.model.buffers()))    # batch statistics: a process has its own, rank 0's count
+        meter.add_step(step, result, y_u)
+        state.step = step
+        folder.advance()
+
+        last = step == args.total_steps
+        if step % args.print_freq == 0 or last:
+            meter.check()               # waits for the device
+            rate = timer.rate(step)
+            left = (args.total_steps - step) * (1 / rate + timer.pause / args.test_freq)
+            folder.print_once(evaluator.skipped())
+            folder.log_means(step, args.total_steps, alpha, meter.read(world.all_reduce_mean), rate * images_per_step, left)
+        fault = None if last else batches.fault(step + 1)
+        stopping = world.all_reduce_max(FAULT if fault else interrupt.received)
+        if step % args.test_freq == 0 or last or stopping:
+            meter.check()
+            interrupt.elsewhere = stopping
+            evaluate_and_save(state, folder, evaluator, timer, interrupt, fault)
+            stopping = world.all_reduce_max(interrupt.received)         # it may have come meanwhile
+        elif step % REPLICAS_FREQ == 0:
+            world.check_replicas(state.model.state_dict(), step)
+        if stopping:
+            return stopping
+    return None
 
 
 def evaluate_and_save(state, folder, evaluator, timer, interrupt, fault=None):

@@ -20,7 +20,7 @@ NAMES = (CHECKPOINT, PREVIOUS, BEST)
 
 def save(state, folder):
     """Replaces the last checkpoint of a run folder by `state`, a dict of tensors and plain types; keeps the one before."""
-    with replacing(Path(folder, CHECKPOINT), keep=Path(folder, PREVIOUS)) as file:
+    with replacing(Path(folder, CHECKPOINT), backup=Path(folder, PREVIOUS)) as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:       # torch closing the archive, after a write that the disk refused

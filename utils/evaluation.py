@@ -170,9 +170,9 @@ def report(labels, predicted, confidence, names):
 
     correct = predicted == labels
     matrix = torch.from_numpy(confusion_matrix(labels, predicted, labels=range(len(names))))
-    right, share = int(correct.sum()), correct.double().mean().item()
+    right, accuracy = int(correct.sum()), correct.double().mean().item()
     width = max(10, *map(len, names))
-    yield f"accuracy {100 * share:.2f} %, error {100 * (1 - share):.2f} % ({right:,} of {len(labels):,} are right)"
+    yield f"accuracy {100 * accuracy:.2f} %, error {100 * (1 - accuracy):.2f} % ({right:,} of {len(labels):,} are right)"
     yield f"expected calibration error {expected_calibration_error(confidence, correct):.4f} (15 bins)"
     yield f"\n{'class':{width}}  images  accuracy"
     for name, row, hits in zip(names, matrix, matrix.diagonal()):

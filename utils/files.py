@@ -21,11 +21,11 @@ def printable(text):
 
 
 @contextmanager
-def replacing(path, keep=None):
+def replacing(path, backup=None):
     """A binary file to write to, which takes the place of `path` in one step once the block has ended.
 
     A kill at any moment leaves the old file or the new one; an exception, such as a full disk, leaves the old one.
-    keep: where the old file stays, if there is one.
+    backup: where the old file stays, if there is one.
     """
     path = Path(path)
     temporary = path.with_name(path.name + TEMPORARY)
@@ -35,8 +35,8 @@ def replacing(path, keep=None):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if keep and path.exists():
-            link(path, keep)
+        if backup and path.exists():
+            link(path, backup)
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):

@@ -21,6 +21,7 @@ RESUME = "may change when a run is resumed"
 PROCESS = "may differ between the processes of a run: a machine's own"
 EVALUATE = "is used by --evaluate"
 CHECKPOINT = "is used by --evaluate, which takes it from the checkpoint unless it is given"
+COUNT, POSITIVE = number(int, low=1), number(float, above=0)
 
 
 class Milestones(argparse.Action):
@@ -59,12 +60,18 @@ def training_parser():
         description="Train MetaSemi, or one of the other rows of the paper's ablation.",
         epilog="rows of the ablation:  MetaSemi: --mix-up   meta only: (neither flag)   mix-up only: --no-meta --mix-up   "
                "supervised: --no-meta")
-    count, positive = number(int, low=1), number(float, above=0)
-    data = parser.add_argument_group("data")
+    add_data_flags(parser.add_argument_group("data"))
+    add_method_flags(parser.add_argument_group("method"))
+    add_optimization_flags(parser.add_argument_group("optimization"))
+    add_bookkeeping_flags(parser.add_argument_group("bookkeeping"))
+    return parser
+
+
+def add_data_flags(data):
     flag(data, "--dataset", roles={CHECKPOINT}, choices=DATASETS, default="cifar10", help="data set (default: %(default)s)")
     flag(data, "--data-path", roles={CHECKPOINT, RESUME, PROCESS}, default=Path("./data"), type=path, metavar="DIR",
          help="where its files lie or are downloaded to (default: ./data)")
-    flag(data, "--num-label", default=4000, type=count, metavar="N",
+    flag(data, "--num-label", default=4000, type=COUNT, metavar="N",
          help="labeled images, class-balanced; as many as there are training images: all (default: %(default)s)")
     flag(data, "--split", roles={PROCESS}, type=path, metavar="FILE",
          help="instead of a choice by the seed: the labeled images, an index a line as in label_indices.txt")
@@ -79,18 +86,19 @@ def training_parser():
     flag(data, "--skip-corrupt", roles={EVALUATE, RESUME}, action="store_true",
          help="--dataset folder and imagenet: put the next readable image in the place of one that cannot be read")
 
-    method = parser.add_argument_group("method")
+
+def add_method_flags(method):
     flag(method, "-a", "--architecture", "--arch", dest="arch", roles={CHECKPOINT}, type=network, default="convlarge",
          metavar="NETWORK",
          help=f"{', '.join(NETWORKS)}, or FILE:CLASS in a file of your own, which is executed, and never "
               "because a checkpoint names it (default: %(default)s)")
     flag(method, "--mix-up", action="store_true", help="mix labeled and unlabeled images (lines 9-12 of Algorithm 2)")
-    flag(method, "--alpha", default=1.0, type=positive, metavar="GAMMA",
+    flag(method, "--alpha", default=1.0, type=POSITIVE, metavar="GAMMA",
          help="the paper's gamma: mix-up weights ~ Beta(gamma, gamma) (default: %(default)s)")
     flag(method, "--no-meta", action="store_true", help="no meta-gradient and no consistency loss")
     flag(method, "--meta-gradient", choices=("jvp", "finite-difference", "unrolled"), default="jvp",
          help="exact and fast, the paper's approximation, or double backward (default: %(default)s)")
-    flag(method, "--epsilon", default=1e-2, type=positive, metavar="X",
+    flag(method, "--epsilon", default=1e-2, type=POSITIVE, metavar="X",
          help="length of the half-step of finite-difference (default: %(default)s)")
     flag(method, "--consistency", choices=("mse", "kl"), default="mse", help="consistency loss (default: %(default)s)")
     flag(method, "--weight", default=1.0, type=number(float, low=0), metavar="W",
@@ -98,8 +106,9 @@ def training_parser():
     flag(method, "--ramp", type=number(int, low=0), metavar="N",
          help="steps of linear ramp of that weight; 0: none (default: as --warmup)")
 
-    optimization = parser.add_argument_group("optimization")
-    flag(optimization, "--total-steps", roles={RESUME}, default=400_000, type=count, metavar="N",
+
+def add_optimization_flags(optimization):
+    flag(optimization, "--total-steps", roles={RESUME}, default=400_000, type=COUNT, metavar="N",
          help="updates (default: %(default)s)")
     flag(optimization, "--batch-size", default=128, type=number(int, low=1, high=1_000_000), metavar="B",
          help="labeled images a step, and as many unlabeled ones, in all processes together "
@@ -107,7 +116,7 @@ def training_parser():
     flag(optimization, "--sync-bn", action="store_true",
          help="under torchrun: batch normalization over the batches of all processes (default: each its "
               "own)")
-    flag(optimization, "--lr", default=0.1, type=positive, metavar="X",
+    flag(optimization, "--lr", default=0.1, type=POSITIVE, metavar="X",
          help="learning rate alpha_t (default: %(default)s)")
     flag(optimization, "--meta-lr", default=None, type=number(float, low=0), metavar="X",
          help="fixed meta learning rate beta (default: beta_t is the current learning rate)")
@@ -136,23 +145,23 @@ def training_parser():
          help="compile the meta-gradient jvp, equal up to rounding: pays for small networks on the CPU "
               "(convsmall: 1.1 times the steps a second; convlarge: none more); unmeasured on CUDA")
 
-    run = parser.add_argument_group("bookkeeping")
+
+def add_bookkeeping_flags(run):
     flag(run, "--save-path", roles={COMMAND}, default=Path("./results/tmp"), type=folder, metavar="DIR",
          help="run folder (default: ./results/tmp)")
     flag(run, "--resume", roles={COMMAND}, nargs="?", const=LAST, metavar="PATH",
          help="continue from this checkpoint, or the run in this folder; without PATH the run in --save-path, if there is one; "
               "flags that are not given are those of the run")
     flag(run, "--overwrite", roles={COMMAND}, action="store_true", help="start afresh in a folder that holds a run")
-    flag(run, "--print-freq", roles={RESUME}, default=100, type=count, metavar="N",
+    flag(run, "--print-freq", roles={RESUME}, default=100, type=COUNT, metavar="N",
          help="steps between log lines (default: %(default)s)")
-    flag(run, "--test-freq", roles={RESUME}, default=400, type=count, metavar="N",
+    flag(run, "--test-freq", roles={RESUME}, default=400, type=COUNT, metavar="N",
          help="steps between evaluations, each followed by a checkpoint (default: %(default)s)")
     flag(run, "--evaluate", roles={COMMAND, EVALUATE}, type=path, metavar="PATH",
          help="train nothing: measure this checkpoint, or state dict, on the test set; a checkpoint knows its "
               "network and data, a state dict takes --dataset and --arch from the command line")
     flag(run, "--predictions", roles={COMMAND, EVALUATE}, type=path, metavar="FILE.csv",
          help="--evaluate: write the prediction for each image")
-    return parser
 
 
 @cache

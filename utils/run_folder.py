@@ -317,8 +317,8 @@ class RunFolder:
                 file.close()
 
 
-def event_writer(path, keep):
-    """A tensorboardX writer of a run folder, in which later points replace those after step `keep`.
+def event_writer(path, step):
+    """A tensorboardX writer of a run folder, in which later points replace those after a step.
 
     tensorboardX writes in a thread, which a full disk would end and the next points would wait for: so it writes to
     an Appender, by its own register of places to write to.
@@ -334,7 +334,7 @@ def event_writer(path, keep):
             pass
 
     register_writer_factory("run", Place())
-    return SummaryWriter(f"run:{path}", purge_step=keep + 1 if keep else None, filename_suffix=EVENTS)
+    return SummaryWriter(f"run:{path}", purge_step=step + 1 if step else None, filename_suffix=EVENTS)
 
 
 def truncate_after(step, path, step_of):

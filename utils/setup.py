@@ -16,7 +16,10 @@ from utils.state import check_same_data, load_data
 
 
 def prepare_data(args, world, device, saved, source, interrupt):
-    """images, their digest, and the indices of labeled, unlabeled and validation images; the same in every process."""
+    """Images, their digest, and the indices of labeled, unlabeled and validation images; the same in every process.
+
+    Without meta step and mix-up no unlabeled image is used, and None stands for their indices.
+    """
     with world.local_first():           # it may download
         images = load_data(vars(args), device, saved, source, stop=interrupt)
     data = images.digest
@@ -28,9 +31,11 @@ def prepare_data(args, world, device, saved, source, interrupt):
         labeled, validation = saved["labeled"].numpy(), saved["validation"].numpy()
     images = images.to(device)
     world.check_same({**data, "labeled images": labeled.tolist(), "validation images": validation.tolist()})
+    if args.no_meta and not args.mix_up:
+        return images, data, labeled, None, validation
     taken = validation if args.include_labeled else np.concatenate([validation, labeled])
     unlabeled = np.setdiff1d(np.arange(len(images.train_labels)), taken)
-    if len(unlabeled) == 0 and (args.mix_up or not args.no_meta):
+    if len(unlabeled) == 0:
         raise DataError(f"argument --num-label: {args.num_label} leaves no unlabeled image: add --include-labeled, "
                         "or train supervised with --no-meta and no --mix-up")
     return images, data, labeled, unlabeled, validation
@@ -54,9 +59,9 @@ def new_session(args, state, device, processes):
     return {"from_step": state.step, "commit": git_commit(), **fingerprint(device, args.precision, args.compile, processes)}
 
 
-def describe_run(args, state, images, num_unlabeled, device, warned):
+def describe_run(args, state, images, unlabeled, device, warned):
     """The first lines of the log: data, network, device, and warnings."""
-    yield (f"{images.describe()}; {len(state.labeled)} labeled" + (f", {num_unlabeled} unlabeled" if num_unlabeled else "")
+    yield (f"{images.describe()}; {len(state.labeled)} labeled" + ("" if unlabeled is None else f", {len(unlabeled)} unlabeled")
            + (f", {len(state.validation)} for validation" if len(state.validation) else ""))
     yield (f"{args.arch}, {sum(w.numel() for w in state.model.parameters()):,} parameters, {state.sessions[-1]['device']}"
            + (" (no CUDA device is visible)" if args.device == "auto" and device.type == "cpu" else ""))
