@@ -16,6 +16,13 @@ SHORT = ["--dataset", "digits", "--num-label", "50", "-a", "convsmall", "--batch
          "--warmup", "2", "--milestones", "5", "--print-freq", "2", "--test-freq", "3", "--seed", "1"]
 
 
+def pytest_collection_modifyitems(items):
+    """The tests of a file share fixtures, so one worker runs them; the injections share none, and any worker takes one."""
+    for item in items:
+        if item.path.name != "test_reliability.py":
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @pytest.fixture
 def train(tmp_path):
     """train(folder, *flags): a run of a few steps in this process; flags override. Returns the exit code."""

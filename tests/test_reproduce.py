@@ -246,7 +246,7 @@ def test_a_run_in_hand_is_seen_while_it_goes_on_and_a_failed_one_says_why(tmp_pa
     assert set(reproduce.run_all(runs, None, 1)) == set(runs) and environments == ["3", "3"]
     out, error = capsys.readouterr()
     assert f"{runs[0].folder}: step 4/8, test error 50.00 %\n" in out
-    assert error == "".join(f"reproduce.py: {run.folder}: exit code 1: train_meta.py: no luck\n" for run in runs)
+    assert set(error.splitlines()) == {f"reproduce.py: {run.folder}: exit code 1: train_meta.py: no luck" for run in runs}
 
 
 @pytest.mark.parametrize(("affinity", "limits", "available"), [
