@@ -1,0 +1,90 @@
+"""How far the paper's finite difference is from the exact meta-gradient in the course of training.
+
+    python3 benchmarks/exactness.py images/exactness.png
+
+Three narrow networks train with the exact meta-gradient on scikit-learn's digits with 50 labels, row "both".  Every 20 steps
+the batch in hand is given to each of WAYS.  The error is ||d - e|| / ||e||, where e is the exact derivative in float64 at the same
+weights.  Prints the medians over three parts of the training and draws every value.
+"""
+import argparse
+import copy
+import sys
+import warnings
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from datasets import Batches, load_dataset, split_labels  # noqa: E402
+from metasemi import learning_rate, meta_gradient, ramp, training_step  # noqa: E402
+from models.convlarge import ConvLarge  # noqa: E402
+from models.shakeshake import ShakeShake  # noqa: E402
+from models.wideresnet import WideResNet  # noqa: E402
+
+NETWORKS = {
+    "ConvLarge, width 16": lambda: ConvLarge(10, width=16),
+    "WideResNet-10-1": lambda: WideResNet(10, depth=10, widen=1),
+    "Shake-Shake-8 (2x16d)": lambda: ShakeShake(10, depth=8, width=16),
+}
+WAYS = {
+    "finite difference, bfloat16": {"method": "finite-difference", "dtype": torch.bfloat16},
+    "finite difference, float32": {"method": "finite-difference"},
+    "exact, bfloat16": {"dtype": torch.bfloat16},
+    "exact, float32": {},
+}
+EVERY = 20
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch-size", type=int, default=32)
+    args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)
+
+    third = max(1, args.steps // EVERY // 3)
+    print(f"medians of the relative error, {args.batch_size} + {args.batch_size} digits a step, {args.steps} steps\n")
+    print("| network | way | first third | second third | last third |\n|---|---|---|---|---|")
+    figure, axes = plt.subplots(1, len(NETWORKS), figsize=(12, 3.6), sharey=True, layout="constrained")
+    for axis, (name, build) in zip(axes, NETWORKS.items()):
+        errors = errors_in_training(build, args.steps, args.batch_size)
+        for way, values in errors.items():
+            thirds = [torch.tensor(part).median().item() for part in (values[:third], values[third:-third], values[-third:])]
+            print(f"| {name} | {way} | " + " | ".join(f"{value:.1e}" for value in thirds) + " |", flush=True)
+            axis.semilogy([EVERY * i for i in range(len(values))], values, label=way, linewidth=1.2)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("relative error of the meta-gradient")
+    axes[0].legend(fontsize=8, loc="best")
+    figure.savefig(args.picture, dpi=160)
+
+
+def errors_in_training(build, steps, batch_size):
+    """way -> relative errors, before every EVERY-th of some steps of training."""
+    torch.manual_seed(1)
+    images = load_dataset("digits", ".")
+    labeled, unlabeled = split_labels(images.train_labels, 50, 10, seed=1)
+    batches = Batches(images, labeled, unlabeled, batch_size=batch_size, seed=1, mixup_gamma=1.0)
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    errors = {way: [] for way in WAYS}
+    for step in range(1, steps + 1):
+        x_l, y_l, x_u, _, lam = batches(step)
+        if step % EVERY == 1:
+            exact = meta_gradient(copy.deepcopy(model).double(), x_l.double(), y_l, x_u.double())[1]
+            for way, options in WAYS.items():
+                found = meta_gradient(model, x_l, y_l, x_u, **options)[1].double()
+                errors[way].append(((found - exact).norm() / exact.norm()).item())
+        alpha = learning_rate(step, 0.1, steps // 10, [steps * 3 // 4, steps * 7 // 8], 0.1)
+        training_step(model, optimizer, x_l, y_l, x_u, alpha=alpha, beta=alpha, weight=ramp(step, steps // 10, 1.0), lam=lam)
+    return errors
+
+
+if __name__ == "__main__":
+    main()
