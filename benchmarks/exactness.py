@@ -3,8 +3,8 @@
     python3 benchmarks/exactness.py images/exactness.png
 
 Three narrow networks train with the exact meta-gradient on scikit-learn's digits with 50 labels, row "both".  Every 20 steps
-the batch in hand is given to each of WAYS.  The error is ||d - e|| / ||e||, where e is the exact derivative in float64 at the same
-weights.  Prints the medians over three parts of the training and draws every value.
+the batch in hand is given to each of WAYS.  The error is ||d - e|| / ||e||, where e is the exact derivative in float64 at the
+same weights.  Prints the medians over three parts of the training and draws every value.
 """
 import argparse
 import copy

@@ -9,6 +9,7 @@ from conftest import ROOT
 import models
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import exactness  # noqa: E402
 import input as input_benchmark  # noqa: E402
 import step  # noqa: E402
 import streaming  # noqa: E402
@@ -57,3 +58,15 @@ def test_the_streaming_benchmark_delivers_both_rates(monkeypatch, capsys):
     streaming.main(["--image-size", "32", "--batch-size", "4", "--num-workers", "1", "--steps", "2", "--repeats", "1"])
     table = rows(capsys.readouterr().out)
     assert float(table["datasets.Batches from disk"][0]) > 0 and float(table["datasets.Batches from disk"][2]) > 1
+
+
+def test_the_benchmark_of_exactness_ranks_the_ways_and_draws_them(tmp_path, monkeypatch, capsys):
+    name = "WideResNet-10-1"
+    monkeypatch.setattr(exactness, "NETWORKS", {name: exactness.NETWORKS[name], "again": exactness.NETWORKS[name]})
+    exactness.main([str(tmp_path / "errors.png"), "--steps", "3", "--batch-size", "4"])
+    table = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    errors = {(cells[0].strip(), cells[1].strip()): float(cells[2]) for cells in table[1:]}
+    assert errors[name, "exact, float32"] < 1e-4 < errors[name, "finite difference, float32"]
+    assert errors[name, "exact, float32"] < errors[name, "exact, bfloat16"]
+    assert errors[name, "exact, float32"] == errors["again", "exact, float32"]
+    assert (tmp_path / "errors.png").stat().st_size > 0

@@ -32,7 +32,7 @@ class World:
 
     def __init__(self):
         self.rank, self.local_rank, self.size = processes()
-        self.store = self.control = None
+        self.store = self.control = self.dist = None
 
     def join(self, device, facts=()):
         """Connects the processes; device: of --device; facts: name -> number or text, of which they must hold the same.
@@ -43,7 +43,6 @@ class World:
             return
         with dying_of_signals():        # torch would keep a signal waiting until every process has come
             import torch
-            import torch.distributed as dist
 
             self.connect()
             cuda = device != "cpu" and torch.cuda.is_available()
@@ -59,28 +58,27 @@ class World:
                                      "--nproc-per-node at most as many, or take --device cpu")
                 torch.cuda.set_device(self.local_rank)
             with calls():
-                dist.init_process_group("nccl" if cuda else "gloo", store=self.store, rank=self.rank, world_size=self.size,
-                                        timeout=TIMEOUT)
-                self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if cuda else dist.group.WORLD
-                dist.barrier(self.control)
+                self.dist.init_process_group("nccl" if cuda else "gloo", store=self.store, rank=self.rank, world_size=self.size,
+                                             timeout=TIMEOUT)
+                self.control = self.dist.new_group(backend="gloo", timeout=TIMEOUT) if cuda else self.dist.group.WORLD
+                self.dist.barrier(self.control)
 
     def connect(self):
         """To the store of torchrun."""
-        import torch.distributed as dist
+        import torch.distributed
 
+        self.dist = torch.distributed
         with calls():
-            store = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))[0]
+            store = next(iter(self.dist.rendezvous("env://", timeout=TIMEOUT)))[0]
         # torchrun may keep one store over its restarts, and with it what the processes before have left there.
-        self.store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self.store = self.dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
     def leave(self):
         """Waits until every process has come here, then disconnects."""
         if self.size > 1:
-            import torch.distributed as dist
-
             with calls():
-                dist.barrier(self.control)
-            dist.destroy_process_group()
+                self.dist.barrier(self.control)
+            self.dist.destroy_process_group()
 
     # Messages
 
@@ -88,22 +86,18 @@ class World:
         """The value that rank 0 gave, in every process: tensors and plain types."""
         if self.size == 1:
             return value
-        import torch.distributed as dist
-
         box = [value]
         with calls():
-            dist.broadcast_object_list(box, src=0, group=self.control)
+            self.dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def all_gather_object(self, value):
         """The values of all processes, a list by rank."""
         if self.size == 1:
             return [value]
-        import torch.distributed as dist
-
         values = [None] * self.size
         with calls():
-            dist.all_gather_object(values, value, group=self.control)
+            self.dist.all_gather_object(values, value, group=self.control)
         return values
 
     def check_same(self, facts):
@@ -120,11 +114,9 @@ class World:
 
     def all_reduce_numbers(self, numbers, operation):
         import torch
-        import torch.distributed as dist
-
         values = torch.tensor(numbers, dtype=torch.float64)
         with calls():
-            dist.all_reduce(values, getattr(dist.ReduceOp, operation), group=self.control)
+            self.dist.all_reduce(values, getattr(self.dist.ReduceOp, operation), group=self.control)
         return values.tolist()
 
     @contextmanager
@@ -133,10 +125,8 @@ class World:
         if self.local_rank == 0:
             yield
         if self.size > 1:
-            import torch.distributed as dist
-
             with calls():
-                dist.monitored_barrier(self.control, timeout=LOADING)
+                self.dist.monitored_barrier(self.control, timeout=LOADING)
         if self.local_rank:
             yield
 
@@ -146,16 +136,12 @@ class World:
         """Means of tensors over the processes, a list of new tensors."""
         if self.size == 1:
             return tensors
-        import torch.distributed as dist
-
-        return self.flattened(tensors, lambda flat: dist.all_reduce(flat.div_(self.size)))
+        return self.flattened(tensors, lambda flat: self.dist.all_reduce(flat.div_(self.size)))
 
     def broadcast(self, tensors):
         """Puts what rank 0 has into tensors, in place."""
         if self.size > 1:
-            import torch.distributed as dist
-
-            for tensor, first in zip(tensors, self.flattened(tensors, lambda flat: dist.broadcast(flat, src=0))):
+            for tensor, first in zip(tensors, self.flattened(tensors, lambda flat: self.dist.broadcast(flat, src=0))):
                 tensor.copy_(first)
 
     def flattened(self, tensors, call):
@@ -178,12 +164,10 @@ class World:
         if self.size == 1:
             return
         import torch
-        import torch.distributed as dist
-
         sums = torch.stack([checksum(tensor) for tensor in state.values()]).cpu()
         extremes = torch.stack([sums, ~sums])           # ~ turns the order round: both ends in one maximum
         with calls():
-            dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.control)
+            self.dist.all_reduce(extremes, self.dist.ReduceOp.MAX, group=self.control)
         different = [name for name, same in zip(state, (extremes[0] == ~extremes[1]).tolist()) if not same]
         if different:
             raise WorldError(f"the {self.size} processes are not equal any more at step {step}: {len(different)} of "
