@@ -42,7 +42,7 @@ SERVER.set_forkserver_preload([
     "injections", "train_meta", "plot_features", "torch", "torch._dynamo", "torch._decomp.decompositions_for_jvp",
     "torch.distributed", "torch.utils.serialization.config", "tensorboardX", "sklearn.datasets", "sklearn.datasets.data",
     "sklearn.datasets.descr", "datasets.batches", "datasets.loading", "metasemi", "models.convlarge", "models.synchronized",
-    "utils.evaluation", "utils.setup", "utils.checkpoint", "pytest", "hypothesis"])
+    "utils.evaluation", "utils.setup", "utils.checkpoint", "reproduction.features", "pytest", "hypothesis"])
 
 
 # Runs

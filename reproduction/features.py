@@ -1,0 +1,255 @@
+"""Figure 3 of the paper: the features of trained networks, how well they separate the classes, and their embedding in 2D."""
+import hashlib
+import importlib.util
+import json
+import sys
+import zipfile
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from sklearn.metrics import silhouette_score
+from sklearn.neighbors import KNeighborsClassifier
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from datasets import DataError, normalized_batches
+from datasets.splits import check_split
+from models import is_custom
+from reproduction.figures import data_name, draw_features
+from utils import checkpoint
+from utils.cli import UsageError
+from utils.device import choose_device
+from utils.failure import network_failures
+from utils.files import printable, replacing, write_text
+from utils.metrics import all_finite
+from utils.records import read_split
+from utils.state import check_same_data, load_data, load_model
+
+MOST_POINTS = 5000          # unlabeled and test points that are drawn by default, as in the paper
+NEIGHBORS = 5
+
+
+def plot(args):
+    """From checkpoints to the figure; nothing is written before all of it has been computed.  Returns the paths."""
+    device = choose_device(args.device)
+    saved = [checkpoint.load(path) for path in args.checkpoint_path]
+    flags = saved[0]["args"]
+    for path, state in zip(args.checkpoint_path, saved):
+        checkpoint.check_arch(state["args"], path, args.arch)
+        if args.dataset not in (None, state["args"]["dataset"]):
+            raise UsageError(f"argument --dataset: {args.dataset}, but {path} was trained on {state['args']['dataset']}: "
+                              "leave the flag out")
+    flags = {**flags, "data_path": args.data_path or flags["data_path"], "num_workers": args.num_workers,
+             "skip_corrupt": any(state["args"].get("skip_corrupt") for state in saved)}
+    images = load_data(flags, device, saved[0], args.checkpoint_path[0], download=bool(args.data_path))
+    data = images.digest
+    for path, state in zip(args.checkpoint_path, saved):
+        check_same_data(data, state, path, flags["data_path"])
+
+    rows = []
+    for i, (path, state) in enumerate(zip(args.checkpoint_path, saved)):
+        labeled, validation = state["labeled"].numpy(), state["validation"].numpy()
+        check_split(labeled, validation, len(images.train_labels), path)
+        check_index_file(args.index_path[i] if args.index_path else path.parent / "label_indices.txt", labeled, images,
+                         required=bool(args.index_path))
+        unlabeled = np.setdiff1d(np.arange(len(images.train_labels)), np.concatenate([labeled, validation]))
+        label = printable(args.row_label[i] if args.row_label else path.resolve().parent.name)
+        rows.append({"label": label, "checkpoint": str(path), "step": state["step"], "arch": state["args"]["arch"],
+                     **choose_points(args, labeled, unlabeled, len(images.test_labels))})
+        check_embedding(args, len(rows[-1]["sample"]))
+    all_labels = np.concatenate([images.train_labels.numpy(), images.test_labels.numpy()])
+    if images.ignored:
+        print(f"ignored: {images.ignored}")
+    for row, path, state in zip(rows, args.checkpoint_path, saved):
+        row["features"], row["predictions"], kept = cached_features(path, state, images, data, row, device)
+        if len(kept) < len(row["sample"]):
+            print("\n".join([*map(printable, images.skipped()), f"{row['label']}: {len(kept):,} of {len(row['sample']):,} "
+                                                                "images, the others cannot be read"]))
+            for key in ("part", "sample", "drawn"):
+                row[key] = row[key][kept]
+            check_embedding(args, len(kept))
+        row["classes"] = all_labels[row["sample"] + (row["part"] == "test") * len(images.train_labels)]
+        spread = np.ptp(row["features"], axis=0).max()
+        if not 1e-12 < spread < 1e12:           # beyond that the embedding leaves the numbers
+            raise UsageError(f"argument --checkpoint-path: the features of {path} differ by {spread:g}: nothing can be "
+                                 "shown unless that is between 1e-12 and 1e12")
+        row["knn_accuracy"], row["silhouette"] = measure(row)
+        for part, accuracy in row["knn_accuracy"].items():
+            print(f"{row['label']}, {part}: {NEIGHBORS}-nearest-neighbor accuracy {100 * accuracy:.2f} %, "
+                  + ("no silhouette" if row["silhouette"][part] is None else f"silhouette {row['silhouette'][part]:.3f}"),
+                  flush=True)
+    for row in rows:
+        row["coordinates"], row["kl_divergence"], software = embed(row["features"], args)
+
+    method = {"tsne": "t-SNE", "umap": "UMAP", "pca": "PCA"}[args.method]
+    drawn = []
+    for row in rows:
+        keep = row["drawn"]
+        drawn.append({"label": row["label"], "note": f"test kNN {100 * row['knn_accuracy']['test']:.1f} %",
+                      **{key: row[key][keep] for key in ("coordinates", "part", "classes", "predictions")}})
+    title = f"{method} of the features, {data_name(flags, args.data_path)}, {len(rows[0]['sample']):,} points"
+    paths = draw_features(drawn, images.class_names, args.save_path, title, args.mark_errors)
+    return [*paths, *write_embedding(args, flags["dataset"], rows, software)]
+
+
+def write_embedding(args, dataset, rows, software):
+    """embedding.npz and embedding.json: what the figure shows, and how it was made.  Returns the paths."""
+    arrays = {f"{key}_{i}": row[key] for i, row in enumerate(rows)
+              for key in ("coordinates", "part", "sample", "classes", "predictions", "drawn")}
+    with replacing(args.save_path / "embedding.npz") as file:
+        np.savez(file, labels=[row["label"] for row in rows], **arrays)
+    summary = {"method": args.method, "software": software, "seed": args.seed,
+               "perplexity": args.perplexity if args.method == "tsne" else None,
+               "embedded": "all" if args.embed_all else "sample", "dataset": dataset, "neighbors": NEIGHBORS,
+               "rows": [{key: row[key] for key in ("label", "checkpoint", "step", "arch", "knn_accuracy", "silhouette",
+                                                   "kl_divergence")} for row in rows]}
+    write_text(args.save_path / "embedding.json", json.dumps(summary, indent=2) + "\n")
+    return [args.save_path / "embedding.npz", args.save_path / "embedding.json"]
+
+
+def check_index_file(path, labeled, images, required):
+    """Refuses a list of labeled images that is not the split of the checkpoint."""
+    if not required and not path.exists():
+        return
+    indices = read_split(path)
+    count = len(images.train_labels)
+    if max(indices, default=0) >= count:
+        raise UsageError(f"argument --index-path: {path}: {max(indices)} is not an index below {count}")
+    if sorted(indices) != sorted(labeled.tolist()):
+        raise UsageError(f"argument --index-path: {path} is not the split that the checkpoint was trained on: give the "
+                          "label_indices.txt of its run folder")
+
+
+def choose_points(args, labeled, unlabeled, num_test):
+    """Which images are embedded, and which of them are drawn: arrays "part", "sample" (index in its set) and "drawn"."""
+    rng = np.random.default_rng(args.seed)
+    part, sample, drawn = [], [], []
+    for name, available in (("labeled", labeled), ("unlabeled", unlabeled), ("test", np.arange(num_test))):
+        count = len(available)
+        if name != "labeled":
+            if args.num_point is not None and args.num_point > count:
+                raise UsageError(f"argument --num-point: {args.num_point}, but there are {count} {name} images")
+            count = min(count, args.num_point or MOST_POINTS)
+        chosen = np.zeros(len(available), dtype=bool)
+        chosen[rng.permutation(len(available))[:count]] = True
+        if not args.embed_all:
+            available, chosen = available[chosen], chosen[chosen]
+        part.append(np.full(len(available), name))
+        sample.append(available)
+        drawn.append(chosen)
+    return {"part": np.concatenate(part), "sample": np.concatenate(sample), "drawn": np.concatenate(drawn)}
+
+
+def check_embedding(args, count):
+    """Refuses, before anything is computed, a method that cannot embed `count` points here."""
+    if args.method == "umap" and importlib.util.find_spec("umap") is None:
+        raise UsageError("argument --method: umap needs the package umap-learn: pip install umap-learn")
+    if args.method == "tsne" and 3 * args.perplexity > count - 1:
+        raise UsageError(f"argument --perplexity: {args.perplexity:g} is too large for {count} points: "
+                             f"use at most {(count - 1) // 3}")
+
+
+def cached_features(path, state, images, data, row, device):
+    """Features (N, D) float32, predicted classes (N,) and places (N,) in the sample of the images that can be read.
+
+    They are kept beside the checkpoint until it, the sample or the digest `data` of the images changes.
+    """
+    made_of = (path.read_bytes(), row["sample"].astype("<i8").tobytes(), "".join(row["part"]).encode(),
+               json.dumps(data, sort_keys=True).encode())
+    key = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in made_of)).hexdigest()
+    cache = path.with_suffix(".features.npz")
+    try:
+        with np.load(cache, allow_pickle=False) as stored:
+            if str(stored["key"]) == key:
+                return stored["features"], stored["predictions"], stored["kept"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        pass                                                            # none, or not ours: computed afresh
+    arch = state["args"]["arch"]
+    model = load_model(arch, images, device, state, f"argument --checkpoint-path: {path}").eval()   # `check_arch` let it pass
+    if not callable(getattr(model, "features", None)):
+        raise UsageError(f"argument --arch: {arch} has no features(x): add it, and let it return (B, D), what the figure "
+                             "is to show")
+    test = row["part"] == "test"
+    features, logits, kept = [], [], []
+    for source, places in ((images.train_images, np.flatnonzero(~test)), (images.test_images, np.flatnonzero(test))):
+        with torch.no_grad(), network_failures(arch):
+            for x, y in normalized_batches(source[row["sample"][places]], torch.from_numpy(places), state["mean"], state["std"],
+                                           device, 500):
+                kept.append(y)
+                features.append(model.features(x))
+                shape = getattr(features[-1], "shape", ())
+                if len(shape) != 2 or shape[0] != len(x) or shape[1] < 2:
+                    kind = type(features[-1]).__name__
+                    raise UsageError(f"argument --arch: features(x) of {arch} gives a {kind} of shape "
+                                         f"{tuple(shape)} for {len(x)} images: expected a tensor (B, D), D at least 2")
+                logits.append(model(x) if is_custom(arch) else model.classifier(features[-1]))
+    kept = torch.cat([torch.empty(0), *kept]).long().cpu().numpy()
+    if (row["part"][kept] == "labeled").sum() < 2 or not test[kept].any():
+        raise DataError("fewer than two labeled images, or no test image, can be read: the figure needs both")
+    features, logits = torch.cat(features).float(), torch.cat(logits)
+    if not all_finite([features, logits]):
+        raise UsageError(f"argument --checkpoint-path: the features or the logits of {path} are not finite")
+    features, predictions = features.cpu().numpy(), logits.argmax(dim=1).cpu().numpy()
+    try:
+        with replacing(cache) as file:
+            np.savez(file, key=key, features=features, predictions=predictions, kept=kept)
+    except OSError as error:
+        print(printable(f"{cache} cannot be written ({error}); the features are computed again next time"))
+    return features, predictions, kept
+
+
+def measure(row):
+    """How well the features separate the classes: part -> accuracy of a nearest-neighbor vote of the labeled features (on
+    the labeled images themselves, of the others), and part -> silhouette, in [-1, 1], on at most 10,000
+    points, or None where it is not defined."""
+    features, part, classes = row["features"], row["part"], row["classes"]
+    labeled = part == "labeled"
+    vote = KNeighborsClassifier(min(NEIGHBORS, labeled.sum() - 1)).fit(features[labeled], classes[labeled])
+    accuracy, silhouette = {}, {}
+    for name in ("labeled", "unlabeled", "test"):
+        own = part == name
+        if not own.any():
+            continue                                                    # all labels: nothing is unlabeled
+        votes = vote.predict(None if name == "labeled" else features[own])
+        accuracy[name] = float((votes == classes[own]).mean())
+        count = int(own.sum())
+        silhouette[name] = None
+        if 1 < len(np.unique(classes[own])) < count:                    # not defined with one image a class, or one class
+            silhouette[name] = float(silhouette_score(features[own], classes[own], sample_size=min(10_000, count),
+                                                      random_state=0))
+    return accuracy, silhouette
+
+
+def embed(features, args):
+    """Coordinates (N, 2), the final KL divergence of t-SNE (else None), and the software that made them.
+
+    The same seed gives the same coordinates whatever the number of threads: what would sum in another order runs on one.
+    """
+    def software(package):
+        return f"{package} {version(package)}"
+
+    with threadpool_limits(1, user_api="blas"):
+        if args.method == "pca":
+            from sklearn.decomposition import PCA
+
+            return PCA(2, svd_solver="full").fit_transform(features), None, software("scikit-learn")
+        if args.method == "umap":
+            from umap import UMAP
+
+            return UMAP(random_state=args.seed, n_jobs=1).fit_transform(features), None, software("umap-learn")
+        if args.backend == "sklearn":
+            from sklearn.manifold import TSNE
+
+            tsne = TSNE(perplexity=args.perplexity, init="pca", random_state=args.seed)
+            return tsne.fit_transform(features), float(tsne.kl_divergence_), software("scikit-learn")
+        from openTSNE import TSNE
+
+        with tqdm(total=750, desc=f"t-SNE of {len(features):,} points", disable=not sys.stderr.isatty()) as bar:
+            def progress(iteration, error, embedding):
+                bar.update(50)
+                bar.set_postfix(kl=f"{error:.3f}")
+
+            embedding = TSNE(perplexity=args.perplexity, random_state=args.seed, n_jobs=torch.get_num_threads(),
+                             callbacks=progress, callbacks_every_iters=50).fit(features)
+        return np.asarray(embedding), float(embedding.kl_divergence), software("openTSNE")
