@@ -146,6 +146,16 @@ def test_the_training_loop_of_the_readme_makes_the_steps_of_training_step():
     assert close(*weights, 10_000)
 
 
+def test_the_call_of_training_step_in_the_documents_makes_a_step_with_another_number_of_unlabeled_images():
+    code = next(block for block in re.findall(r"```python\n(.*?)```", TEXTS["docs/usage.md"], re.DOTALL) if "result =" in block)
+    model = torch.nn.Linear(3, 2)
+    before = model.weight.clone()
+    names = {"model": model, "optimizer": torch.optim.AdamW(model.parameters()), "x_l": torch.randn(2, 3),
+             "y_l": torch.tensor([0, 1]), "x_u": torch.randn(6, 3)}
+    exec(code, names)
+    assert names["result"].finite and names["result"].y_hat.shape == (6, 2) and not torch.equal(model.weight, before)
+
+
 def test_no_command_stands_twice_and_every_one_is_of_a_kind_that_is_tested():
     lines = [line for text in TEXTS.values() for line in lines_of(text)]
     assert len(lines) > 35 and sorted({line for line in lines if lines.count(line) > 1}) == []
