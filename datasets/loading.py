@@ -9,13 +9,13 @@ import torch
 
 from datasets.folder import load_folder
 from datasets.streaming import ImageFiles, ordered_batches
-from datasets.table import DATASETS, DataError
+from datasets.table import DATASETS, UNLABELED, DataError
 
 
 class Images(NamedTuple):
     name: str
     train_images: torch.Tensor | ImageFiles     # (N, 3, S, S) uint8
-    train_labels: torch.Tensor                  # (N,) int64
+    train_labels: torch.Tensor                  # (N,) int64; UNLABELED for those without a class, which come last
     test_images: torch.Tensor | ImageFiles      # (M, 3, S, S) uint8
     test_labels: torch.Tensor                   # (M,) int64
     class_names: tuple
@@ -31,6 +31,11 @@ class Images(NamedTuple):
     @property
     def num_classes(self):
         return len(self.class_names)
+
+    @property
+    def num_train(self):
+        """Number of the training images that have a class: the first ones."""
+        return int((self.train_labels != UNLABELED).sum())
 
     @property
     def image_size(self):
@@ -78,7 +83,9 @@ class Images(NamedTuple):
             least, most = np.unique(np.bincount(labels))[[0, -1]].tolist()
             return f"{len(labels):,} ({least:,}{f' to {most:,}' if most > least else ''} a class)"
 
-        return (f"{self.name}: {count(self.train_labels)} training and {count(self.test_labels)} test images of "
+        unlabeled = len(self.train_labels) - self.num_train
+        return (f"{self.name}: {count(self.train_labels[:self.num_train])} training"
+                + (f", {unlabeled:,} without a class" if unlabeled else "") + f" and {count(self.test_labels)} test images of "
                 f"{self.image_size}x{self.image_size}, {self.num_classes} classes, "
                 f"SHA-256 of the labels {self.labels_sha256}")
 
@@ -93,8 +100,8 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
 
     Args:
         name: a key of DATASETS.  "cifar10", "cifar100" and "svhn" are read from root, downloaded if they are not
-            there, and checked by MD5; "digits" needs no file; "folder" reads root/{train,test}/<class>/* and
-            "imagenet" root/{train,val}/<class>/*.
+            there, and checked by MD5; "digits" needs no file; "folder" reads root/{train,test}/<class>/* and,
+            if it is there, root/unlabeled; "imagenet" reads root/{train,val}/<class>/*.
         root: where the files lie.
         image_size, flip, num_workers: for "folder" and "imagenet" only: images become image_size x image_size pixels
             (default 32; 224), those of "folder" are flipped in training on demand, that many processes decode them.
@@ -120,23 +127,23 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
     train_images, train_labels, test_images, test_labels = (
         torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array for array in (*train, *test))
     for split, images, labels in (("training", train_images, train_labels), ("test", test_images, test_labels)):
-        if error := find_error(images, labels, class_names):
+        if error := find_error(images, labels, class_names, UNLABELED if split == "training" else 0):
             raise DataError(f"{name} under {root}: {split} set: {error}")
     mean, std = map(torch.tensor, (row.mean, row.std)) if row.mean else statistics or measure(train_images)
     return Images(name, train_images, train_labels, test_images, test_labels, tuple(class_names), mean, std,
                   flip if name == "folder" else row.flip, *more)
 
 
-def find_error(images, labels, class_names):
-    """What keeps images and labels from being trained on, or None."""
+def find_error(images, labels, class_names, least):
+    """What keeps images and labels, at least `least`, from being trained on, or None."""
     if isinstance(images, torch.Tensor) and (images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3
                                              or images.shape[2] != images.shape[3]):
         return f"its images are {images.dtype} of shape {tuple(images.shape)}: expected uint8 (N, 3, S, S)"
     if labels.dtype != torch.int64 or labels.shape != (len(images),):
         return f"{len(labels)} labels of type {labels.dtype} for {len(images)} images"
-    if len(odd := labels[(labels < 0) | (labels >= len(class_names))]):
+    if len(odd := labels[(labels < least) | (labels >= len(class_names))]):
         return f"the label {odd[0]} is not one of {len(class_names)} classes"
-    counts = torch.bincount(labels, minlength=len(class_names)).tolist()
+    counts = torch.bincount(labels[labels >= 0], minlength=len(class_names)).tolist()
     if 0 in counts:
         return f"no image of class {class_names[counts.index(0)]}"
     return None

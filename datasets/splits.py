@@ -42,6 +42,8 @@ def split_labels(train_labels, num_label, num_classes, seed, stream="split", exc
 def split_training(train_labels, num_label, num_val, num_classes, seed, given=None):
     """Labeled and validation indices, both class-balanced and disjoint; the validation part is drawn first.
 
+    train_labels: (N,) class indices of the training images that have a class.
+    num_label: None for all that are not validation images.
     given: None, or the labeled indices, which need not be balanced but must name an image of every class.
     Raises DataError for a list or for numbers that the labels do not allow.
     """
@@ -59,7 +61,7 @@ def split_training(train_labels, num_label, num_val, num_classes, seed, given=No
     validation, rest = np.arange(0), np.arange(len(labels))
     if num_val:
         validation, rest = split_labels(labels, num_val, num_classes, seed, stream="validation")
-    labeled, _ = split_labels(labels[rest], num_label, num_classes, seed)
+    labeled, _ = split_labels(labels[rest], num_label or len(rest), num_classes, seed)
     return rest[labeled], validation
 
 

@@ -1,5 +1,8 @@
 """One row per data set.  Nothing else may switch on a name."""
+import os
 from typing import NamedTuple
+
+UNLABELED = -1          # stands for the class of a training image that has none; such images come after all others
 
 
 class DataError(ValueError):
@@ -14,6 +17,7 @@ class DatasetInfo(NamedTuple):
     mean: tuple | None = None           # per channel, of pixels in [0, 1]; None: measured on the training images
     std: tuple | None = None
     folders: tuple = ()                 # of class folders: that of the training images and that of the test images
+    unlabeled: str | None = None        # a folder beside them, which need not be there, of training images without a class
     image_size: int = 32                # of those images, if nothing else is asked for
     resized_crop: bool = False          # training takes torchvision's RandomResizedCrop rather than pad and crop
     flip: bool = False                  # digits and house numbers are not mirror-symmetric
@@ -26,14 +30,22 @@ DATASETS = {
                     (.50707516, .48654887, .44091784), (.26733429, .25643846, .27615047), flip=True),
     "svhn": DatasetInfo("svhn", "SVHN", 10, 73_257, (.4376821, .4437697, .47280442), (.19803012, .20101562, .19703614)),
     "digits": DatasetInfo("digits", None, 10, 1_297),
-    "folder": DatasetInfo("folder", folders=("train", "test")),
-    "imagenet": DatasetInfo("folder", None, None, None, (.485, .456, .406), (.229, .224, .225), ("train", "val"), 224,
-                    resized_crop=True, flip=True),
+    "folder": DatasetInfo("folder", folders=("train", "test"), unlabeled="unlabeled"),
+    "imagenet": DatasetInfo("folder", None, None, None, (.485, .456, .406), (.229, .224, .225), ("train", "val"),
+                    image_size=224, resized_crop=True, flip=True),
 }
+
+
+def has_unlabeled(name, root):
+    """Whether a data set comes with training images that have no class."""
+    folder = DATASETS[name].unlabeled
+    return folder is not None and os.path.lexists(root / folder)
 
 
 def check_root(name, root):
     """Raises DataError unless the folders that a data set is read from are there."""
+    if has_unlabeled(name, root) and not (folder := root / DATASETS[name].unlabeled).is_dir():
+        raise DataError(f"argument --data-path: {folder} is not a folder: put images without a class in it, or remove it")
     for folder in (folders := DATASETS[name].folders):
         if not (root / folder).is_dir():
             raise DataError(f"argument --data-path: {root / folder} is not a folder: --dataset {name} reads "

@@ -419,7 +419,7 @@ def run_commands(title, *data):
             short = []
         else:
             short = ["--total-steps", "2", "--batch-size", "4", "--warmup", "1", *data,
-                     *([] if "--split" in words else ["--num-label", "6"])]
+                     *([] if "--split" in words or "photos-unlabeled" in words else ["--num-label", "6"])]
         main = {"train_meta.py": train_meta.main, "plot_features.py": plot_features.main}[script]
         assert main([*words, *short, "--num-workers", "0"]) == 0, words
     return len(commands)
@@ -433,7 +433,9 @@ def photos(tmp_path, monkeypatch):
 
 def test_the_documents_take_a_folder_of_images_to_a_trained_model(photos):
     (photos.parent / "labeled.txt").write_text("7\n0\n3\n")
-    assert run_commands("Your own images") == 4
+    make_folder(photos.parent / "photos-unlabeled")
+    make_folder(photos.parent / "photos-unlabeled" / "unlabeled")
+    assert run_commands("Your own images") == 5
     results = photos.parent / "results"
     assert json.loads((results / "photos" / "results.json").read_text())["steps"] == 2
     assert (results / "photos.csv").read_text().count("photos/test/bee/") == 6

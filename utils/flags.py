@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from datasets import DATASETS
+from datasets import DATASETS, has_unlabeled
 from datasets.splits import check_num_label
 from models import NETWORKS, check_network
 from utils import cli
@@ -72,7 +72,8 @@ def add_data_flags(data):
     flag(data, "--data-path", roles={CHECKPOINT, RESUME, PROCESS}, default=Path("./data"), type=path, metavar="DIR",
          help="where its files lie or are downloaded to (default: ./data)")
     flag(data, "--num-label", default=4000, type=COUNT, metavar="N",
-         help="labeled images, class-balanced; as many as there are training images: all (default: %(default)s)")
+         help="labeled images, class-balanced; as many as there are training images: all (default: %(default)s; all if there "
+              "are images without a class)")
     flag(data, "--split", roles={PROCESS}, type=path, metavar="FILE",
          help="instead of a choice by the seed: the labeled images, an index a line as in label_indices.txt")
     flag(data, "--num-val", default=0, type=number(int, low=0), metavar="N",
@@ -199,6 +200,8 @@ def parse_training(argv, fail=cli.fail):
             return resolved(given, {**defaults, **dict.fromkeys(with_role(CHECKPOINT))})
         earlier = flags_to_resume(given)
         args = resolved(given, {**defaults, **earlier})
+        if "num_label" not in args.given | earlier.keys() and has_unlabeled(args.dataset, args.data_path):
+            args.num_label = None       # all of them, once they are counted
         check_effect(parser, given, args)
         check_counts(args, size)
         args.image_size = args.image_size or DATASETS[args.dataset].image_size

@@ -24,8 +24,9 @@ def prepare_data(args, world, device, saved, source, interrupt):
         images = load_data(vars(args), device, saved, source, stop=interrupt)
     data = images.digest
     if saved is None:
-        labeled, validation = split_training(images.train_labels, args.num_label, args.num_val, images.num_classes, args.seed,
-                                             args.labeled)
+        labeled, validation = split_training(images.train_labels[:images.num_train], args.num_label, args.num_val,
+                                             images.num_classes, args.seed, args.labeled)
+        args.num_label = len(labeled)
     else:
         check_same_data(data, saved, "the run that --resume continues", args.data_path)
         labeled, validation = saved["labeled"].numpy(), saved["validation"].numpy()
@@ -63,6 +64,8 @@ def describe_run(args, state, images, unlabeled, device, warned):
     """The first lines of the log: data, network, device, and warnings."""
     yield (f"{images.describe()}; {len(state.labeled)} labeled" + ("" if unlabeled is None else f", {len(unlabeled)} unlabeled")
            + (f", {len(state.validation)} for validation" if len(state.validation) else ""))
+    if count := len(images.train_labels) - images.num_train:
+        yield f"{count:,} images have no class: validation, unlabel-acc and pseudo-acc leave them out"
     yield (f"{args.arch}, {sum(w.numel() for w in state.model.parameters()):,} parameters, {state.sessions[-1]['device']}"
            + (" (no CUDA device is visible)" if args.device == "auto" and device.type == "cpu" else ""))
     if images.source:

@@ -194,7 +194,7 @@ def load_data(flags, device, saved=None, source="", **options):
                           flags["num_workers"], memory=memory_for_images(device), skip_corrupt=flags["skip_corrupt"],
                           statistics=(saved["mean"], saved["std"]) if saved and "mean" in saved else None, **options)
     if saved and "labeled" in saved:
-        check_split(saved["labeled"].numpy(), saved["validation"].numpy(), len(images.train_labels), source)
+        check_split(saved["labeled"].numpy(), saved["validation"].numpy(), images.num_train, source)
     return images
 
 
