@@ -56,7 +56,8 @@ def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, 
         reason = ("random resized crops need the files" if row.resized_crop else "--skip-corrupt" if skip_corrupt
                   else f"they may take {memory / 1e9:,.2f} GB of memory")
         source = f"read from disk by {num_workers or 'no'} worker{'s' * (num_workers != 1)}: {source}, {reason}"
-    return (train_images, train_labels), (test_images, test_labels), class_names, source, tuple(test), ignored, digest
+    return ((train_images, train_labels), (test_images, test_labels), class_names, source, tuple(train), tuple(test), ignored,
+            digest)
 
 
 def decode_all(paths, image_size, num_workers, stop):

@@ -1,5 +1,6 @@
 """A data set by its name: from files, or scikit-learn's own digits, to uint8 images and their labels."""
 import hashlib
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ class Images(NamedTuple):
     flip: bool                                  # whether training flips images at random
     # Of "folder" and "imagenet" only:
     source: str = ""                            # where the pixels are kept, and why
+    train_files: tuple = ()                     # N paths
     test_files: tuple = ()                      # M paths
     ignored: str = ""                           # how many entries of the folders are not taken for images, and why
     files_digest: dict = {}                     # of `folder.digest_files`, training and test
@@ -41,6 +43,13 @@ class Images(NamedTuple):
     def image_size(self):
         """S, pixels of a side."""
         return self.train_images.image_size if isinstance(self.train_images, ImageFiles) else self.train_images.shape[-1]
+
+    def indices_of(self, names):
+        """Those of training images, ascending, a list; names: "class/file".  Raises DataError if there is no such image."""
+        index = {"/".join(path.split(os.sep)[-2:]): i for i, path in enumerate(self.train_files[:self.num_train])}
+        if odd := next((name for name in names if name not in index), None):
+            raise DataError(f"argument --split: there is no training image {odd}: write class/file")
+        return sorted(index[name] for name in names)
 
     @property
     def labels_sha256(self):

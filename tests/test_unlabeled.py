@@ -86,7 +86,7 @@ def take_a_class_from_test(root):
      "unlabeled/x/a.png is the same file as .*test/bee/00.png: remove one"),
     (lambda root: shutil.rmtree(root / "train"), "train is not a folder: --dataset folder reads train/<class>/"),
     (take_a_class_from_test, "only one has bee: add what is missing, or put images without a class in .*/unlabeled"),
-    (lambda root: (root / "unlabeled").rename(root / "train" / "unlabeled"), "put images without a class in .*images/unlabeled")])
+    (lambda root: (root / "unlabeled").rename(root / "train" / "unlabeled"), "put images without a class in .*es/unlabeled")])
 def test_a_wrong_tree_is_one_line_that_names_the_folder_and_the_remedy(root, damage, message):
     damage(root)
     with pytest.raises(DataError, match=message) as caught:

@@ -75,7 +75,8 @@ def add_data_flags(data):
          help="labeled images, class-balanced; as many as there are training images: all (default: %(default)s; all if there "
               "are images without a class)")
     flag(data, "--split", roles={PROCESS}, type=path, metavar="FILE",
-         help="instead of a choice by the seed: the labeled images, an index a line as in label_indices.txt")
+         help="instead of a choice by the seed: the images that have a label, one a line, an index as in label_indices.txt or "
+              "class/file under the training folder; no other label is used, not even by --num-val")
     flag(data, "--num-val", default=0, type=number(int, low=0), metavar="N",
          help="training images held out to select model_best.pth; 0: the test set selects (default: 0)")
     flag(data, "--include-labeled", action="store_true", help="put the labeled images in the unlabeled set too")
@@ -219,12 +220,14 @@ def resolved(given, otherwise):
 
 
 def read_given_files(args):
-    """Reads what the command line names: `args.labeled` becomes the indices of --split, or None, and `args.arch_sha256` the
-    sum of a custom network, which is not executed.  Raises UsageError or NetworkError."""
+    """Reads what the command line names: `args.labeled` becomes the images of --split, as `read_given_split` returns them, or
+    None, and `args.arch_sha256` the sum of a custom network, which is not executed.  Raises UsageError or NetworkError."""
     args.labeled = None
     if "split" in args.given:
         args.labeled = read_given_split(args.split, args.num_label if "num_label" in args.given else None)
-        args.num_label = len(args.labeled)
+        args.num_label = len(args.labeled) - args.num_val
+        if isinstance(args.labeled[0], str) and not DATASETS[args.dataset].folders:
+            raise UsageError(f"argument --split: {args.split} names files, but {args.dataset} has none: write indices")
     if args.arch and (sha256 := check_network(args.arch)):
         args.arch_sha256 = sha256
 

@@ -12,7 +12,7 @@ from models.synchronized import synchronize_batch_norm
 from utils.device import fingerprint, slow_precision
 from utils.flags import cut_short
 from utils.run_folder import git_commit
-from utils.state import check_same_data, load_data
+from utils.state import check_same_data, check_same_split, load_data
 
 
 def prepare_data(args, world, device, saved, source, interrupt):
@@ -23,12 +23,15 @@ def prepare_data(args, world, device, saved, source, interrupt):
     with world.local_first():           # it may download
         images = load_data(vars(args), device, saved, source, stop=interrupt)
     data = images.digest
+    if args.labeled and isinstance(args.labeled[0], str):
+        args.labeled = images.indices_of(args.labeled)
     if saved is None:
         labeled, validation = split_training(images.train_labels[:images.num_train], args.num_label, args.num_val,
                                              images.num_classes, args.seed, args.labeled)
         args.num_label = len(labeled)
     else:
         check_same_data(data, saved, "the run that --resume continues", args.data_path)
+        check_same_split(args, saved)
         labeled, validation = saved["labeled"].numpy(), saved["validation"].numpy()
     images = images.to(device)
     world.check_same({**data, "labeled images": labeled.tolist(), "validation images": validation.tolist()})

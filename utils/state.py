@@ -240,6 +240,13 @@ def data_of(saved):
             **saved.get("data", {})}
 
 
+def check_same_split(args, saved):
+    """Refuses indices of --split that are not those of the checkpoint `saved`; names are not compared."""
+    then = sorted(saved["labeled"].tolist() + saved["validation"].tolist())
+    if args.labeled and args.labeled != then and not isinstance(args.labeled[0], str):
+        raise UsageError(f"argument --split: {args.split} is not the split of the run that --resume continues")
+
+
 def check_same_data(data, saved, source, path):
     """Refuses images at `path`, of the digest `data`, that are not those of the checkpoint `saved`; source: what to call it."""
     names = differing(data, data_of(saved))
