@@ -40,8 +40,7 @@ def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, 
         digest |= digest_files("unlabeled", folder, unlabeled, skip_corrupt)
         train = train + unlabeled
         train_labels = np.concatenate([train_labels, np.full(len(unlabeled), UNLABELED)])
-    ignored = "; ".join(f"{len(paths):,} {reason} ({os.path.relpath(paths[0], root)!r}{', ...' * (len(paths) > 1)})"
-                        for reason, paths in ignored.items())
+    ignored = describe_ignored(ignored, root)
 
     size = (len(train) + len(test)) * 3 * image_size ** 2
     source = f"{size / 1e9:,.2f} GB as pixels"
@@ -118,6 +117,12 @@ def identity(path):
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def describe_ignored(ignored, root):
+    """One line about what `list_images` and `list_classes` ignored under root."""
+    return "; ".join(f"{len(paths):,} {reason} ({os.path.relpath(paths[0], root)!r}{', ...' * (len(paths) > 1)})"
+                     for reason, paths in ignored.items())
 
 
 def why_ignored(entry):

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.folder import load_folder
+from datasets.folder import describe_ignored, list_images, load_folder
 from datasets.streaming import ImageFiles, ordered_batches
 from datasets.table import DATASETS, UNLABELED, DataError
+from datasets.workers import Workers
 
 
 class Images(NamedTuple):
@@ -18,7 +19,7 @@ class Images(NamedTuple):
     train_images: torch.Tensor | ImageFiles     # (N, 3, S, S) uint8
     train_labels: torch.Tensor                  # (N,) int64; UNLABELED for those without a class, which come last
     test_images: torch.Tensor | ImageFiles      # (M, 3, S, S) uint8
-    test_labels: torch.Tensor                   # (M,) int64
+    test_labels: torch.Tensor                   # (M,) int64; UNLABELED of `load_without_classes`
     class_names: tuple
     mean: torch.Tensor                          # (3,) of pixels in [0, 1]
     std: torch.Tensor                           # (3,)
@@ -141,6 +142,18 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
     mean, std = map(torch.tensor, (row.mean, row.std)) if row.mean else statistics or measure(train_images)
     return Images(name, train_images, train_labels, test_images, test_labels, tuple(class_names), mean, std,
                   flip if name == "folder" else row.flip, *more)
+
+
+def load_without_classes(name, root, image_size, num_workers, skip_corrupt, class_names, mean, std):
+    """The image files in a folder, at any depth, as test images that have no class, to be decoded as those of a data set are;
+    None if there is none.  They are read from disk; class_names, mean and std are those of a run."""
+    ignored, row = {}, DATASETS[name]
+    paths = list_images(root, ignored, nested=True)
+    if not paths:
+        return None
+    files = ImageFiles(paths, image_size, Workers(num_workers), row.resized_crop, skip_corrupt)
+    return Images(name, files[:0], torch.empty(0, dtype=torch.int64), files, torch.full((len(paths),), UNLABELED),
+                  tuple(class_names), mean, std, row.flip, test_files=tuple(paths), ignored=describe_ignored(ignored, root))
 
 
 def find_error(images, labels, class_names, least):

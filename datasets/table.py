@@ -12,6 +12,7 @@ class DataError(ValueError):
 class DatasetInfo(NamedTuple):
     loader: str                         # key of datasets.loading.LOADERS
     source: str | None = None           # class of torchvision.datasets
+    place: str | None = None            # file or folder of those, under --data-path
     num_classes: int | None = None      # None: read from the data
     num_train: int | None = None
     mean: tuple | None = None           # per channel, of pixels in [0, 1]; None: measured on the training images
@@ -24,15 +25,16 @@ class DatasetInfo(NamedTuple):
 
 
 DATASETS = {
-    "cifar10": DatasetInfo("cifar", "CIFAR10", 10, 50_000,
+    "cifar10": DatasetInfo("cifar", "CIFAR10", "cifar-10-batches-py", 10, 50_000,
                    (.49139968, .48215841, .44653091), (.24703223, .24348513, .26158784), flip=True),
-    "cifar100": DatasetInfo("cifar", "CIFAR100", 100, 50_000,
+    "cifar100": DatasetInfo("cifar", "CIFAR100", "cifar-100-python", 100, 50_000,
                     (.50707516, .48654887, .44091784), (.26733429, .25643846, .27615047), flip=True),
-    "svhn": DatasetInfo("svhn", "SVHN", 10, 73_257, (.4376821, .4437697, .47280442), (.19803012, .20101562, .19703614)),
-    "digits": DatasetInfo("digits", None, 10, 1_297),
+    "svhn": DatasetInfo("svhn", "SVHN", "test_32x32.mat", 10, 73_257,
+                        (.4376821, .4437697, .47280442), (.19803012, .20101562, .19703614)),
+    "digits": DatasetInfo("digits", num_classes=10, num_train=1_297),
     "folder": DatasetInfo("folder", folders=("train", "test"), unlabeled="unlabeled"),
-    "imagenet": DatasetInfo("folder", None, None, None, (.485, .456, .406), (.229, .224, .225), ("train", "val"),
-                    image_size=224, resized_crop=True, flip=True),
+    "imagenet": DatasetInfo("folder", mean=(.485, .456, .406), std=(.229, .224, .225), folders=("train", "val"), image_size=224,
+                            resized_crop=True, flip=True),
 }
 
 
@@ -40,6 +42,12 @@ def has_unlabeled(name, root):
     """Whether a data set comes with training images that have no class."""
     folder = DATASETS[name].unlabeled
     return folder is not None and os.path.lexists(root / folder)
+
+
+def is_under(name, root):
+    """Whether something of a data set lies in a folder."""
+    row = DATASETS[name]
+    return any(place and (root / place).exists() for place in (*row.folders, row.place))
 
 
 def check_root(name, root):

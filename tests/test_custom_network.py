@@ -4,6 +4,7 @@ import json
 import py_compile
 import re
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -475,9 +476,13 @@ def test_the_documents_take_a_folder_of_images_to_a_trained_model(photos):
     (photos.parent / "labeled.txt").write_text("7\n0\n3\n")
     make_folder(photos.parent / "photos-unlabeled")
     make_folder(photos.parent / "photos-unlabeled" / "unlabeled")
-    assert run_commands("Your own images") == 5
+    make_folder(photos.parent / "new-photos")
+    (photos.parent / "new-photos" / "train").rename(photos.parent / "new-photos" / "more")
+    shutil.rmtree(photos.parent / "new-photos" / "test")
+    assert run_commands("Your own images") == 6
     results = photos.parent / "results"
     assert json.loads((results / "photos" / "results.json").read_text())["steps"] == 2
+    assert (results / "new-photos.csv").read_text().count("new-photos/more/ant/") == 6
     assert (results / "photos.csv").read_text().count("photos/test/bee/") == 6
     assert (results / "photos-figure" / "features.png").exists()
     assert (results / "photos-split" / "label_indices.txt").read_text() == "0\n3\n7\n"

@@ -163,7 +163,7 @@ def add_bookkeeping_flags(run):
          help="train nothing: measure this checkpoint, or state dict, on the test set; a checkpoint knows its "
               "network and data, a state dict takes --dataset and --arch from the command line")
     flag(run, "--predictions", roles={COMMAND, EVALUATE}, type=path, metavar="FILE.csv",
-         help="--evaluate: write the prediction for each image")
+         help="--evaluate: write the prediction for each image; those in a --data-path without classes are predicted, too")
 
 
 @cache

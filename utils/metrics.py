@@ -159,13 +159,13 @@ def evaluate(model, batches, dtype=None, stop=lambda: False, all_reduce_sum=None
 
 @torch.no_grad()
 def predict(model, batches, dtype=None):
-    """Predicted classes (N,) int64, their probabilities (N,) float32 and all y, on the CPU, over the batches (x, y).
+    """Predicted classes (N,) int64, probabilities (N, K) float32 and all y, on the CPU, over the batches (x, y).
 
     In evaluation mode, and with the same batches as in `evaluate` the same predictions.  Raises DataError if there is no
     image, and Diverged as `evaluate` does.
     """
     model.eval()
-    predicted, confidence, targets, broken = [], [], [], []
+    predicted, probabilities, targets, broken = [], [], [], []
     for x, y in batches:
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
             logits = model(x)
@@ -174,12 +174,12 @@ def predict(model, batches, dtype=None):
         targets.append(y)
         broken.append(count_broken(logits))
         predicted.append(logits.argmax(dim=1))
-        confidence.append(logits.float().softmax(dim=1).gather(1, predicted[-1][:, None])[:, 0])
+        probabilities.append(logits.float().softmax(dim=1).cpu())
     if not predicted:
         raise DataError(NO_IMAGE)
     predicted = torch.cat(predicted).cpu()
     check_logits(sum(broken).item(), len(predicted))
-    return predicted, torch.cat(confidence).cpu(), torch.cat(targets).cpu()
+    return predicted, torch.cat(probabilities), torch.cat(targets).cpu()
 
 
 def expected_calibration_error(confidence, correct, bins=15):
