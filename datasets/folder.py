@@ -8,7 +8,7 @@ import torch
 
 from datasets.decoding import readable_formats
 from datasets.streaming import ImageFiles
-from datasets.table import UNLABELED, DataError, check_root, has_unlabeled
+from datasets.table import HEAP, UNLABELED, DataError, check_root, has_unlabeled
 from datasets.workers import Workers
 
 TASK_SIZE = 500         # files that a worker decodes at a time where all of them are kept in memory
@@ -25,7 +25,7 @@ def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, 
     if odd := sorted(set(class_names) ^ set(test_names)):
         raise DataError(f"{root}: {' and '.join(row.folders)} must have the same classes, but only one has "
                         f"{', '.join(odd[:5])}: add what is missing"
-                        + (f", or put images without a class in {root / row.unlabeled}" if row.unlabeled else ""))
+                        + (f", or put images without a class in {root / HEAP}" if row.unlabeled else ""))
     if len(class_names) < 2:
         raise DataError(f"{root / row.folders[0]} has {len(class_names)} class folders: at least 2 are needed")
     for folder, split in zip(row.folders, ("training", "test")):
@@ -35,9 +35,8 @@ def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, 
         digest |= digest_files(split, root / folder, paths, skip_corrupt)
     (train, train_labels), (test, test_labels) = splits
     if has_unlabeled(name, root):
-        folder = root / row.unlabeled
-        unlabeled = list_unlabeled(folder, ignored, train + test)
-        digest |= digest_files("unlabeled", folder, unlabeled, skip_corrupt)
+        unlabeled = list_unlabeled(root / HEAP, ignored, train + test)
+        digest |= digest_files("unlabeled", root / HEAP, unlabeled, skip_corrupt)
         train = train + unlabeled
         train_labels = np.concatenate([train_labels, np.full(len(unlabeled), UNLABELED)])
     ignored = describe_ignored(ignored, root)

@@ -109,12 +109,14 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
     """The whole data set, in memory on the CPU if it can be.
 
     Args:
-        name: a key of DATASETS.  "cifar10", "cifar100" and "svhn" are read from root, downloaded if they are not
+        name: a key of DATASETS.  "cifar10", "cifar100", "svhn" and "stl10" are read from root, downloaded if they are not
             there, and checked by MD5; "digits" needs no file; "folder" reads root/{train,test}/<class>/* and,
             if it is there, root/unlabeled; "imagenet" reads root/{train,val}/<class>/*.
         root: where the files lie.
-        image_size, flip, num_workers: for "folder" and "imagenet" only: images become image_size x image_size pixels
-            (default 32; 224), those of "folder" are flipped in training on demand, that many processes decode them.
+        image_size: for "folder", "imagenet" and "stl10" only: images become image_size x image_size pixels (default 32; 224;
+            96).
+        flip, num_workers: images of "folder" are flipped in training on demand, that many processes decode them and
+            those of "imagenet".
         memory: bytes that the decoded images of "folder" may take, else they are read from disk when they are needed;
             None: any number.  "imagenet" is always read from disk.
         skip_corrupt: for both: read from disk, and pass over files that cannot be read.
@@ -132,7 +134,7 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
     if row.loader == "folder":
         options = (name, image_size or row.image_size, num_workers, memory, skip_corrupt, stop)
     elif row.source:
-        options = (download,)
+        options = (download, image_size or row.image_size) if row.resized else (download,)
     train, test, class_names, *more = LOADERS[row.loader](row, Path(root), *options)
     train_images, train_labels, test_images, test_labels = (
         torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array for array in (*train, *test))
@@ -209,6 +211,26 @@ def load_svhn(row, root, download):
     return *((data.data, np.array(data.labels, dtype=np.int64)) for data in (train, test)), [str(k) for k in range(10)]
 
 
+def load_stl10(row, root, download, image_size):
+    """5,000 training and 8,000 test images of 96x96 pixels, resized, and 100,000 training images without a class."""
+    source = getattr(import_module("torchvision.datasets"), row.source)
+    files = [(root / source.base_folder / name, md5) for name, md5 in source.train_list + source.test_list]
+    train, test = (fetch(files, source, root, download, split=split) for split in ("train+unlabeled", "test"))
+    names = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+    return *((resize(data.data, image_size), data.labels.astype(np.int64)) for data in (train, test)), names
+
+
+def resize(images, size):
+    """uint8 (N, 3, size, size), a tensor, of uint8 (N, 3, S, S), an array: bilinear and antialiased, as Pillow does it."""
+    resized = torch.empty((len(images), 3, size, size), dtype=torch.uint8)
+    for i in range(0, len(images), 1000):
+        pixels = torch.from_numpy(np.ascontiguousarray(images[i:i + 1000]))
+        if size != pixels.shape[-1]:
+            pixels = torch.nn.functional.interpolate(pixels.float(), size=size, mode="bilinear", antialias=True).round()
+        resized[i:i + 1000] = pixels
+    return resized
+
+
 def fetch(files, source, root, download, **kwargs):
     """A torchvision data set; files that are already there are used without a network.
 
@@ -230,4 +252,4 @@ def fetch(files, source, root, download, **kwargs):
         raise DataError(f"{root}: {error}") from None
 
 
-LOADERS = {"cifar": load_cifar, "svhn": load_svhn, "digits": load_digits, "folder": load_folder}
+LOADERS = {"cifar": load_cifar, "svhn": load_svhn, "stl10": load_stl10, "digits": load_digits, "folder": load_folder}

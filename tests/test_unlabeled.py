@@ -1,6 +1,8 @@
 """Images without a class: where they lie, what they are used for, and that nothing else ever takes them for labeled."""
+import hashlib
 import json
 import os
+import shlex
 import shutil
 
 import numpy as np
@@ -9,7 +11,8 @@ import torch
 from conftest import SHORT
 from injections import differing, records
 from PIL import Image
-from test_datasets import make_folder
+from test_custom_network import section
+from test_datasets import make_folder, no_network
 
 import plot_features
 import train_meta
@@ -171,3 +174,64 @@ def test_an_unlabeled_image_that_cannot_be_read_gives_way_to_the_next_unlabeled_
     assert "unlabeled/x/two.png cannot be read" in capsys.readouterr().err
     assert run("a", "--skip-corrupt") == 0
     assert "skipped: " in (tmp_path / "a" / "log.txt").read_text()
+
+
+@pytest.fixture
+def stl10(tmp_path, monkeypatch):
+    """data/stl10_binary in the official format, 20 + 20 images of 10 classes and 30 others: columns first, classes from 1."""
+    from torchvision.datasets import STL10
+
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "stl10_binary"
+    folder.mkdir(parents=True)
+    rng, pixels = np.random.default_rng(0), {}
+
+    def put(name):
+        part, kind = name.removesuffix(".bin").split("_")
+        if kind == "X":
+            pixels[part] = rng.integers(0, 256, (30 if part == "unlabeled" else 20, 3, 96, 96), dtype=np.uint8)
+            data = pixels[part].transpose(0, 1, 3, 2).tobytes()
+        else:
+            data = (np.arange(20, dtype=np.uint8) % 10 + 1).tobytes()
+        (folder / name).write_bytes(data)
+        return [name, hashlib.md5(data).hexdigest()]
+
+    for attribute in ("train_list", "test_list"):
+        monkeypatch.setattr(STL10, attribute, [put(name) for name, _ in getattr(STL10, attribute)])
+    folds = (" ".join(str((fold + i) % 20) for i in range(15)) for fold in range(10))
+    (folder / "fold_indices.txt").write_text("".join(f"{fold} \n" for fold in folds))
+    return pixels
+
+
+def test_stl10_is_read_from_its_binary_files_upright_and_resized_as_pillow_does_it(stl10):
+    images = load_dataset("stl10", "data")
+    assert torch.equal(images.train_images, torch.from_numpy(np.concatenate([stl10["train"], stl10["unlabeled"]])))
+    assert torch.equal(images.test_images, torch.from_numpy(stl10["test"])) and images.flip and images.padding == 12
+    assert images.train_labels.tolist() == [*range(10), *range(10)] + [-1] * 30 and images.num_train == 20
+    assert images.test_labels.tolist() == [*range(10), *range(10)] and images.class_names[7] == "monkey"
+    small = load_dataset("stl10", "data", 32)
+    expected = Image.fromarray(stl10["unlabeled"][3].transpose(1, 2, 0)).resize((32, 32), Image.Resampling.BILINEAR)
+    difference = small.train_images[23].permute(1, 2, 0).int() - torch.from_numpy(np.array(expected)).int()
+    assert small.image_size == 32 and difference.abs().max() <= 1
+
+
+def test_a_damaged_file_of_stl10_is_named_with_its_sum(stl10, tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", no_network)
+    data = tmp_path / "data" / "stl10_binary" / "unlabeled_X.bin"
+    data.write_bytes(data.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match="unlabeled_X.bin is damaged"):
+        load_dataset("stl10", "data")
+    with pytest.raises(DataError, match="train_X.bin is missing and could not be downloaded"):
+        load_dataset("stl10", "elsewhere")
+
+
+def test_stl10_trains_as_the_documents_say_all_of_it_and_a_standard_fold(stl10, tmp_path):
+    fold = (tmp_path / "data" / "stl10_binary" / "fold_indices.txt").read_text().splitlines()[0]
+    (tmp_path / "fold1.txt").write_text(fold + "\n")
+    lines = [shlex.split(line)[2:] for line in section("STL-10").splitlines() if line.startswith("    python3 ")]
+    for words in lines:
+        assert train_meta.main([*words, "-a", "convsmall", "--total-steps", "2", "--batch-size", "4", "--warmup", "1"]) == 0
+    assert len(lines) == 2
+    assert "20 labeled, 30 unlabeled" in (tmp_path / "results" / "stl10" / "log.txt").read_text()
+    assert "15 labeled, 35 unlabeled" in (tmp_path / "results" / "stl10-fold1" / "log.txt").read_text()
+    assert "48x48" in (tmp_path / "results" / "stl10" / "log.txt").read_text()

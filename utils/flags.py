@@ -81,7 +81,8 @@ def add_data_flags(data):
          help="training images held out to select model_best.pth; 0: the test set selects (default: 0)")
     flag(data, "--include-labeled", action="store_true", help="put the labeled images in the unlabeled set too")
     flag(data, "--image-size", roles={CHECKPOINT}, type=number(int, low=16, high=1024), metavar="PIXELS",
-         help="--dataset folder and imagenet: images become squares of this size (default: 32; imagenet: 224)")
+         help="--dataset folder, imagenet and stl10: images become squares of this size (default: 32; imagenet: 224; "
+              "stl10: 96)")
     flag(data, "--flip", action="store_true", help="--dataset folder: random horizontal flips in training")
     flag(data, "--num-workers", roles={EVALUATE, RESUME, PROCESS}, default=4, type=number(int, low=0, high=256), metavar="N",
          help="--dataset folder and imagenet: processes that decode images (default: %(default)s)")
@@ -274,7 +275,7 @@ def check_effect(parser, given, args):
             (args.meta_gradient != "jvp", f"--meta-gradient {args.meta_gradient}", ("compile",)),
             (args.meta_gradient == "unrolled", "--meta-gradient unrolled", ("epsilon",)),
             (args.schedule == "cosine", "--schedule cosine", ("milestones", "gamma")),
-            (not dataset.folders, f"--dataset {args.dataset}", ("image_size", "skip_corrupt")),
+            (not dataset.folders, f"--dataset {args.dataset}", (*["image_size"] * (not dataset.resized), "skip_corrupt")),
             (not dataset.folders or dataset.flip, f"--dataset {args.dataset}", ("flip",))):
         if applies:
             refuse_idle(parser, given, choice, names)
