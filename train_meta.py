@@ -61,7 +61,7 @@ def train(args, interrupt, world):
     from utils.device import check_compiler, choose_device, set_precision
     from utils.evaluation import Evaluator
     from utils.setup import describe_resumption, describe_run, new_session, prepare_data, prepare_model
-    from utils.state import RunState
+    from utils.state import RunState, check_same_split
 
     device = choose_device(args.device)
     dtype = set_precision(args.precision, device)
@@ -73,8 +73,7 @@ def train(args, interrupt, world):
     saved, source, has_results = world.broadcast_object(folder.open(args.resume))
     if saved is not None:
         check_same_experiment(args, saved["args"], saved["step"])
-        if args.labeled not in (None, saved["labeled"].tolist()):
-            raise cli.UsageError(f"argument --split: {args.split} is not the split of the run that --resume continues")
+        check_same_split(args, saved)
         if saved["step"] > args.total_steps or saved["step"] == args.total_steps and has_results:
             if world.rank == 0:
                 print(printable(f"{args.save_path}: finished at step {saved['step']}; a larger --total-steps would continue "

@@ -5,10 +5,10 @@ Importing this package does not load torch; `load_dataset`, `Batches` and `norma
 from importlib import import_module
 
 from datasets.splits import split_labels
-from datasets.table import DATASETS, DataError, check_root
+from datasets.table import DATASETS, DataError, check_root, has_unlabeled
 
 LAZY = {"load_dataset": "datasets.loading", "Batches": "datasets.batches", "normalized_batches": "datasets.batches"}
-__all__ = ["DATASETS", "DataError", "check_root", "split_labels", *LAZY]
+__all__ = ["DATASETS", "DataError", "check_root", "has_unlabeled", "split_labels", *LAZY]
 
 
 def __getattr__(name):

@@ -14,7 +14,7 @@ class Batch(NamedTuple):
     x_l: torch.Tensor                   # (B, 3, S, S) float32, augmented and normalized
     y_l: torch.Tensor                   # (B,) int64
     x_u: torch.Tensor | None            # (B, 3, S, S)
-    y_u: torch.Tensor | None            # (B,) labels of x_u: for telemetry, never for training
+    y_u: torch.Tensor | None            # (B,) labels of x_u, or UNLABELED: for telemetry, never for training
     lam: torch.Tensor | None            # (B,) mix-up weights
 
 

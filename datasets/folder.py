@@ -1,4 +1,4 @@
-"""Folders of image files, root/<split>/<class>/*: what is in them, and where the pixels are kept."""
+"""Folders of image files, root/<split>/<class>/* and root/unlabeled/**: what is in them, and where the pixels are kept."""
 import hashlib
 import os
 from contextlib import closing
@@ -8,20 +8,24 @@ import torch
 
 from datasets.decoding import readable_formats
 from datasets.streaming import ImageFiles
-from datasets.table import DataError, check_root
+from datasets.table import HEAP, UNLABELED, DataError, check_root, has_unlabeled
 from datasets.workers import Workers
 
 TASK_SIZE = 500         # files that a worker decodes at a time where all of them are kept in memory
 
 
 def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, stop):
-    """root/<split>/<class>/* of both splits of a data set, images of any size and of the types in `decoding.FORMATS`."""
+    """root/<split>/<class>/* of both splits of a data set, images of any size and of the types in `decoding.FORMATS`.
+
+    Those of root/unlabeled, at any depth, follow the training images.
+    """
     check_root(name, root)
     splits, ignored, digest = [], {}, {}
     class_names, test_names = (list_classes(root / folder, ignored) for folder in row.folders)
     if odd := sorted(set(class_names) ^ set(test_names)):
         raise DataError(f"{root}: {' and '.join(row.folders)} must have the same classes, but only one has "
-                        f"{', '.join(odd[:5])}")
+                        f"{', '.join(odd[:5])}: add what is missing"
+                        + (f", or put images without a class in {root / HEAP}" if row.unlabeled else ""))
     if len(class_names) < 2:
         raise DataError(f"{root / row.folders[0]} has {len(class_names)} class folders: at least 2 are needed")
     for folder, split in zip(row.folders, ("training", "test")):
@@ -30,8 +34,12 @@ def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, 
         splits.append((paths, np.repeat(np.arange(len(files), dtype=np.int64), [len(class_files) for class_files in files])))
         digest |= digest_files(split, root / folder, paths, skip_corrupt)
     (train, train_labels), (test, test_labels) = splits
-    ignored = "; ".join(f"{len(paths):,} {reason} ({os.path.relpath(paths[0], root)!r}{', ...' * (len(paths) > 1)})"
-                        for reason, paths in ignored.items())
+    if has_unlabeled(name, root):
+        unlabeled = list_unlabeled(root / HEAP, ignored, train + test)
+        digest |= digest_files("unlabeled", root / HEAP, unlabeled, skip_corrupt)
+        train = train + unlabeled
+        train_labels = np.concatenate([train_labels, np.full(len(unlabeled), UNLABELED)])
+    ignored = describe_ignored(ignored, root)
 
     size = (len(train) + len(test)) * 3 * image_size ** 2
     source = f"{size / 1e9:,.2f} GB as pixels"
@@ -46,7 +54,8 @@ def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, 
         reason = ("random resized crops need the files" if row.resized_crop else "--skip-corrupt" if skip_corrupt
                   else f"they may take {memory / 1e9:,.2f} GB of memory")
         source = f"read from disk by {num_workers or 'no'} worker{'s' * (num_workers != 1)}: {source}, {reason}"
-    return (train_images, train_labels), (test_images, test_labels), class_names, source, tuple(test), ignored, digest
+    return ((train_images, train_labels), (test_images, test_labels), class_names, source, tuple(train), tuple(test), ignored,
+            digest)
 
 
 def decode_all(paths, image_size, num_workers, stop):
@@ -70,17 +79,49 @@ def list_classes(folder, ignored):
     return names
 
 
-def list_images(folder, ignored):
+def list_images(folder, ignored, nested=False):
     """Paths of the image files in a folder, in order; other entries are put into ignored, reason -> list of paths.
 
+    nested: whether those in its folders count, too, at any depth; links to folders are not followed.
     Paths are strings: to make a Path of each would take as long as to read them.
     """
-    paths = []
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            reason = why_ignored(entry)
-            (ignored.setdefault(reason, []) if reason else paths).append(entry.path)
+    paths, folders = [], [folder]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if nested and entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                    folders.append(entry.path)
+                else:
+                    reason = why_ignored(entry)
+                    (ignored.setdefault(reason, []) if reason else paths).append(entry.path)
+    return sorted(paths)
+
+
+def list_unlabeled(folder, ignored, others):
+    """As `list_images`, at any depth.  Raises DataError if there is none, or if one is the file of an image in others."""
+    paths = list_images(folder, ignored, nested=True)
+    if not paths:
+        raise DataError(f"{folder} holds no image: put images without a class in it, or remove it")
+    files = {identity(path): path for path in others}
+    files.pop(None, None)                                           # links to nothing, which are reported when they are read
+    if twice := next((path for path in paths if identity(path) in files), None):
+        raise DataError(f"{folder}: {twice} is the same file as {files[identity(twice)]}: remove one of them")
     return paths
+
+
+def identity(path):
+    """What two paths to one file share, or None for a file that is missing."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def describe_ignored(ignored, root):
+    """One line about what `list_images` and `list_classes` ignored under root."""
+    return "; ".join(f"{len(paths):,} {reason} ({os.path.relpath(paths[0], root)!r}{', ...' * (len(paths) > 1)})"
+                     for reason, paths in ignored.items())
 
 
 def why_ignored(entry):
@@ -88,7 +129,7 @@ def why_ignored(entry):
     if entry.name.startswith("."):
         return "hidden"
     if entry.is_dir():
-        return "a folder in a class folder"
+        return "a link to a folder" if entry.is_symlink() else "a folder in a class folder"
     if not entry.name.lower().endswith(readable_formats()[1]):
         return "of another suffix"
     if not entry.is_file() and os.path.exists(entry.path):          # a link to nothing is a file that is missing

@@ -1,5 +1,6 @@
 """A data set by its name: from files, or scikit-learn's own digits, to uint8 images and their labels."""
 import hashlib
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -7,23 +8,25 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.folder import load_folder
+from datasets.folder import describe_ignored, list_images, load_folder
 from datasets.streaming import ImageFiles, ordered_batches
-from datasets.table import DATASETS, DataError
+from datasets.table import DATASETS, UNLABELED, DataError
+from datasets.workers import Workers
 
 
 class Images(NamedTuple):
     name: str
     train_images: torch.Tensor | ImageFiles     # (N, 3, S, S) uint8
-    train_labels: torch.Tensor                  # (N,) int64
+    train_labels: torch.Tensor                  # (N,) int64; UNLABELED for those without a class, which come last
     test_images: torch.Tensor | ImageFiles      # (M, 3, S, S) uint8
-    test_labels: torch.Tensor                   # (M,) int64
+    test_labels: torch.Tensor                   # (M,) int64; UNLABELED of `load_without_classes`
     class_names: tuple
     mean: torch.Tensor                          # (3,) of pixels in [0, 1]
     std: torch.Tensor                           # (3,)
     flip: bool                                  # whether training flips images at random
     # Of "folder" and "imagenet" only:
     source: str = ""                            # where the pixels are kept, and why
+    train_files: tuple = ()                     # N paths
     test_files: tuple = ()                      # M paths
     ignored: str = ""                           # how many entries of the folders are not taken for images, and why
     files_digest: dict = {}                     # of `folder.digest_files`, training and test
@@ -33,9 +36,21 @@ class Images(NamedTuple):
         return len(self.class_names)
 
     @property
+    def num_train(self):
+        """Number of the training images that have a class: the first ones."""
+        return int((self.train_labels != UNLABELED).sum())
+
+    @property
     def image_size(self):
         """S, pixels of a side."""
         return self.train_images.image_size if isinstance(self.train_images, ImageFiles) else self.train_images.shape[-1]
+
+    def indices_of(self, names):
+        """Those of training images, ascending, a list; names: "class/file".  Raises DataError if there is no such image."""
+        index = {"/".join(path.split(os.sep)[-2:]): i for i, path in enumerate(self.train_files[:self.num_train])}
+        if odd := next((name for name in names if name not in index), None):
+            raise DataError(f"argument --split: there is no training image {odd}: write class/file")
+        return sorted(index[name] for name in names)
 
     @property
     def labels_sha256(self):
@@ -78,7 +93,9 @@ class Images(NamedTuple):
             least, most = np.unique(np.bincount(labels))[[0, -1]].tolist()
             return f"{len(labels):,} ({least:,}{f' to {most:,}' if most > least else ''} a class)"
 
-        return (f"{self.name}: {count(self.train_labels)} training and {count(self.test_labels)} test images of "
+        unlabeled = len(self.train_labels) - self.num_train
+        return (f"{self.name}: {count(self.train_labels[:self.num_train])} training"
+                + (f", {unlabeled:,} without a class" if unlabeled else "") + f" and {count(self.test_labels)} test images of "
                 f"{self.image_size}x{self.image_size}, {self.num_classes} classes, "
                 f"SHA-256 of the labels {self.labels_sha256}")
 
@@ -92,12 +109,14 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
     """The whole data set, in memory on the CPU if it can be.
 
     Args:
-        name: a key of DATASETS.  "cifar10", "cifar100" and "svhn" are read from root, downloaded if they are not
-            there, and checked by MD5; "digits" needs no file; "folder" reads root/{train,test}/<class>/* and
-            "imagenet" root/{train,val}/<class>/*.
+        name: a key of DATASETS.  "cifar10", "cifar100", "svhn" and "stl10" are read from root, downloaded if they are not
+            there, and checked by MD5; "digits" needs no file; "folder" reads root/{train,test}/<class>/* and,
+            if it is there, root/unlabeled; "imagenet" reads root/{train,val}/<class>/*.
         root: where the files lie.
-        image_size, flip, num_workers: for "folder" and "imagenet" only: images become image_size x image_size pixels
-            (default 32; 224), those of "folder" are flipped in training on demand, that many processes decode them.
+        image_size: for "folder", "imagenet" and "stl10" only: images become image_size x image_size pixels (default 32; 224;
+            96).
+        flip, num_workers: images of "folder" are flipped in training on demand, that many processes decode them and
+            those of "imagenet".
         memory: bytes that the decoded images of "folder" may take, else they are read from disk when they are needed;
             None: any number.  "imagenet" is always read from disk.
         skip_corrupt: for both: read from disk, and pass over files that cannot be read.
@@ -115,28 +134,40 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
     if row.loader == "folder":
         options = (name, image_size or row.image_size, num_workers, memory, skip_corrupt, stop)
     elif row.source:
-        options = (download,)
+        options = (download, image_size or row.image_size) if row.resized else (download,)
     train, test, class_names, *more = LOADERS[row.loader](row, Path(root), *options)
     train_images, train_labels, test_images, test_labels = (
         torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array for array in (*train, *test))
     for split, images, labels in (("training", train_images, train_labels), ("test", test_images, test_labels)):
-        if error := find_error(images, labels, class_names):
+        if error := find_error(images, labels, class_names, UNLABELED if split == "training" else 0):
             raise DataError(f"{name} under {root}: {split} set: {error}")
     mean, std = map(torch.tensor, (row.mean, row.std)) if row.mean else statistics or measure(train_images)
     return Images(name, train_images, train_labels, test_images, test_labels, tuple(class_names), mean, std,
                   flip if name == "folder" else row.flip, *more)
 
 
-def find_error(images, labels, class_names):
-    """What keeps images and labels from being trained on, or None."""
+def load_without_classes(name, root, image_size, num_workers, skip_corrupt, class_names, mean, std):
+    """The image files in a folder, at any depth, as test images that have no class, to be decoded as those of a data set are;
+    None if there is none.  They are read from disk; class_names, mean and std are those of a run."""
+    ignored, row = {}, DATASETS[name]
+    paths = list_images(root, ignored, nested=True)
+    if not paths:
+        return None
+    files = ImageFiles(paths, image_size, Workers(num_workers), row.resized_crop, skip_corrupt)
+    return Images(name, files[:0], torch.empty(0, dtype=torch.int64), files, torch.full((len(paths),), UNLABELED),
+                  tuple(class_names), mean, std, row.flip, test_files=tuple(paths), ignored=describe_ignored(ignored, root))
+
+
+def find_error(images, labels, class_names, least):
+    """What keeps images and labels, at least `least`, from being trained on, or None."""
     if isinstance(images, torch.Tensor) and (images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3
                                              or images.shape[2] != images.shape[3]):
         return f"its images are {images.dtype} of shape {tuple(images.shape)}: expected uint8 (N, 3, S, S)"
     if labels.dtype != torch.int64 or labels.shape != (len(images),):
         return f"{len(labels)} labels of type {labels.dtype} for {len(images)} images"
-    if len(odd := labels[(labels < 0) | (labels >= len(class_names))]):
+    if len(odd := labels[(labels < least) | (labels >= len(class_names))]):
         return f"the label {odd[0]} is not one of {len(class_names)} classes"
-    counts = torch.bincount(labels, minlength=len(class_names)).tolist()
+    counts = torch.bincount(labels[labels >= 0], minlength=len(class_names)).tolist()
     if 0 in counts:
         return f"no image of class {class_names[counts.index(0)]}"
     return None
@@ -180,6 +211,26 @@ def load_svhn(row, root, download):
     return *((data.data, np.array(data.labels, dtype=np.int64)) for data in (train, test)), [str(k) for k in range(10)]
 
 
+def load_stl10(row, root, download, image_size):
+    """5,000 training and 8,000 test images of 96x96 pixels, resized, and 100,000 training images without a class."""
+    source = getattr(import_module("torchvision.datasets"), row.source)
+    files = [(root / source.base_folder / name, md5) for name, md5 in source.train_list + source.test_list]
+    train, test = (fetch(files, source, root, download, split=split) for split in ("train+unlabeled", "test"))
+    names = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+    return *((resize(data.data, image_size), data.labels.astype(np.int64)) for data in (train, test)), names
+
+
+def resize(images, size):
+    """uint8 (N, 3, size, size), a tensor, of uint8 (N, 3, S, S), an array: bilinear and antialiased, as Pillow does it."""
+    resized = torch.empty((len(images), 3, size, size), dtype=torch.uint8)
+    for i in range(0, len(images), 1000):
+        pixels = torch.from_numpy(np.ascontiguousarray(images[i:i + 1000]))
+        if size != pixels.shape[-1]:
+            pixels = torch.nn.functional.interpolate(pixels.float(), size=size, mode="bilinear", antialias=True).round()
+        resized[i:i + 1000] = pixels
+    return resized
+
+
 def fetch(files, source, root, download, **kwargs):
     """A torchvision data set; files that are already there are used without a network.
 
@@ -201,4 +252,4 @@ def fetch(files, source, root, download, **kwargs):
         raise DataError(f"{root}: {error}") from None
 
 
-LOADERS = {"cifar": load_cifar, "svhn": load_svhn, "digits": load_digits, "folder": load_folder}
+LOADERS = {"cifar": load_cifar, "svhn": load_svhn, "stl10": load_stl10, "digits": load_digits, "folder": load_folder}

@@ -5,14 +5,13 @@ from datasets.sampling import generator
 from datasets.table import DataError
 
 
-def split_labels(train_labels, num_label, num_classes, seed, stream="split", exclude=()):
+def split_labels(train_labels, num_label, num_classes, seed, stream="split"):
     """A class-balanced choice of labeled images, from a generator of its own.
 
     Args:
         train_labels: (N,) class indices, an array or a tensor on the CPU.
         num_label: a multiple of num_classes, or N for all.
         num_classes, seed, stream: the same arguments always give the same split.
-        exclude: indices that are not chosen; a choice that would have missed them anyway stays what it was.
 
     Returns:
         labeled (num_label,) and unlabeled (N - num_label,) int64 indices, ascending, disjoint, together complete.
@@ -29,9 +28,8 @@ def split_labels(train_labels, num_label, num_classes, seed, stream="split", exc
     labeled = []
     for k in range(num_classes):
         members = rng.permutation(np.flatnonzero(labels == k))
-        members = members[~np.isin(members, exclude)]
         if len(members) < per_class:
-            left = np.bincount(np.delete(labels, list(exclude)), minlength=num_classes)
+            left = np.bincount(labels, minlength=num_classes)
             raise DataError(f"{num_label} labels need {per_class} images of class {k}, which has {len(members)}: "
                              f"use at most {num_classes * left.min()}")
         labeled.append(members[:per_class])
@@ -42,24 +40,27 @@ def split_labels(train_labels, num_label, num_classes, seed, stream="split", exc
 def split_training(train_labels, num_label, num_val, num_classes, seed, given=None):
     """Labeled and validation indices, both class-balanced and disjoint; the validation part is drawn first.
 
-    given: None, or the labeled indices, which need not be balanced but must name an image of every class.
+    train_labels: (N,) class indices of the training images that have a class.
+    num_label: None for all that are not validation images.
+    given: None, or the indices of all images whose label may be used, which need not be balanced; those that are not drawn
+        for validation are labeled, at least one of every class.
     Raises DataError for a list or for numbers that the labels do not allow.
     """
     labels = np.asarray(train_labels)
     if given is not None:
         if max(given) >= len(labels):
             raise DataError(f"argument --split: {max(given)} is not the index of one of {len(labels)} training images")
-        empty = np.flatnonzero(np.bincount(labels[given], minlength=num_classes) == 0)
-        if len(empty):
-            raise DataError(f"argument --split: it names no image of class {empty[0]}: add one")
-        validation = np.arange(0)
-        if num_val:
-            validation, _ = split_labels(labels, num_val, num_classes, seed, stream="validation", exclude=given)
-        return np.array(given, dtype=np.int64), validation
-    validation, rest = np.arange(0), np.arange(len(labels))
+    named = np.arange(len(labels)) if given is None else np.sort(given)
+    validation, rest = np.arange(0), named
     if num_val:
-        validation, rest = split_labels(labels, num_val, num_classes, seed, stream="validation")
-    labeled, _ = split_labels(labels[rest], num_label, num_classes, seed)
+        validation, rest = (named[part] for part in split_labels(labels[named], num_val, num_classes, seed, "validation"))
+    if given is not None:
+        empty = np.flatnonzero(np.bincount(labels[rest], minlength=num_classes) == 0)
+        if len(empty):
+            raise DataError(f"argument --split: it names no image of class {empty[0]}"
+                            + f" beside the {num_val} of --num-val" * bool(num_val) + ": add one")
+        return rest, validation
+    labeled, _ = split_labels(labels[rest], num_label or len(rest), num_classes, seed)
     return rest[labeled], validation
 
 

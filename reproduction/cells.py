@@ -37,6 +37,7 @@ class Cell(NamedTuple):
     test_freq: int = 400
     ramp: int | None = None         # steps of ramp of the consistency loss; None: as many as of warm-up
     macs: float = 731.4e6           # multiply-accumulate operations of one forward pass of one image
+    baseline: dict = {}             # what is otherwise for the row "neither": field -> value
     published: dict = {}            # row -> error rate in percent
 
     @property
@@ -64,8 +65,9 @@ CELLS = {
     **{f"cifar10-jpeg-{count}": Cell(f"CIFAR-10 (JPEG) at 16x16, {count:,} labels", (*JPEG, "--image-size", "16"), count,
                                      50_000, 11, **FEW) for count in (250, 500, 1000)},
     "imagenet": Cell("ImageNet, 10 % of the labels, top-1", ("--dataset", "imagenet", "--data-path", "data/imagenet",
-                                                             "--schedule", "cosine"), 128_000, 1_281_167, 1234,
+                                                             "--schedule", "cosine", "--sync-bn"), 128_000, 1_281_167, 1234,
                      "resnet18", 512, 1_351_200, (), 11_260, 2252, ramp=0, macs=1.82e9,
+                     baseline={"total_steps": 150_000, "warmup": 1250},     # as many epochs, of the labeled images
                      published={"neither": 53.65, "both": 44.87, "supervised": 29.15}),
     "digits": Cell("digits, 50 labels", ("--dataset", "digits"), 50, 1297, 1, "convsmall", 64, 800, (600, 700), 80, 100,
                    macs=2.85e6),
@@ -76,9 +78,15 @@ def scaled(count, scale):
     return max(1, round(count * scale))
 
 
+def cell_of(name, row):
+    """The cell as a row of the ablation trains it."""
+    cell = CELLS[name]
+    return cell._replace(**cell.baseline) if row == "neither" else cell
+
+
 def training_flags(name, row, seed, scale):
     """The flags of train_meta.py for one run of a cell; scale multiplies steps, milestones, warm-up and --test-freq."""
-    cell = CELLS[name]
+    cell = cell_of(name, row)
     steps = scaled(cell.total_steps, scale)
     return [*cell.flags, "--num-label", str(cell.num_train if row == "supervised" else cell.num_label), "-a", cell.arch,
             *ROWS[row].flags, "--batch-size", str(cell.batch_size), "--total-steps", str(steps),
@@ -90,7 +98,7 @@ def training_flags(name, row, seed, scale):
 
 def training_flop(name, row, scale):
     """Floating-point operations of the training steps of one run."""
-    cell = CELLS[name]
+    cell = cell_of(name, row)
     return 2 * cell.macs * cell.batch_size * ROWS[row].forward_passes * scaled(cell.total_steps, scale)
 
 

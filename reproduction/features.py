@@ -50,10 +50,10 @@ def plot(args):
     rows = []
     for i, (path, state) in enumerate(zip(args.checkpoint_path, saved)):
         labeled, validation = state["labeled"].numpy(), state["validation"].numpy()
-        check_split(labeled, validation, len(images.train_labels), path)
+        check_split(labeled, validation, images.num_train, path)
         check_index_file(args.index_path[i] if args.index_path else path.parent / "label_indices.txt", labeled, images,
                          required=bool(args.index_path))
-        unlabeled = np.setdiff1d(np.arange(len(images.train_labels)), np.concatenate([labeled, validation]))
+        unlabeled = np.setdiff1d(np.arange(images.num_train), np.concatenate([labeled, validation]))
         label = printable(args.row_label[i] if args.row_label else path.resolve().parent.name)
         rows.append({"label": label, "checkpoint": str(path), "step": state["step"], "arch": state["args"]["arch"],
                      **choose_points(args, labeled, unlabeled, len(images.test_labels))})
@@ -61,6 +61,8 @@ def plot(args):
     all_labels = np.concatenate([images.train_labels.numpy(), images.test_labels.numpy()])
     if images.ignored:
         print(f"ignored: {images.ignored}")
+    if count := len(images.train_labels) - images.num_train:
+        print(f"{count:,} images have no class: the figure and its measures leave them out")
     for row, path, state in zip(rows, args.checkpoint_path, saved):
         row["features"], row["predictions"], kept = cached_features(path, state, images, data, row, device)
         if len(kept) < len(row["sample"]):
@@ -113,7 +115,7 @@ def check_index_file(path, labeled, images, required):
     if not required and not path.exists():
         return
     indices = read_split(path)
-    count = len(images.train_labels)
+    count = images.num_train
     if max(indices, default=0) >= count:
         raise UsageError(f"argument --index-path: {path}: {max(indices)} is not an index below {count}")
     if sorted(indices) != sorted(labeled.tolist()):

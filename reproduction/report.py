@@ -4,7 +4,7 @@ import re
 import shlex
 import statistics
 
-from reproduction.cells import ABLATION, CELLS, ROWS, scaled, training_flags
+from reproduction.cells import ABLATION, CELLS, ROWS, cell_of, scaled, training_flags
 from utils.cli import UsageError
 from utils.run_folder import median_name
 
@@ -100,7 +100,8 @@ def cells_table(groups):
     for name, cell in CELLS.items():
         for row in cell.published:
             if (name, 1.0, row) not in groups:
-                rows.append([cell.title, ROWS[row].title, "1", str(cell.total_steps), "0", *("-" for _ in SELECTION_RULES),
+                steps = cell_of(name, row).total_steps
+                rows.append([cell.title, ROWS[row].title, "1", str(steps), "0", *("-" for _ in SELECTION_RULES),
                              published(name, row), "-", "not run", "-", "-", "-"])
     return markdown(["cell", "row", "scale", "steps", "n", *SELECTION_RULES.values(), "paper", "difference", "verdict",
                      "hours a run", "hardware", "commit"], rows)

@@ -98,6 +98,7 @@ TRAINING = [       # (flags, what the line must contain)
     (["--split", "none.txt"], ["--split", "none.txt cannot be read"]),
     (["--split", "file"], ["--split", "file names no image"]),
     (["--split", "pairs.txt"], ["--split", "'1,2' is not the index of an image"]),
+    (["--split", "names.txt", "--dataset", "cifar10"], ["--split", "names.txt names files, but cifar10 has none: write ind"]),
     (["--split", "twice.txt"], ["--split", "twice.txt names an image twice"]),
     (["--split", "three.txt", "--num-label", "4000"], ["--num-label", "4000", "three.txt has 3 lines: leave the flag out"]),
     (["--split", "pipe"], ["--split", "pipe is not a regular file"]),
@@ -172,7 +173,7 @@ def make_files(folder):
     """What the command lines speak of: files, a pipe, and folders that hold a run and a split that was changed."""
     os.mkfifo(folder / "pipe")
     for name, text in (("file", ""), ("net.py", "open('pwned', 'w')\nclass Net: pass\n"), ("pairs.txt", "1,2\nx y\n"),
-                       ("twice.txt", "1\n2\n1\n"), ("three.txt", "1\n2\n3\n")):
+                       ("twice.txt", "1\n2\n1\n"), ("three.txt", "1\n2\n3\n"), ("names.txt", "a/b.png\n")):
         (folder / name).write_text(text)
     (folder / "other").mkdir()
     (folder / "other" / "label_indices.txt").write_text("1\n")

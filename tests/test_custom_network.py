@@ -4,6 +4,7 @@ import json
 import py_compile
 import re
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -349,7 +350,7 @@ def test_a_checkpoint_never_runs_a_file_and_a_changed_file_is_refused(train, tmp
 # Splits
 
 def test_a_runs_own_list_trains_bit_for_bit_the_same_in_any_order_and_resumes(train, tmp_path):
-    flags = ["--num-val", "20", "--mix-up"]
+    flags = ["--mix-up"]
     assert train("a", *flags) == 0
     indices = (tmp_path / "a" / "label_indices.txt").read_text().split()
     (tmp_path / "list.txt").write_text("\n".join(reversed(indices)))
@@ -390,14 +391,54 @@ def test_a_list_need_not_be_balanced_but_must_fit_the_data(train, tmp_path, caps
     assert saved["labeled"].tolist() == sorted(uneven)
 
 
-def test_validation_images_are_never_among_those_of_the_list():
+def test_validation_images_are_drawn_from_those_of_the_list_because_no_other_label_is_known():
     labels = torch.arange(3).repeat_interleave(10)
-    given = [0, 1, 2, 3, 4, 5, 10, 20]
-    labeled, validation = split_training(labels, 8, 12, 3, seed=1, given=given)
-    assert labeled.tolist() == given and len(validation) == 12 and not set(validation) & set(given)
-    assert labels[validation].bincount().tolist() == [4, 4, 4]
-    with pytest.raises(DataError, match="need 5 images of class 0, which has 4: use at most 12"):
-        split_training(labels, 8, 15, 3, seed=1, given=given)
+    given = [3, 1, 2, 0, 4, 29, 10, 11, 20, 21]
+    labeled, validation = split_training(labels, None, 3, 3, seed=1, given=given)
+    assert sorted([*labeled, *validation]) == sorted(given) and labels[validation].bincount().tolist() == [1, 1, 1]
+    assert labeled.tolist() == sorted(labeled)
+    with pytest.raises(DataError, match="need 3 images of class 1, which has 2: use at most 6"):
+        split_training(labels, None, 9, 3, seed=1, given=given)
+    with pytest.raises(DataError, match="it names no image of class 1 beside the 6 of --num-val: add one"):
+        split_training(labels, None, 6, 3, seed=1, given=given)
+
+
+@pytest.mark.parametrize("memory", [1000, 2 ** 30])
+def test_a_list_of_file_names_with_or_without_class_numbers_is_that_of_their_indices(tmp_path, monkeypatch, capsys, memory):
+    monkeypatch.setattr("utils.state.memory_for_images", lambda device: memory)
+    root = make_folder(tmp_path / "images", classes=("ant", "sea bee"), count=4)
+    (root / "train" / "ant" / "01.png").rename(root / "train" / "ant" / "my 1.JPEG")         # after 00, 02 and 03
+    texts = {"indices": "6\n0\n3\n5\n", "names": "./sea bee/02.png\nant/00.png\n\nant/my 1.JPEG \nsea bee/01.png",
+             "published": "sea bee/02.png 1\nant/00.png 0\r\nant/my 1.JPEG\t17\nsea bee/01.png  1\n"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+        flags = [flag for flag in SHORT if flag not in ("--num-label", "50")]
+        flags += ["--dataset", "folder", "--data-path", str(root), "--image-size", "16", "--num-workers", "0", "--num-val", "2",
+                  "--split", str(tmp_path / f"{name}.txt"), "--save-path", str(tmp_path / name)]
+        assert train_meta.main([*flags, "--total-steps", "4"]) == 0
+        assert train_meta.main([*flags, "--resume"]) == 0
+        assert differing(tmp_path / "indices", tmp_path / name) == []
+    split = json.loads((tmp_path / "names" / "split.json").read_text())
+    labeled = [int(line) for line in (tmp_path / "names" / "label_indices.txt").read_text().split()]
+    assert sorted(labeled + split["validation"]) == [0, 3, 5, 6] and split["num_label"] == 2
+    assert json.loads((tmp_path / "names" / "args.json").read_text())["args"]["num_label"] == 2
+    (tmp_path / "published.txt").write_text("sea bee/02.png\nant/00.png\nant/my 1.JPEG\nsea bee/00.png\n")
+    with pytest.raises(SystemExit, match="2"):
+        train_meta.main([*flags, "--resume", "--total-steps", "9"])
+    assert "--split: " in (error := capsys.readouterr().err) and "is not the split of the run that --resume continues" in error
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("ant/00.png\nbee/9.png", "--split: there is no training image bee/9.png: write class/file"),
+    ("ant/00.png\n3\n", "--split: there is no training image 3"), ("ant/00.png 0\nant/00.png\n", "names an image twice"),
+    ("00.png\n", "'00.png' is not the index of an image nor class/file")])
+def test_a_list_of_names_that_are_not_there_is_refused(train, tmp_path, capsys, text, words):
+    root = make_folder(tmp_path / "images")
+    (tmp_path / "list.txt").write_text(text)
+    count = str(text.strip().count("\n") + 1)
+    assert train("a", "--split", str(tmp_path / "list.txt"), "--dataset", "folder", "--data-path", str(root), "--num-label",
+                 count) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 
 # The documents
@@ -419,7 +460,7 @@ def run_commands(title, *data):
             short = []
         else:
             short = ["--total-steps", "2", "--batch-size", "4", "--warmup", "1", *data,
-                     *([] if "--split" in words else ["--num-label", "6"])]
+                     *([] if "--split" in words or "photos-unlabeled" in words else ["--num-label", "6"])]
         main = {"train_meta.py": train_meta.main, "plot_features.py": plot_features.main}[script]
         assert main([*words, *short, "--num-workers", "0"]) == 0, words
     return len(commands)
@@ -433,9 +474,15 @@ def photos(tmp_path, monkeypatch):
 
 def test_the_documents_take_a_folder_of_images_to_a_trained_model(photos):
     (photos.parent / "labeled.txt").write_text("7\n0\n3\n")
-    assert run_commands("Your own images") == 4
+    make_folder(photos.parent / "photos-unlabeled")
+    make_folder(photos.parent / "photos-unlabeled" / "unlabeled")
+    make_folder(photos.parent / "new-photos")
+    (photos.parent / "new-photos" / "train").rename(photos.parent / "new-photos" / "more")
+    shutil.rmtree(photos.parent / "new-photos" / "test")
+    assert run_commands("Your own images") == 6
     results = photos.parent / "results"
     assert json.loads((results / "photos" / "results.json").read_text())["steps"] == 2
+    assert (results / "new-photos.csv").read_text().count("new-photos/more/ant/") == 6
     assert (results / "photos.csv").read_text().count("photos/test/bee/") == 6
     assert (results / "photos-figure" / "features.png").exists()
     assert (results / "photos-split" / "label_indices.txt").read_text() == "0\n3\n7\n"

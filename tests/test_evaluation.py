@@ -11,6 +11,7 @@ from test_datasets import make_folder
 import metasemi
 import train_meta
 from datasets import load_dataset
+from datasets.decoding import decode_file
 from models import build_model
 from utils.evaluation import report
 from utils.metrics import expected_calibration_error
@@ -110,6 +111,47 @@ def test_a_folder_of_the_users_own_names_its_files_and_classes(train, tmp_path, 
     (root / "test" / "ant").rename(root / "test" / "asp"), (root / "train" / "ant").rename(root / "train" / "asp")
     assert evaluate(tmp_path / "a" / "checkpoint.pth", "--data-path", root) == 2
     assert "has other classes than" in capsys.readouterr().err
+
+
+def test_images_without_classes_are_predicted_with_every_probability_and_no_accuracy(train, tmp_path, capsys):
+    root = make_folder(tmp_path / "images", classes=("=ant", "bee, or not"), count=4)
+    assert train("a", "--dataset", "folder", "--data-path", str(root), "--image-size", "16", "--num-label", "4") == 0
+    heap = (root / "test").rename(tmp_path / "heap")
+    (heap / "=ant" / "00.png").rename(heap / "flat.png"), (heap / "notes.txt").write_text("")
+    files = [str(path) for path in sorted(heap.rglob("*.png"), key=str)]
+    capsys.readouterr()
+    command = [tmp_path / "a" / "checkpoint.pth", "--data-path", heap, "--num-workers", "0"]
+    assert evaluate(*command, "--predictions", tmp_path / "p.csv") == 0
+    out = capsys.readouterr().out
+    assert f"{heap}: 8 images without a class" in out and "1 of another suffix ('notes.txt')" in out
+    assert not re.search(r"accuracy \d|error|confusion|%", out)
+    with open(tmp_path / "p.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["file", "predicted", "predicted_name", "'=ant", "bee, or not"]
+    assert [row["file"] for row in rows] == files
+    saved = torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)
+    model = build_model("convsmall", 2).eval()
+    model.load_state_dict(saved["model"])
+    for row in rows:
+        pixels = torch.from_numpy(decode_file(row["file"], 16).copy())[None]
+        with torch.no_grad():
+            p = model((pixels / 255 - saved["mean"].view(-1, 1, 1)) / saved["std"].view(-1, 1, 1)).softmax(dim=1)[0]
+        assert [float(row["'=ant"]), float(row["bee, or not"])] == pytest.approx(p.tolist(), abs=1e-5)
+        assert row["predicted_name"] == ("'=ant", "bee, or not")[int(row["predicted"])] and int(row["predicted"]) == p.argmax()
+    assert evaluate(*command) == 2 and "heap/train is not a folder" in capsys.readouterr().err
+    (heap / "flat.png").write_bytes(b"broken")
+    assert evaluate(*command, "--predictions", tmp_path / "p.csv") == 2 and "flat.png cannot" in capsys.readouterr().err
+    assert evaluate(*command, "--predictions", tmp_path / "p.csv", "--skip-corrupt") == 0
+    assert "over 7 of 8 images" in capsys.readouterr().out and (tmp_path / "p.csv").read_text().count("\n") == 8
+    (heap / "test").mkdir()
+    assert evaluate(*command, "--predictions", tmp_path / "p.csv") == 2 and "heap/train is not" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_data_set_predicts_a_folder_too(run, tmp_path, capsys):
+    make_folder(tmp_path / "heap", count=1)
+    assert evaluate(run / "checkpoint.pth", "--data-path", tmp_path / "heap", "--predictions", tmp_path / "p.csv") == 0
+    assert "4 images without a class" in capsys.readouterr().out
+    assert (tmp_path / "p.csv").read_text().splitlines()[0] == "file,predicted,predicted_name,0,1,2,3,4,5,6,7,8,9"
 
 
 def test_a_name_is_no_formula_in_the_predictions_and_no_escape_sequence_on_the_terminal(train, tmp_path, monkeypatch, capsys):

@@ -398,9 +398,13 @@ def test_imagenet_is_a_plan_with_its_cost_of_the_recipe_in_the_documents(capsys)
     assert reproduce.main(["imagenet", "--seeds", "2"]) == 0
     out = capsys.readouterr().out
     assert "| both (MetaSemi) | 3e+19 | 30.4 | 3.8 |" in out            # 2 * 1.82e9 * 512 * 12 * 1351200 / 276.5e12 / 3600
+    assert "| neither (supervised baseline) | 8.4e+17 | 0.8 | 0.1 |" in out         # 2 * 1.82e9 * 512 * 3 * 150000
     planned = [flags_of(line) for line in out.splitlines() if line.startswith("torchrun")]
     recipe = flags_of(re.search(r"python3 (train_meta.py --dataset imagenet .*)", (ROOT / "docs" / "usage.md").read_text())[1])
     free = ("data_path", "save_path", "resume", "precision", "print_freq", "test_freq", "seed", "num_workers")
+    assert [(flags["total_steps"], flags["warmup"]) for flags in planned[::2]] == [
+        (600 * 128_000 // 512, 5 * 128_000 // 512), (1_351_200, 11_260), (1_351_200, 11_260)]
+    assert all(flags["sync_bn"] for flags in planned)
     assert len(planned) == 6 and {k: v for k, v in recipe.items() if k not in free} in [
         {k: v for k, v in flags.items() if k not in free} for flags in planned]
 

@@ -1,10 +1,13 @@
 """How well a network does: in the course of a run, and of a finished one for `train_meta.py --evaluate`."""
 import csv
 import io
+from pathlib import Path
 
 import torch
 
 from datasets import DATASETS, DataError, normalized_batches
+from datasets.loading import load_without_classes
+from datasets.table import is_under
 from models import dry_run
 from utils import checkpoint, metrics
 from utils.cli import UsageError, option
@@ -111,9 +114,10 @@ def evaluate_file(args):
     dtype = set_precision(flags["precision"], device)
     if slow := slow_precision(flags["precision"], device):
         print(slow)
-    images = load_data(flags, device, saved, path, download=bool(args.data_path) or not trained)
+    without_classes = find_images(args, flags, saved)
+    images = without_classes or load_data(flags, device, saved, path, download=bool(args.data_path) or not trained)
     others = []                         # names of what is not as in the run
-    if trained:
+    if trained and not without_classes:
         if list(images.class_names) != saved["class_names"]:
             raise DataError(f"argument --data-path: {flags['data_path']} has other classes than {path} was trained on")
         others = [name for name in differing(images.digest, data_of(saved)) if "test" in name]
@@ -126,26 +130,45 @@ def evaluate_file(args):
     batches = normalized_batches(images.test_images, torch.arange(count), images.mean, images.std, device)
     try:
         with network_failures(flags["arch"]):
-            predicted, confidence, index = predict(model, batches, dtype)
+            predicted, probabilities, index = predict(model, batches, dtype)
     except Diverged as error:
         raise CheckpointError(f"{source}: {error}") from None
 
     names = [printable(name) for name in images.class_names]
     step = f" of step {saved['step']}" if trained else ", a state dict"
     print("\n".join([*warned, printable(f"{path}{step}: {flags['arch']} on {device.type}, {flags['precision']}")]))
-    print(printable(f"test set of {flags['dataset']}" + (f" under {flags['data_path']}" if images.test_files else "")
-                    + f": {count:,} images, {len(names)} classes"
-                    + (f"; not what the run was tested on: the {', '.join(others)} differ" if others else "")))
+    if without_classes:
+        print(printable(f"{flags['data_path']}: {count:,} images without a class, of which no accuracy can be told"))
+    else:
+        print(printable(f"test set of {flags['dataset']}" + (f" under {flags['data_path']}" if images.test_files else "")
+                        + f": {count:,} images, {len(names)} classes"
+                        + (f"; not what the run was tested on: the {', '.join(others)} differ" if others else "")))
     if images.ignored:
         print(printable(f"ignored: {images.ignored}"))
     if len(index) < count:
         print("\n".join(map(printable, images.skipped())))
         print(f"the following is over {len(index):,} of {count:,} images: the others cannot be read")
-    print("\n".join(report(images.test_labels[index], predicted, confidence, names)))
+    confidence = probabilities.gather(1, predicted[:, None])[:, 0]
+    if not without_classes:
+        print("\n".join(report(images.test_labels[index], predicted, confidence, names)))
     if args.predictions:
-        write_predictions(args.predictions, images, index, predicted, confidence)
+        if without_classes:
+            rows = rows_without_classes(images, index, predicted, probabilities)
+        else:
+            rows = rows_with_classes(images, index, predicted, confidence)
+        write_predictions(args.predictions, rows)
         print(printable(f"{args.predictions}: {len(predicted):,} predictions"))
     return 0
+
+
+def find_images(args, flags, saved):
+    """The images to predict of a folder without classes, or None for a data set: --data-path names a folder, --predictions is
+    given, and nothing of the data set of the checkpoint lies in there, but images do."""
+    root = Path(flags["data_path"])
+    if not ("args" in saved and args.predictions and args.data_path and root.is_dir()) or is_under(flags["dataset"], root):
+        return None
+    return load_without_classes(flags["dataset"], root, saved["image_size"], flags["num_workers"], flags["skip_corrupt"],
+                                saved["class_names"], saved["mean"], saved["std"])
 
 
 def evaluation_flags(args, saved):
@@ -190,21 +213,32 @@ def report(labels, predicted, confidence, names):
                 yield f"{wrong[i]:6}  {names[i // len(names)]} taken for {names[i % len(names)]}"
 
 
-def write_predictions(path, images, index, predicted, confidence):
-    """A row for each test image, index (N,): index, file (of a folder), label, predicted, confidence in [0, 1], both names.
+def rows_with_classes(images, index, predicted, confidence):
+    """A row for each test image, index (N,): index, file (of a folder), label, predicted, confidence in [0, 1], both names."""
+    yield ["index", "file", "label", "predicted", "confidence", "label_name", "predicted_name"]
+    columns = index, images.test_labels[index], predicted, confidence
+    for i, label, guess, sure in zip(*(column.tolist() for column in columns)):
+        file = images.test_files[i] if images.test_files else ""
+        yield [i, file, label, guess, sure, images.class_names[label], images.class_names[guess]]
 
-    A name that a spreadsheet would take for a formula has an apostrophe before it.
-    """
-    def cell(name):
-        return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
+
+def rows_without_classes(images, index, predicted, probabilities):
+    """A row for each image, index (N,): file, predicted, its name, and the probability in [0, 1] of each class."""
+    yield ["file", "predicted", "predicted_name", *images.class_names]
+    for i, guess, row in zip(index.tolist(), predicted.tolist(), probabilities):
+        yield [images.test_files[i], guess, images.class_names[guess], *row.tolist()]
+
+
+def write_predictions(path, rows):
+    """A CSV file of rows of texts and numbers.  A text that a spreadsheet would take for a formula has an apostrophe before
+    it."""
+    def cell(value):
+        if isinstance(value, float):
+            return f"{value:.9g}"
+        return f"'{value}" if str(value).startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["index", "file", "label", "predicted", "confidence", "label_name", "predicted_name"])
-    columns = index, images.test_labels[index], predicted, confidence
-    for i, label, guess, sure in zip(*(column.tolist() for column in columns)):
-        names = images.test_files[i] if images.test_files else "", images.class_names[label], images.class_names[guess]
-        file, label_name, predicted_name = map(cell, names)
-        table.writerow([i, file, label, guess, f"{sure:.9g}", label_name, predicted_name])
+    table.writerows(map(cell, row) for row in rows)
     with replacing(path) as out:
         out.write(text.getvalue().encode(errors="surrogateescape"))

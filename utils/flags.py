@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from datasets import DATASETS
+from datasets import DATASETS, has_unlabeled
 from datasets.splits import check_num_label
 from models import NETWORKS, check_network
 from utils import cli
@@ -72,14 +72,17 @@ def add_data_flags(data):
     flag(data, "--data-path", roles={CHECKPOINT, RESUME, PROCESS}, default=Path("./data"), type=path, metavar="DIR",
          help="where its files lie or are downloaded to (default: ./data)")
     flag(data, "--num-label", default=4000, type=COUNT, metavar="N",
-         help="labeled images, class-balanced; as many as there are training images: all (default: %(default)s)")
+         help="labeled images, class-balanced; as many as there are training images: all (default: %(default)s; all if there "
+              "are images without a class)")
     flag(data, "--split", roles={PROCESS}, type=path, metavar="FILE",
-         help="instead of a choice by the seed: the labeled images, an index a line as in label_indices.txt")
+         help="instead of a choice by the seed: the images that have a label, one a line, an index as in label_indices.txt or "
+              "class/file under the training folder; no other label is used, not even by --num-val")
     flag(data, "--num-val", default=0, type=number(int, low=0), metavar="N",
          help="training images held out to select model_best.pth; 0: the test set selects (default: 0)")
     flag(data, "--include-labeled", action="store_true", help="put the labeled images in the unlabeled set too")
     flag(data, "--image-size", roles={CHECKPOINT}, type=number(int, low=16, high=1024), metavar="PIXELS",
-         help="--dataset folder and imagenet: images become squares of this size (default: 32; imagenet: 224)")
+         help="--dataset folder, imagenet and stl10: images become squares of this size (default: 32; imagenet: 224; "
+              "stl10: 96)")
     flag(data, "--flip", action="store_true", help="--dataset folder: random horizontal flips in training")
     flag(data, "--num-workers", roles={EVALUATE, RESUME, PROCESS}, default=4, type=number(int, low=0, high=256), metavar="N",
          help="--dataset folder and imagenet: processes that decode images (default: %(default)s)")
@@ -161,7 +164,7 @@ def add_bookkeeping_flags(run):
          help="train nothing: measure this checkpoint, or state dict, on the test set; a checkpoint knows its "
               "network and data, a state dict takes --dataset and --arch from the command line")
     flag(run, "--predictions", roles={COMMAND, EVALUATE}, type=path, metavar="FILE.csv",
-         help="--evaluate: write the prediction for each image")
+         help="--evaluate: write the prediction for each image; those in a --data-path without classes are predicted, too")
 
 
 @cache
@@ -199,6 +202,8 @@ def parse_training(argv, fail=cli.fail):
             return resolved(given, {**defaults, **dict.fromkeys(with_role(CHECKPOINT))})
         earlier = flags_to_resume(given)
         args = resolved(given, {**defaults, **earlier})
+        if "num_label" not in args.given | earlier.keys() and has_unlabeled(args.dataset, args.data_path):
+            args.num_label = None       # all of them, once they are counted
         check_effect(parser, given, args)
         check_counts(args, size)
         args.image_size = args.image_size or DATASETS[args.dataset].image_size
@@ -216,12 +221,14 @@ def resolved(given, otherwise):
 
 
 def read_given_files(args):
-    """Reads what the command line names: `args.labeled` becomes the indices of --split, or None, and `args.arch_sha256` the
-    sum of a custom network, which is not executed.  Raises UsageError or NetworkError."""
+    """Reads what the command line names: `args.labeled` becomes the images of --split, as `read_given_split` returns them, or
+    None, and `args.arch_sha256` the sum of a custom network, which is not executed.  Raises UsageError or NetworkError."""
     args.labeled = None
     if "split" in args.given:
         args.labeled = read_given_split(args.split, args.num_label if "num_label" in args.given else None)
-        args.num_label = len(args.labeled)
+        args.num_label = len(args.labeled) - args.num_val
+        if isinstance(args.labeled[0], str) and not DATASETS[args.dataset].folders:
+            raise UsageError(f"argument --split: {args.split} names files, but {args.dataset} has none: write indices")
     if args.arch and (sha256 := check_network(args.arch)):
         args.arch_sha256 = sha256
 
@@ -268,7 +275,7 @@ def check_effect(parser, given, args):
             (args.meta_gradient != "jvp", f"--meta-gradient {args.meta_gradient}", ("compile",)),
             (args.meta_gradient == "unrolled", "--meta-gradient unrolled", ("epsilon",)),
             (args.schedule == "cosine", "--schedule cosine", ("milestones", "gamma")),
-            (not dataset.folders, f"--dataset {args.dataset}", ("image_size", "skip_corrupt")),
+            (not dataset.folders, f"--dataset {args.dataset}", (*["image_size"] * (not dataset.resized), "skip_corrupt")),
             (not dataset.folders or dataset.flip, f"--dataset {args.dataset}", ("flip",))):
         if applies:
             refuse_idle(parser, given, choice, names)

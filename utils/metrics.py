@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from datasets.table import DataError
+from datasets.table import UNLABELED, DataError
 from metasemi.step import accuracy
 
 NO_IMAGE = "not one of the images to evaluate can be read: give readable ones"
@@ -14,34 +14,40 @@ NO_IMAGE = "not one of the images to evaluate can be read: give readable ones"
 class Meter:
     """Means of training scalars since the last `read`, summed on the device: only `read` and `check` wait for it.
 
+    A scalar that is NaN, the accuracy on images none of which has a class, is left out of its mean.
     It also remembers, on the device, the last step that was finite and its loss.
     """
 
     def __init__(self):
-        self.names, self.total, self.count = None, None, 0
+        self.names = self.total = self.count = None
         self.finite = self.last_loss = self.last_step = None
 
     def add_step(self, step, result, y_u):
-        """result: what `training_step` returns.  y_u: (B,) labels of the unlabeled images, or None without any."""
+        """result: what `training_step` returns.  y_u: (B,) labels of the unlabeled images, or UNLABELED; None without any.
+
+        Accuracies are over the images that have a class.
+        """
         scalars = {"loss": result.loss, **result.telemetry}
         if result.y_tilde is not None:
-            scalars["unlabel-acc"] = accuracy(result.y_tilde, y_u)
+            known = (y_u != UNLABELED).float().mean()
+            scalars["unlabel-acc"] = accuracy(result.y_tilde, y_u) / known
         if result.y_hat is not None and result.y_hat is not result.y_tilde:
-            scalars["pseudo-acc"] = accuracy(result.y_hat, y_u)
+            scalars["pseudo-acc"] = accuracy(result.y_hat, y_u) / known
         self.add(step, result.finite, scalars)
 
     def add(self, step, finite, scalars):
         """finite: () bool tensor.  scalars: name -> () tensor, the same names at every step, "loss" among them."""
         loss, values = scalars["loss"], torch.stack(list(scalars.values()))
         if self.names is None:
-            self.names, self.total = list(scalars), torch.zeros_like(values)
+            self.names, self.total, self.count = list(scalars), torch.zeros_like(values), torch.zeros_like(values)
             self.finite = finite
             self.last_loss, self.last_step = torch.full_like(loss, torch.nan), torch.full_like(loss, step - 1)
         self.finite = self.finite & finite
         self.last_loss = torch.where(self.finite, loss, self.last_loss)
         self.last_step = torch.where(self.finite, step, self.last_step)
-        self.total += values
-        self.count += 1
+        known = ~values.isnan()
+        self.total += values.where(known, 0)
+        self.count += known
 
     def check(self):
         """Raises Diverged if any step so far was not finite."""
@@ -52,11 +58,13 @@ class Meter:
                               else "none was finite before"))
 
     def read(self, all_reduce_mean):
-        """name -> mean since the last read; all_reduce_mean: a list of tensors to their means over the processes."""
-        means = dict(zip(self.names, all_reduce_mean([self.total / self.count])[0].tolist()))
+        """name -> mean since the last read, of those that have one; all_reduce_mean: a list of tensors to their means over
+        the processes."""
+        total, count = all_reduce_mean([self.total, self.count])
+        means = dict(zip(self.names, (total / count).tolist()))
         self.total.zero_()
-        self.count = 0
-        return means
+        self.count.zero_()
+        return {name: mean for name, mean in means.items() if mean == mean}
 
 
 class Timer:
@@ -151,13 +159,13 @@ def evaluate(model, batches, dtype=None, stop=lambda: False, all_reduce_sum=None
 
 @torch.no_grad()
 def predict(model, batches, dtype=None):
-    """Predicted classes (N,) int64, their probabilities (N,) float32 and all y, on the CPU, over the batches (x, y).
+    """Predicted classes (N,) int64, probabilities (N, K) float32 and all y, on the CPU, over the batches (x, y).
 
     In evaluation mode, and with the same batches as in `evaluate` the same predictions.  Raises DataError if there is no
     image, and Diverged as `evaluate` does.
     """
     model.eval()
-    predicted, confidence, targets, broken = [], [], [], []
+    predicted, probabilities, targets, broken = [], [], [], []
     for x, y in batches:
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
             logits = model(x)
@@ -166,12 +174,12 @@ def predict(model, batches, dtype=None):
         targets.append(y)
         broken.append(count_broken(logits))
         predicted.append(logits.argmax(dim=1))
-        confidence.append(logits.float().softmax(dim=1).gather(1, predicted[-1][:, None])[:, 0])
+        probabilities.append(logits.float().softmax(dim=1).cpu())
     if not predicted:
         raise DataError(NO_IMAGE)
     predicted = torch.cat(predicted).cpu()
     check_logits(sum(broken).item(), len(predicted))
-    return predicted, torch.cat(confidence).cpu(), torch.cat(targets).cpu()
+    return predicted, torch.cat(probabilities), torch.cat(targets).cpu()
 
 
 def expected_calibration_error(confidence, correct, bins=15):

@@ -5,6 +5,8 @@ Every function raises UsageError, which names the file, for one that is missing,
 import hashlib
 import json
 import math
+import os
+import re
 
 from utils.cli import UsageError
 from utils.files import ARGS, METRICS, RESULTS, SPLIT
@@ -46,9 +48,10 @@ def read_metrics(folder):
     return records
 
 
-def read_split(path):
+def read_split(path, names=False):
     """The indices in a label_indices.txt, a list of ints; checked against the split.json beside it, if there is one.
 
+    names: whether it may be a list of file names instead, a list of str: "class/file", with or without a number behind it.
     Raises UsageError, which names the file, for anything that is not a list of different indices, one a line.
     """
     if path.exists() and not path.is_file():
@@ -57,11 +60,16 @@ def read_split(path):
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read ({error})") from None
-    lines = text.split()
-    for line in lines:
-        if not (line.isascii() and line.isdigit() and len(line) < 16):
-            raise UsageError(f"{path}: {line[:40]!r} is not the index of an image")
-    if len(set(map(int, lines))) < len(lines):
+    entries = text.split()
+    odd = next((word for word in entries if not (word.isascii() and word.isdigit() and len(word) < 16)), None)
+    if odd is None:
+        entries = [int(word) for word in entries]
+    elif names and "/" in text:
+        # The number that published lists have behind a name is that of its class, which the folder says, too.
+        entries = [os.path.normpath(re.sub(r"\s+\d+$", "", line.strip())) for line in text.splitlines() if line.strip()]
+    else:
+        raise UsageError(f"{path}: {odd[:40]!r} is not the index of an image" + " nor class/file" * names)
+    if len(set(entries)) < len(entries):
         raise UsageError(f"{path} names an image twice")
     split = path.with_name(SPLIT)
     if split.exists():
@@ -71,20 +79,20 @@ def read_split(path):
             raise UsageError(f"{split} is damaged: restore it or remove it") from None
         if expected != hashlib.sha256(text.encode()).hexdigest():
             raise UsageError(f"{path} is not the split whose SHA-256 is in {split.name}: restore it")
-    return [int(line) for line in lines]
+    return entries
 
 
 def read_given_split(path, num_label=None):
-    """The indices of --split, ascending, a list of ints.
+    """The indices of --split, ascending, a list of ints, or the names of files, of str.
 
     Raises UsageError as `read_split` does, for no index at all, and if num_label is another number.
     """
     try:
-        indices = sorted(read_split(path))
+        indices = sorted(read_split(path, names=True))
     except UsageError as error:
         raise UsageError(f"argument --split: {error}") from None
     if not indices:
-        raise UsageError(f"argument --split: {path} names no image: write one index a line")
+        raise UsageError(f"argument --split: {path} names no image: write one a line")
     if num_label not in (None, len(indices)):
         raise UsageError(f"argument --num-label: {num_label}, but --split {path} has {len(indices)} lines: leave the flag out")
     return indices

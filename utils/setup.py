@@ -12,7 +12,7 @@ from models.synchronized import synchronize_batch_norm
 from utils.device import fingerprint, slow_precision
 from utils.flags import cut_short
 from utils.run_folder import git_commit
-from utils.state import check_same_data, load_data
+from utils.state import check_same_data, check_same_split, load_data
 
 
 def prepare_data(args, world, device, saved, source, interrupt):
@@ -23,11 +23,15 @@ def prepare_data(args, world, device, saved, source, interrupt):
     with world.local_first():           # it may download
         images = load_data(vars(args), device, saved, source, stop=interrupt)
     data = images.digest
+    if args.labeled and isinstance(args.labeled[0], str):
+        args.labeled = images.indices_of(args.labeled)
     if saved is None:
-        labeled, validation = split_training(images.train_labels, args.num_label, args.num_val, images.num_classes, args.seed,
-                                             args.labeled)
+        labeled, validation = split_training(images.train_labels[:images.num_train], args.num_label, args.num_val,
+                                             images.num_classes, args.seed, args.labeled)
+        args.num_label = len(labeled)
     else:
         check_same_data(data, saved, "the run that --resume continues", args.data_path)
+        check_same_split(args, saved)
         labeled, validation = saved["labeled"].numpy(), saved["validation"].numpy()
     images = images.to(device)
     world.check_same({**data, "labeled images": labeled.tolist(), "validation images": validation.tolist()})
@@ -63,6 +67,8 @@ def describe_run(args, state, images, unlabeled, device, warned):
     """The first lines of the log: data, network, device, and warnings."""
     yield (f"{images.describe()}; {len(state.labeled)} labeled" + ("" if unlabeled is None else f", {len(unlabeled)} unlabeled")
            + (f", {len(state.validation)} for validation" if len(state.validation) else ""))
+    if count := len(images.train_labels) - images.num_train:
+        yield f"{count:,} images have no class: validation, unlabel-acc and pseudo-acc leave them out"
     yield (f"{args.arch}, {sum(w.numel() for w in state.model.parameters()):,} parameters, {state.sessions[-1]['device']}"
            + (" (no CUDA device is visible)" if args.device == "auto" and device.type == "cpu" else ""))
     if images.source:

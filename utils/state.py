@@ -194,7 +194,7 @@ def load_data(flags, device, saved=None, source="", **options):
                           flags["num_workers"], memory=memory_for_images(device), skip_corrupt=flags["skip_corrupt"],
                           statistics=(saved["mean"], saved["std"]) if saved and "mean" in saved else None, **options)
     if saved and "labeled" in saved:
-        check_split(saved["labeled"].numpy(), saved["validation"].numpy(), len(images.train_labels), source)
+        check_split(saved["labeled"].numpy(), saved["validation"].numpy(), images.num_train, source)
     return images
 
 
@@ -238,6 +238,13 @@ def data_of(saved):
     """The digest of the data of a checkpoint; one of an earlier version has only a part of it."""
     return {"class names": "/".join(map(str, saved["class_names"])), "training labels": saved["labels_sha256"],
             **saved.get("data", {})}
+
+
+def check_same_split(args, saved):
+    """Refuses indices of --split that are not those of the checkpoint `saved`; names are not compared."""
+    then = sorted(saved["labeled"].tolist() + saved["validation"].tolist())
+    if args.labeled and args.labeled != then and not isinstance(args.labeled[0], str):
+        raise UsageError(f"argument --split: {args.split} is not the split of the run that --resume continues")
 
 
 def check_same_data(data, saved, source, path):
