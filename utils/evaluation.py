@@ -14,7 +14,7 @@ from utils.cli import UsageError, option
 from utils.device import choose_device, set_precision, slow_precision
 from utils.failure import network_failures
 from utils.files import printable, replacing
-from utils.flags import CHECKPOINT, declared, with_role
+from utils.flags import FROM_CHECKPOINT, declared, with_role
 from utils.metrics import Diverged, expected_calibration_error, predict
 from utils.records import differing
 from utils.state import CheckpointError, data_of, load_data, load_model
@@ -177,7 +177,7 @@ def evaluation_flags(args, saved):
     if then:
         checkpoint.check_arch(then, path, {args.arch: getattr(args, "arch_sha256", None)} if args.arch else {})
     flags = {"num_workers": args.num_workers, "skip_corrupt": args.skip_corrupt or then.get("skip_corrupt", False)}
-    for name in with_role(CHECKPOINT):
+    for name in with_role(FROM_CHECKPOINT):
         given = getattr(args, name)
         if name in ("dataset", "image_size") and then and given not in (None, then.get(name)):
             raise UsageError(f"argument {option(name)}: {given}, but {path} was trained with {then.get(name)}: leave it out")

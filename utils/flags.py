@@ -18,9 +18,9 @@ from utils.records import read_flags, read_given_split
 
 COMMAND = "belongs to one command, not to the run"
 RESUME = "may change when a run is resumed"
-PROCESS = "may differ between the processes of a run: a machine's own"
+PER_PROCESS = "may differ between the processes of a run: a machine's own"
 EVALUATE = "is used by --evaluate"
-CHECKPOINT = "is used by --evaluate, which takes it from the checkpoint unless it is given"
+FROM_CHECKPOINT = "is used by --evaluate, which takes it from the checkpoint unless it is given"
 COUNT, POSITIVE = number(int, low=1), number(float, above=0)
 
 
@@ -68,30 +68,31 @@ def training_parser():
 
 
 def add_data_flags(data):
-    flag(data, "--dataset", roles={CHECKPOINT}, choices=DATASETS, default="cifar10", help="data set (default: %(default)s)")
-    flag(data, "--data-path", roles={CHECKPOINT, RESUME, PROCESS}, default=Path("./data"), type=path, metavar="DIR",
+    flag(data, "--dataset", roles={FROM_CHECKPOINT}, choices=DATASETS, default="cifar10",
+         help="data set (default: %(default)s)")
+    flag(data, "--data-path", roles={FROM_CHECKPOINT, RESUME, PER_PROCESS}, default=Path("./data"), type=path, metavar="DIR",
          help="where its files lie or are downloaded to (default: ./data)")
     flag(data, "--num-label", default=4000, type=COUNT, metavar="N",
          help="labeled images, class-balanced; as many as there are training images: all (default: %(default)s; all if there "
               "are images without a class)")
-    flag(data, "--split", roles={PROCESS}, type=path, metavar="FILE",
+    flag(data, "--split", roles={PER_PROCESS}, type=path, metavar="FILE",
          help="instead of a choice by the seed: the images that have a label, one a line, an index as in label_indices.txt or "
               "class/file under the training folder; no other label is used, not even by --num-val")
     flag(data, "--num-val", default=0, type=number(int, low=0), metavar="N",
          help="training images held out to select model_best.pth; 0: the test set selects (default: 0)")
     flag(data, "--include-labeled", action="store_true", help="put the labeled images in the unlabeled set too")
-    flag(data, "--image-size", roles={CHECKPOINT}, type=number(int, low=16, high=1024), metavar="PIXELS",
+    flag(data, "--image-size", roles={FROM_CHECKPOINT}, type=number(int, low=16, high=1024), metavar="PIXELS",
          help="--dataset folder, imagenet and stl10: images become squares of this size (default: 32; imagenet: 224; "
               "stl10: 96)")
     flag(data, "--flip", action="store_true", help="--dataset folder: random horizontal flips in training")
-    flag(data, "--num-workers", roles={EVALUATE, RESUME, PROCESS}, default=4, type=number(int, low=0, high=256), metavar="N",
-         help="--dataset folder and imagenet: processes that decode images (default: %(default)s)")
+    flag(data, "--num-workers", roles={EVALUATE, RESUME, PER_PROCESS}, default=4, type=number(int, low=0, high=256),
+         metavar="N", help="--dataset folder and imagenet: processes that decode images (default: %(default)s)")
     flag(data, "--skip-corrupt", roles={EVALUATE, RESUME}, action="store_true",
          help="--dataset folder and imagenet: put the next readable image in the place of one that cannot be read")
 
 
 def add_method_flags(method):
-    flag(method, "-a", "--architecture", "--arch", dest="arch", roles={CHECKPOINT}, type=network, default="convlarge",
+    flag(method, "-a", "--architecture", "--arch", dest="arch", roles={FROM_CHECKPOINT}, type=network, default="convlarge",
          metavar="NETWORK",
          help=f"{', '.join(NETWORKS)}, or FILE:CLASS in a file of your own, which is executed, and never "
               "because a checkpoint names it (default: %(default)s)")
@@ -140,7 +141,8 @@ def add_optimization_flags(optimization):
          help="of the split, the order, the augmentation and the weights (default: %(default)s)")
     flag(optimization, "--device", roles={EVALUATE, RESUME}, choices=("auto", "cpu", "cuda"), default="auto",
          help="auto: CUDA if there is one")
-    flag(optimization, "--precision", roles={CHECKPOINT, RESUME}, choices=("float32", "tf32", "bfloat16"), default="float32",
+    flag(optimization, "--precision", roles={FROM_CHECKPOINT, RESUME}, choices=("float32", "tf32", "bfloat16"),
+         default="float32",
          help="of the network's arithmetic; weights, losses and batch statistics stay float32 "
               "(default: %(default)s)")
     flag(optimization, "--gpu", roles={COMMAND}, type=no_gpu, help=argparse.SUPPRESS)
@@ -197,9 +199,9 @@ def parse_training(argv, fail=cli.fail):
         if given.evaluate:
             if size > 1:
                 parser.error("argument --evaluate: it takes one process: leave out torchrun")
-            idle = defaults.keys() - with_role(EVALUATE) - with_role(CHECKPOINT)
+            idle = defaults.keys() - with_role(EVALUATE) - with_role(FROM_CHECKPOINT)
             refuse_idle(parser, given, "--evaluate, which trains nothing", [name for name in defaults if name in idle])
-            return resolved(given, {**defaults, **dict.fromkeys(with_role(CHECKPOINT))})
+            return resolved(given, {**defaults, **dict.fromkeys(with_role(FROM_CHECKPOINT))})
         earlier = flags_to_resume(given)
         args = resolved(given, {**defaults, **earlier})
         if "num_label" not in args.given | earlier.keys() and has_unlabeled(args.dataset, args.data_path):
@@ -311,7 +313,7 @@ def experiment(args):
 
 def common_facts(args):
     """What the processes of a run must have in common before any data are loaded: its flags and versions."""
-    return {**{name: value for name, value in experiment(args).items() if name not in with_role(PROCESS)},
+    return {**{name: value for name, value in experiment(args).items() if name not in with_role(PER_PROCESS)},
             **{package: version(package) for package in ("torch", "torchvision", "numpy", "pillow")}}
 
 
