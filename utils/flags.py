@@ -4,6 +4,7 @@ A flag without a role defines the experiment: it must be the same in all parts o
 Nothing here loads torch.
 """
 import argparse
+import hashlib
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -96,6 +97,9 @@ def add_method_flags(method):
          metavar="NETWORK",
          help=f"{', '.join(NETWORKS)}, or FILE:CLASS in a file of your own, which is executed, and never "
               "because a checkpoint names it (default: %(default)s)")
+    flag(method, "--init", roles={PER_PROCESS}, type=path, metavar="FILE",
+         help="start from the weights in this state dict, or checkpoint; those of torchvision fit resnet18 and resnet50, whose "
+              "last layer starts at random for another number of classes (default: random weights)")
     flag(method, "--mix-up", action="store_true", help="mix labeled and unlabeled images (lines 9-12 of Algorithm 2)")
     flag(method, "--alpha", default=1.0, type=POSITIVE, metavar="GAMMA",
          help="the paper's gamma: mix-up weights ~ Beta(gamma, gamma) (default: %(default)s)")
@@ -224,7 +228,10 @@ def resolved(given, otherwise):
 
 def read_given_files(args):
     """Reads what the command line names: `args.labeled` becomes the images of --split, as `read_given_split` returns them, or
-    None, and `args.arch_sha256` the sum of a custom network, which is not executed.  Raises UsageError or NetworkError."""
+    None, `args.arch_sha256` the sum of a custom network, which is not executed, and `args.init_sha256` that of --init.
+
+    Raises UsageError or NetworkError.
+    """
     args.labeled = None
     if "split" in args.given:
         args.labeled = read_given_split(args.split, args.num_label if "num_label" in args.given else None)
@@ -233,6 +240,19 @@ def read_given_files(args):
             raise UsageError(f"argument --split: {args.split} names files, but {args.dataset} has none: write indices")
     if args.arch and (sha256 := check_network(args.arch)):
         args.arch_sha256 = sha256
+    if args.init:
+        args.init_sha256 = hash_file(args.init)
+
+
+def hash_file(path):
+    """SHA-256 of the file of --init.  Raises UsageError."""
+    if path.exists() and not path.is_file():
+        raise UsageError(f"argument --init: {path} is not a regular file: give a file of weights")
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"argument --init: {path} cannot be read ({error.strerror}): give a file of weights") from None
 
 
 def flags_to_resume(given):
@@ -307,7 +327,7 @@ def check_counts(args, size):
 def experiment(args):
     """The flags of a run as plain types, without those that belong to one command; what args.json and a checkpoint keep."""
     names = [name for name in declared() if name not in with_role(COMMAND)]
-    names += ["arch_sha256"] if hasattr(args, "arch_sha256") else []
+    names += [name for name in ("arch_sha256", "init_sha256") if hasattr(args, name)]
     return {name: str(value) if isinstance(value, Path) else value for name in names for value in [getattr(args, name)]}
 
 
@@ -338,8 +358,9 @@ def check_same_experiment(args, then, step=0):
     if args.schedule == "cosine":       # it ends with the run
         free = free - {"total_steps"}
     name = difference(now, then, free)
-    if name == "arch_sha256":
-        raise UsageError(f"argument --arch: {args.arch} has changed since the run that --resume continues (SHA-256 "
+    if name in ("arch_sha256", "init_sha256"):
+        flag_name = name.removesuffix("_sha256")
+        raise UsageError(f"argument --{flag_name}: {now[flag_name]} has changed since the run that --resume continues (SHA-256 "
                          f"{then.get(name)} then, {now[name]} now): restore the file, or give another --save-path without "
                          "--resume")
     if name:

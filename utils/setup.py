@@ -9,10 +9,11 @@ from datasets.splits import split_training
 from metasemi import meta_gradient
 from models import build_model, dry_run
 from models.synchronized import synchronize_batch_norm
+from utils import checkpoint
 from utils.device import fingerprint, slow_precision
 from utils.flags import cut_short
 from utils.run_folder import git_commit
-from utils.state import check_same_data, check_same_split, load_data
+from utils.state import check_same_data, check_same_split, load_data, load_weights
 
 
 def prepare_data(args, world, device, saved, source, interrupt):
@@ -52,10 +53,30 @@ def prepare_model(args, world, device, dtype, images):
                      None if args.no_meta else method, min(4, args.batch_size // world.size))
     torch.manual_seed(args.seed)
     model = build_model(args.arch, images.num_classes, device)
+    if args.init:
+        warned = [*warned, *load_first_weights(model, args)]
     world.broadcast(list(model.state_dict().values()))
     if args.sync_bn and world.size > 1:
         synchronize_batch_norm(model, world.all_reduce_mean, world.size)
     return model, warned
+
+
+def load_first_weights(model, args):
+    """Puts the weights of --init into a model.  Returns lines about what is left as it was.
+
+    The last layer of torchvision's networks is, if it is for another number of classes.
+    Raises CheckpointError, which names what else does not fit.
+    """
+    from torchvision.models import ResNet  # takes a second to load
+
+    weights, own, left = dict(checkpoint.load(args.init, bare=True)["model"]), model.state_dict(), []
+    given = weights.get("fc.weight", torch.empty(0))
+    if isinstance(model, ResNet) and given.dim() == 2 and len(given) != len(own["fc.weight"]):
+        left.append(f"{args.init}: its last layer, fc, is for {len(given):,} classes: that for {len(own['fc.weight']):,} "
+                    "starts at random")
+        weights |= {name: own[name] for name in ("fc.weight", "fc.bias")}
+    load_weights(model, args.arch, {"model": weights}, f"argument --init: {args.init}")
+    return left
 
 
 def new_session(args, state, device, processes):

@@ -204,20 +204,31 @@ def load_model(arch, images, device, saved, source):
     Raises CheckpointError, which names the file `source`, if its weights do not fit or are not finite.
     """
     model = build_model(arch, images.num_classes, device)
-    finite = [name for name, value in model.state_dict().items() if all_finite([value])]
     load_weights(model, arch, saved, source)
-    if not all_finite(model.state_dict()[name] for name in finite):
-        raise CheckpointError(f"{source}: its weights are not finite")
     return model
 
 
 def load_weights(model, arch, saved, source):
-    """Puts the weights of a checkpoint into a model.  Raises CheckpointError, which names the file `source`."""
+    """Puts the weights of a checkpoint into a model; one that is finite so far stays so.
+
+    Raises CheckpointError, which names the file `source` and what does not fit.
+    """
+    finite = [name for name, value in model.state_dict().items() if all_finite([value])]
     try:
         model.load_state_dict(saved["model"])
     except Exception as error:          # torch reports a mismatch by many types
-        raise CheckpointError(f"{source}: its weights do not fit {arch} "
-                              f"({' '.join(str(error).split())[:200]})") from None
+        misfit = find_misfit(model.state_dict(), saved["model"]) or " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{source}: its weights do not fit {arch} ({misfit})") from None
+    if not all_finite(model.state_dict()[name] for name in finite):
+        raise CheckpointError(f"{source}: its weights are not finite")
+
+
+def find_misfit(own, weights):
+    """Names of what weights lack, have beyond those of a model, `own`, or have in another shape; "" if they fit."""
+    odd = {"missing": own.keys() - weights.keys(), "unexpected": weights.keys() - own.keys(),
+           "of another shape": {name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape}}
+    return "; ".join(f"{what}: {', '.join(sorted(map(str, names))[:4])}" + f" and {len(names) - 4} more" * (len(names) > 4)
+                     for what, names in odd.items() if names)
 
 
 def load_momenta(optimizer, saved, source):
