@@ -137,7 +137,7 @@ def test_all_81_offsets_and_both_flips_occur_evenly():
 
 
 def test_only_photographs_are_flipped():
-    assert {name for name, row in DATASETS.items() if row.flip} == {"cifar10", "cifar100", "imagenet"}
+    assert {name for name, row in DATASETS.items() if row.flip} == {"cifar10", "cifar100", "stl10", "imagenet"}
     assert crop_and_flip_choices(1000, 4, False, 0, "augment labeled", 1)[:, 2].sum() == 0
 
 
