@@ -40,7 +40,7 @@ from reproduction.report import tables
 from reproduction.run import Run, finished_runs
 from utils.cli import Parser, UsageError, fail, number, open_standard_streams, refuse_idle
 from utils.files import open_lock, printable
-from utils.run_folder import RunFolder, duration
+from utils.run_folder import RunFolder
 
 PROG = "reproduce.py"
 HERE = Path(__file__).parent
@@ -194,35 +194,20 @@ def ended_well(run, process):
 
 
 class Progress:
-    """How far a run has come since this program started or continued it."""
+    """What is printed of a run while it goes on: a line every 5 seconds at first, and ever more rarely, until it is one every
+    10 minutes."""
 
     def __init__(self, run):
-        self.run, self.start_step = run, run.progress()[0] or 0
-        self.started = time.monotonic()
-        self.due, self.printed = self.started + 5, None
-        self.first = None                   # when it was first seen to have made steps, and how many
+        self.run, self.started, self.printed = run, time.monotonic(), None
+        self.due = self.started + 5
 
     def print_if_due(self):
-        """A line every 5 seconds at first, and ever more rarely, until it is one every 10 minutes."""
         now = time.monotonic()
         if now >= self.due:
-            line = self.line(now)
+            line = f"{self.run.folder}: {self.run.progress() or 'begins'}"
             if line != self.printed:
                 print(line, flush=True)
             self.due, self.printed = now + min(600, max(5, (now - self.started) / 4)), line
-
-    def line(self, now):
-        """The step, the last test error, and the time left if the run keeps its speed."""
-        step, error = self.run.progress()
-        line = f"{self.run.folder}: step {step or 0}/{self.run.steps}"
-        if error is not None:
-            line += f", test error {error:.2f} %"
-        if step and self.first and step > self.first[1]:
-            seconds, steps = now - self.first[0], step - self.first[1]
-            line += f", {duration((self.run.steps - step) * seconds / steps)} left"
-        elif step and step != self.start_step:
-            self.first = now, step          # not before: loading takes a while
-        return line
 
 
 def cpu_environment(jobs):

@@ -1,6 +1,7 @@
 """One run of the tables: its command, its folder under results/reproduce, and its line of results/runs.csv."""
 import re
 import statistics
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from reproduction.cells import CELLS, ROWS, cell_of, scaled, training_flags
 from reproduction.report import SELECTION_RULES
 from utils import flags
 from utils.cli import UsageError, option
-from utils.files import ARGS, METRICS, RESULTS
+from utils.files import ARGS, LOG, METRICS, RESULTS
 from utils.records import read_flags, read_metrics, read_results
 
 FOLDERS, SPLITS = Path("results", "reproduce"), Path("splits")
@@ -72,21 +73,17 @@ class Run:
     def error_before_decay(self, records):
         """Test error in percent at the last evaluation before the learning rate first decays, or None."""
         decay = min((scaled(m, self.scale) for m in CELLS[self.cell].milestones), default=0)
-        errors = [test_error(record) for record in records if "test/accuracy" in record and record["step"] <= decay]
-        return round(errors[-1], 4) if errors else None
+        accuracies = [record["test/accuracy"] for record in records if "test/accuracy" in record and record["step"] <= decay]
+        return round(100 * (1 - accuracies[-1]), 4) if accuracies else None
 
     def progress(self):
-        """(step, test error in percent) as far as the run has recorded them; None for what it has not."""
-        try:
-            records = read_metrics(self.folder)
-        except UsageError:                  # not there yet; if it is damaged, `line` raises later
-            return None, None
-        errors = [test_error(record) for record in records if "test/accuracy" in record]
-        return records[-1]["step"] if records else None, errors[-1] if errors else None
-
-
-def test_error(record):
-    return 100 * (1 - record["test/accuracy"])
+        """The last step, test error and time left that its log tells of, in one line; "" before it does."""
+        log = ""
+        with suppress(OSError):
+            log = (self.folder / LOG).read_text(encoding="utf-8", errors="replace")
+        patterns = r"  (step \d+/\d+)  ", r"  (test error \S+ %)", r"images/s  (.+ left)"
+        told = (re.findall(pattern, log)[-1:] for pattern in patterns)
+        return ", ".join(text for texts in told for text in texts)
 
 
 @cache

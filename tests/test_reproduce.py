@@ -193,24 +193,17 @@ def test_a_run_on_other_labeled_images_than_the_published_ones_is_not_published(
         capsys.readouterr().err)
 
 
-def test_the_progress_of_a_run_has_its_step_its_error_and_the_time_left(tmp_path, monkeypatch):
+def test_the_progress_of_a_run_has_its_step_its_error_and_the_time_left(train, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = Run("digits", "both", 1, 1.0)
-    run.folder.mkdir(parents=True)
-    metrics = run.folder / "metrics.jsonl"
-    begun = reproduce.Progress(run)
-    assert begun.line(1000) == f"{run.folder}: step 0/800"
-    metrics.write_text('{"step": 200, "train/loss": 1.0}\n{"st')
-    assert begun.line(1010) == f"{run.folder}: step 200/800"
-    metrics.write_text('{"step": 200, "test/accuracy": 0.75}\n{"step": 240, "train/loss": 1.0}\n')
-    assert begun.line(1014) == f"{run.folder}: step 240/800, test error 25.00 %, 56 s left"
-
-    continued = reproduce.Progress(run)
-    assert continued.line(9) == f"{run.folder}: step 240/800, test error 25.00 %"
-    metrics.write_text('{"step": 200, "test/accuracy": 0.75}\n')      # it goes on from its checkpoint, one evaluation back
-    assert continued.line(10) == f"{run.folder}: step 200/800, test error 25.00 %"
-    metrics.write_text('{"step": 200, "test/accuracy": 0.75}\n{"step": 280, "train/loss": 1.0}\n')
-    assert continued.line(30) == f"{run.folder}: step 280/800, test error 25.00 %, 2 min 10 s left"
+    assert run.progress() == ""
+    assert train(run.folder.absolute(), "--total-steps", "6") == 0
+    log = run.folder / "log.txt"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(line for line in lines[:-1] if "  step 6/6  test error" not in line))     # as before the last save
+    assert re.fullmatch(r"step 6/6, test error \d+\.\d\d %, 0 s left", run.progress())
+    log.write_text("".join(line for line in lines if "test error" not in line)[:-30])       # in the middle of its last line
+    assert re.fullmatch(r"step 6/6, \d s left", run.progress())
 
 
 def test_progress_is_printed_every_five_seconds_at_first_and_every_ten_minutes_in_the_end(tmp_path, monkeypatch, capsys):
@@ -218,7 +211,7 @@ def test_progress_is_printed_every_five_seconds_at_first_and_every_ten_minutes_i
     now = 0.0
     monkeypatch.setattr(reproduce.time, "monotonic", lambda: now)
     progress, times = reproduce.Progress(Run("digits", "both", 1, 1.0)), []
-    monkeypatch.setattr(progress, "line", lambda now: f"{now // 10_000}")
+    monkeypatch.setattr(Run, "progress", lambda self: f"{now // 10_000}")
     for now in range(30 * 3600):                            # noqa: B007  a second each
         due, printed = progress.due, progress.printed
         progress.print_if_due()
@@ -235,17 +228,17 @@ def test_a_run_in_hand_is_seen_while_it_goes_on_and_a_failed_one_says_why(tmp_pa
 
     def train(command, env, **options):
         folder = Path(command[command.index("--save-path") + 1])
-        (folder / "metrics.jsonl").write_text('{"step": 4, "test/accuracy": 0.5}\n')
+        (folder / "log.txt").write_text("2026-01-01 00:00:00  step 4/8  test error 50.00 %\n")
         environments.append(env["OMP_NUM_THREADS"])
         seen.wait(60)
         return subprocess.CompletedProcess(command, 1, stderr="train_meta.py: no luck\n")
 
     monkeypatch.setattr(subprocess, "run", train)
-    monkeypatch.setattr(reproduce.Progress, "print_if_due", lambda self: print(self.line(2)) or seen.set())
+    monkeypatch.setattr(reproduce.Progress, "print_if_due", lambda self: print(self.run.progress()) or seen.set())
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert set(reproduce.run_all(runs, None, 1)) == set(runs) and environments == ["3", "3"]
     out, error = capsys.readouterr()
-    assert f"{runs[0].folder}: step 4/8, test error 50.00 %\n" in out
+    assert "step 4/8, test error 50.00 %\n" in out
     assert set(error.splitlines()) == {f"reproduce.py: {run.folder}: exit code 1: train_meta.py: no luck" for run in runs}
 
 
