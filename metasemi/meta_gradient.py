@@ -92,9 +92,8 @@ def meta_gradient_with_telemetry(model, x_l, y_l, x_u, method="jvp", epsilon=1e-
     check_batch(x_l, y_l, x_u)
     theta = {k: w for k, w in model.named_parameters() if w.requires_grad}
     with evaluation_mode(model), differentiable_attention(), torch.enable_grad():
-        parts = METHODS.get(method, method)(model, theta, x_l, y_l, x_u, epsilon, CONSISTENCY[consistency], dtype,
-                                             average or list)
-    return MetaGradient(*(part.detach() for part in parts))
+        result = METHODS.get(method, method)(model, theta, x_l, y_l, x_u, epsilon, CONSISTENCY[consistency], dtype, average)
+    return MetaGradient(*(tensor.detach() for tensor in result))
 
 
 def check_batch(x_l, y_l, x_u):
@@ -162,7 +161,8 @@ def by_unrolling(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, avera
     virtual = {k: w - d for (k, w), d in zip(theta.items(), g_u)}                   # eq. 4 with alpha = 1
     logits_l = logits(model, virtual, x_l, dtype)
     loss_l = cross_entropy(logits_l, y_l)
-    g = average(torch.autograd.grad(loss_l, list(virtual.values()), retain_graph=True, materialize_grads=True))
+    g = torch.autograd.grad(loss_l, list(virtual.values()), retain_graph=True, materialize_grads=True)
+    g = average(g) if average else g
     gradient, = torch.autograd.grad(list(virtual.values()), y_tilde, g)             # eq. 5
     return y_tilde, len(x_u) * gradient, logits_l, get_total_norm(g)
 
@@ -174,7 +174,7 @@ def labeled_gradient(model, theta, x_l, y_l, dtype, average):
     """g as a dict like theta, and the labeled logits (lines 4, 5).  `.grad` stays untouched."""
     logits_l = logits(model, theta, x_l, dtype)
     g = torch.autograd.grad(cross_entropy(logits_l, y_l), list(theta.values()), materialize_grads=True)
-    return dict(zip(theta, average(g))), logits_l
+    return dict(zip(theta, average(g) if average else g)), logits_l
 
 
 def logits(model, theta, x, dtype):
