@@ -17,7 +17,7 @@ ALGORITHM = [
     ("1-2", "Sample `B` labeled images `(x_l, y_l)` and `B` unlabeled images `x_u`.", "train_meta.py", "# lines 1, 2, 9"),
     ("3", "`y_tilde = f(x_u; theta)`", "metasemi/meta_gradient.py", "return consistency.inverse(linked)"),
     ("4", "`L_l` is the mean of `KL(f(x_l; theta), y_l)`.", "metasemi/meta_gradient.py", "logits_l = logits(model, theta"),
-    ("5", "`g` is the gradient of `L_l` with respect to `theta`.", "metasemi/meta_gradient.py", "g = torch.autograd.grad("),
+    ("5", "`g` is the gradient of `L_l` with respect to `theta`.", "metasemi/meta_gradient.py", "autograd.grad(cross_entropy("),
     ("6", "`eps = 0.01 / norm(g)`; only the finite difference needs it.", "metasemi/meta_gradient.py", "# line 6"),
     ("7", "The meta-gradient is `2 J g`, exactly; the paper takes a central difference.", "metasemi/meta_gradient.py",
      "forward_ad.unpack_dual(consistency.link(logits_u))"),
