@@ -31,17 +31,21 @@ def filled(path, blocks):
 def tables(lines):
     """name -> Markdown of every block; lines: dicts of text, one a run, in the order of the tables.
 
-    The block of a cell's own name shows its largest scale.
+    The blocks of one cell, CELL and paired-CELL, show its largest scale.
     """
-    groups = {}
+    cells = {}                          # (cell, scale) -> row -> lines
     for line in lines:
-        groups.setdefault((line["cell"], float(line["scale"]), line["row"]), []).append(line)
+        cells.setdefault((line["cell"], float(line["scale"])), {}).setdefault(line["row"], []).append(line)
+    groups = {(*key, row): group for key, rows in cells.items() for row, group in rows.items()}
+    pairs = {key: paired_rows(rows) for key, rows in cells.items()}
+    all_pairs = [[CELLS[name].title, f"{scale:g}", *row] for (name, scale), rows in pairs.items() for row in rows]
     blocks = {"main": main_table(groups), "ablation": ablation_table(groups), "cells": cells_table(groups),
-              "paired": paired_table(groups), "telemetry": telemetry_table(groups), "commands": commands(groups)}
+              "paired": paired_table(all_pairs, "cell", "scale"), "telemetry": telemetry_table(groups),
+              "commands": commands(groups)}
     for name in CELLS:
-        largest = max((scale for cell, scale, _ in groups if cell == name), default=None)
-        blocks[name] = rows_table({key[2]: group for key, group in groups.items() if key[:2] == (name, largest)},
-                                  largest and evaluations(name, largest))
+        largest = max((key for key in cells if key[0] == name), default=None)
+        blocks[name] = rows_table(cells.get(largest))
+        blocks[f"paired-{name}"] = paired_table(pairs.get(largest))
     return blocks
 
 
@@ -65,18 +69,20 @@ def paper_and_measured(groups, pairs):
         yield f"{mean_and_std(group, 'last')} (n = {len(group)})" if group else "not run yet"
 
 
-def evaluations(name, scale):
-    """How many evaluations a run of a cell has."""
-    return -(-scaled(CELLS[name].total_steps, scale) // scaled(CELLS[name].test_freq, scale))
+def evaluations(line):
+    """How many evaluations a run of this cell and scale has."""
+    cell, scale = CELLS[line["cell"]], float(line["scale"])
+    return -(-scaled(cell.total_steps, scale) // scaled(cell.test_freq, scale))
 
 
-def rows_table(groups, count):
-    """The rows of one cell at one scale, with every seed; count: the evaluations of each run."""
+def rows_table(groups):
+    """The rows of one cell at one scale, with every seed; groups: row -> lines, or None."""
     if not groups:
         return "Not run yet."
-    seeds = sorted({line["seed"] for group in groups.values() for line in group}, key=int)
-    titles = SELECTION_RULES | {"median_last_20": median_name(count), "labeled": "on its own labeled images"}
-    measured = [column for column in titles if any(line[column] for group in groups.values() for line in group)]
+    lines = [line for group in groups.values() for line in group]
+    seeds = sorted({line["seed"] for line in lines}, key=int)
+    titles = SELECTION_RULES | {"median_last_20": median_name(evaluations(lines[0])), "labeled": "on its own labeled images"}
+    measured = [column for column in titles if any(line[column] for line in lines)]
     rows = []
     for row, group in groups.items():
         last = {line["seed"]: f"{float(line['last']):.2f}" for line in group}
@@ -90,7 +96,7 @@ def cells_table(groups):
     for (name, scale, row), group in groups.items():
         hardware = {f"{line['device']}, {line['threads']} thread(s), {line['precision']}, torch {line['torch']}"
                     for line in group}
-        count = evaluations(name, scale)
+        count = evaluations(group[0])
         whole = f" (of all {count})" if count <= 20 else ""
         commits = {line["commit"][:10] + "-dirty" * line["commit"].endswith("-dirty") for line in group}
         rows.append([CELLS[name].title, ROWS[row].title, f"{scale:g}", group[0]["steps"], str(len(group)),
@@ -126,28 +132,32 @@ def compare_with_paper(name, row, scale, group):
     return f"{difference:+.2f}", verdict + (", one seed" if n == 1 else "")
 
 
-def paired_table(groups):
+def paired_rows(groups):
     """Differences between two rows of a cell on the same seeds, in points of test error: mean and 95 % t-interval."""
     from scipy.stats import t
 
     rows = []
-    for name, scale in dict.fromkeys(key[:2] for key in groups):
-        for first, second in PAIRS:
-            a, b = ({line["seed"]: line for line in groups.get((name, scale, row), ())} for row in (first, second))
-            for rule, when in (("last", "at the end"), ("before_decay", "before the decay")):
-                differences = [float(a[seed][rule]) - float(b[seed][rule]) for seed in a
-                               if seed in b and a[seed][rule] and b[seed][rule]]
-                if (n := len(differences)) < 2:
-                    continue
-                effect, error = statistics.mean(differences), statistics.stdev(differences) / n ** 0.5
-                half = t.ppf(0.975, n - 1) * error
-                p = 2 * t.sf(abs(effect) / error, n - 1) if error else float(effect == 0)
-                answer = "cannot tell" if half >= abs(effect) else "lower" if effect < 0 else "higher"
-                rows.append([CELLS[name].title, f"{scale:g}", f"{ROWS[first].title} less {ROWS[second].title}", when, str(n),
-                             f"{effect:+.2f}", f"{effect - half:+.2f} to {effect + half:+.2f}", f"{p:.2g}", answer])
+    for first, second in PAIRS:
+        a, b = ({line["seed"]: line for line in groups.get(row, ())} for row in (first, second))
+        for rule, when in (("last", "at the end"), ("before_decay", "before the decay")):
+            differences = [float(a[seed][rule]) - float(b[seed][rule]) for seed in a
+                           if seed in b and a[seed][rule] and b[seed][rule]]
+            if (n := len(differences)) < 2:
+                continue
+            effect, error = statistics.mean(differences), statistics.stdev(differences) / n ** 0.5
+            half = t.ppf(0.975, n - 1) * error
+            p = 2 * t.sf(abs(effect) / error, n - 1) if error else float(effect == 0)
+            answer = "cannot tell" if half >= abs(effect) else "lower" if effect < 0 else "higher"
+            rows.append([f"{ROWS[first].title} less {ROWS[second].title}", when, str(n), f"{effect:+.2f}",
+                         f"{effect - half:+.2f} to {effect + half:+.2f}", f"{p:.2g}", answer])
+    return rows
+
+
+def paired_table(rows, *more):
+    """rows: of `paired_rows`, behind the columns `more`; or None."""
     if not rows:
         return "None yet: a difference takes two rows of a cell with two seeds in common."
-    return markdown(["cell", "scale", "difference", "measured", "n", "mean", "95 % interval", "p", "test error"], rows)
+    return markdown([*more, "difference", "measured", "n", "mean", "95 % interval", "p", "test error"], rows)
 
 
 def telemetry_table(groups):
@@ -188,4 +198,4 @@ def mean_and_std(group, rule):
 
 
 def mean(group, column):
-    return statistics.mean(float(line[column]) for line in group if line[column])
+    return statistics.mean(float(line[column]) for line in group)

@@ -335,6 +335,18 @@ def test_paired_differences_are_taken_seed_by_seed():
     assert "| 4 | -2.00 | -3.30 to -0.70 | 0.016 | lower |" in line
 
 
+def test_the_paired_differences_of_one_cell_are_those_of_its_largest_scale():
+    errors = {("1", "both"): (1, 2), ("1", "neither"): (3, 5), ("0.5", "both"): (1, 1), ("0.5", "neither"): (2, 9)}
+    blocks = tables([{**LINE, "cell": "digits", "scale": scale, "row": row, "seed": str(seed), "last": str(error)}
+                     for (scale, row), values in errors.items() for seed, error in enumerate(values)])
+    head, rule, largest, smaller = blocks["paired"].splitlines()
+    assert "| digits, 50 labels | 1 | both" in largest and "| 2 | -2.50 |" in largest and "| 0.5 | both" in smaller
+    without_cell_and_scale = ["| " + row.split(" | ", maxsplit=2)[2] for row in (head, rule, largest)]
+    assert blocks["paired-digits"].splitlines() == without_cell_and_scale
+    assert blocks["paired-svhn"] == tables([])["paired"] and blocks["paired-svhn"].startswith("None yet: ")
+    assert all(f"paired-{name}" in blocks for name in CELLS)
+
+
 def test_killed_at_random_it_continues_repeats_nothing_and_reports_the_same(tmp_path):
     command = [sys.executable, ROOT / "reproduce.py", "main", "--dataset", "digits", "--scale", "0.02", "--jobs", "2",
                "--publish"]
