@@ -3,7 +3,7 @@ import hashlib
 import importlib.util
 import json
 import sys
-import zipfile
+from contextlib import suppress
 from importlib.metadata import version
 
 import numpy as np
@@ -21,7 +21,7 @@ from utils import checkpoint
 from utils.cli import UsageError
 from utils.device import choose_device
 from utils.failure import network_failures
-from utils.files import printable, replacing, write_text
+from utils.files import INDICES, printable, replacing, write_text
 from utils.metrics import all_finite
 from utils.records import read_split
 from utils.state import check_same_data, load_data, load_model
@@ -34,31 +34,29 @@ def plot(args):
     """From checkpoints to the figure; nothing is written before all of it has been computed.  Returns the paths."""
     device = choose_device(args.device)
     saved = [checkpoint.load(path) for path in args.checkpoint_path]
-    flags = saved[0]["args"]
     for path, state in zip(args.checkpoint_path, saved):
         checkpoint.check_arch(state["args"], path, args.arch)
         if args.dataset not in (None, state["args"]["dataset"]):
             raise UsageError(f"argument --dataset: {args.dataset}, but {path} was trained on {state['args']['dataset']}: "
                               "leave the flag out")
-    flags = {**flags, "data_path": args.data_path or flags["data_path"], "num_workers": args.num_workers,
+    flags = {**saved[0]["args"], "num_workers": args.num_workers,
              "skip_corrupt": any(state["args"].get("skip_corrupt") for state in saved)}
+    flags["data_path"] = args.data_path or flags["data_path"]
     images = load_data(flags, device, saved[0], args.checkpoint_path[0], download=bool(args.data_path))
     data = images.digest
-    for path, state in zip(args.checkpoint_path, saved):
-        check_same_data(data, state, path, flags["data_path"])
-
+    index_paths = args.index_path or [path.with_name(INDICES) for path in args.checkpoint_path]
+    labels = args.row_label or [path.resolve().parent.name for path in args.checkpoint_path]
     rows = []
-    for i, (path, state) in enumerate(zip(args.checkpoint_path, saved)):
+    for path, state, index_path, label in zip(args.checkpoint_path, saved, index_paths, labels):
+        check_same_data(data, state, path, flags["data_path"])
         labeled, validation = state["labeled"].numpy(), state["validation"].numpy()
         check_split(labeled, validation, images.num_train, path)
-        check_index_file(args.index_path[i] if args.index_path else path.parent / "label_indices.txt", labeled, images,
-                         required=bool(args.index_path))
+        if args.index_path or index_path.exists():
+            check_index_file(index_path, labeled, images.num_train)
         unlabeled = np.setdiff1d(np.arange(images.num_train), np.concatenate([labeled, validation]))
-        label = printable(args.row_label[i] if args.row_label else path.resolve().parent.name)
-        rows.append({"label": label, "checkpoint": str(path), "step": state["step"], "arch": state["args"]["arch"],
-                     **choose_points(args, labeled, unlabeled, len(images.test_labels))})
+        rows.append({"label": printable(label), "checkpoint": str(path), "step": state["step"], "arch": state["args"]["arch"],
+                     **choose_points(args, labeled, unlabeled, images)})
         check_embedding(args, len(rows[-1]["sample"]))
-    all_labels = np.concatenate([images.train_labels.numpy(), images.test_labels.numpy()])
     if images.ignored:
         print(f"ignored: {images.ignored}")
     if count := len(images.train_labels) - images.num_train:
@@ -68,10 +66,9 @@ def plot(args):
         if len(kept) < len(row["sample"]):
             print("\n".join([*map(printable, images.skipped()), f"{row['label']}: {len(kept):,} of {len(row['sample']):,} "
                                                                 "images, the others cannot be read"]))
-            for key in ("part", "sample", "drawn"):
+            for key in ("part", "sample", "classes", "drawn"):
                 row[key] = row[key][kept]
             check_embedding(args, len(kept))
-        row["classes"] = all_labels[row["sample"] + (row["part"] == "test") * len(images.train_labels)]
         spread = np.ptp(row["features"], axis=0).max()
         if not 1e-12 < spread < 1e12:           # beyond that the embedding leaves the numbers
             raise UsageError(f"argument --checkpoint-path: the features of {path} differ by {spread:g}: nothing can be "
@@ -85,13 +82,8 @@ def plot(args):
         row["coordinates"], row["kl_divergence"], software = embed(row["features"], args)
 
     method = {"tsne": "t-SNE", "umap": "UMAP", "pca": "PCA"}[args.method]
-    drawn = []
-    for row in rows:
-        keep = row["drawn"]
-        drawn.append({"label": row["label"], "note": f"test kNN {100 * row['knn_accuracy']['test']:.1f} %",
-                      **{key: row[key][keep] for key in ("coordinates", "part", "classes", "predictions")}})
-    title = f"{method} of the features, {data_name(flags, args.data_path)}, {len(rows[0]['sample']):,} points"
-    paths = draw_features(drawn, images.class_names, args.save_path, title, args.mark_errors)
+    title = f"{method} of the features, {data_name(flags)}, {len(rows[0]['sample']):,} points"
+    paths = draw_features(rows, images.class_names, args.save_path, title, args.mark_errors)
     return [*paths, *write_embedding(args, flags["dataset"], rows, software)]
 
 
@@ -110,37 +102,32 @@ def write_embedding(args, dataset, rows, software):
     return [args.save_path / "embedding.npz", args.save_path / "embedding.json"]
 
 
-def check_index_file(path, labeled, images, required):
+def check_index_file(path, labeled, num_train):
     """Refuses a list of labeled images that is not the split of the checkpoint."""
-    if not required and not path.exists():
-        return
     indices = read_split(path)
-    count = images.num_train
-    if max(indices, default=0) >= count:
-        raise UsageError(f"argument --index-path: {path}: {max(indices)} is not an index below {count}")
+    if max(indices, default=0) >= num_train:
+        raise UsageError(f"argument --index-path: {path}: {max(indices)} is not an index below {num_train}")
     if sorted(indices) != sorted(labeled.tolist()):
         raise UsageError(f"argument --index-path: {path} is not the split that the checkpoint was trained on: give the "
                           "label_indices.txt of its run folder")
 
 
-def choose_points(args, labeled, unlabeled, num_test):
-    """Which images are embedded, and which of them are drawn: arrays "part", "sample" (index in its set) and "drawn"."""
+def choose_points(args, labeled, unlabeled, images):
+    """What is embedded, and which of it is drawn: arrays "part", "sample" (index in its set), "classes" and "drawn"."""
     rng = np.random.default_rng(args.seed)
-    part, sample, drawn = [], [], []
-    for name, available in (("labeled", labeled), ("unlabeled", unlabeled), ("test", np.arange(num_test))):
+    parts = []
+    for part, available, classes in (("labeled", labeled, images.train_labels), ("unlabeled", unlabeled, images.train_labels),
+                                     ("test", np.arange(len(images.test_labels)), images.test_labels)):
         count = len(available)
-        if name != "labeled":
-            if args.num_point is not None and args.num_point > count:
-                raise UsageError(f"argument --num-point: {args.num_point}, but there are {count} {name} images")
+        if part != "labeled":
+            if args.num_point and args.num_point > count:
+                raise UsageError(f"argument --num-point: {args.num_point}, but there are {count} {part} images")
             count = min(count, args.num_point or MOST_POINTS)
-        chosen = np.zeros(len(available), dtype=bool)
-        chosen[rng.permutation(len(available))[:count]] = True
-        if not args.embed_all:
-            available, chosen = available[chosen], chosen[chosen]
-        part.append(np.full(len(available), name))
-        sample.append(available)
-        drawn.append(chosen)
-    return {"part": np.concatenate(part), "sample": np.concatenate(sample), "drawn": np.concatenate(drawn)}
+        drawn = np.isin(np.arange(len(available)), rng.permutation(len(available))[:count])
+        embedded = drawn | args.embed_all
+        sample = available[embedded]
+        parts.append((np.full(len(sample), part), sample, classes.numpy()[sample], drawn[embedded]))
+    return dict(zip(("part", "sample", "classes", "drawn"), map(np.concatenate, zip(*parts))))
 
 
 def check_embedding(args, count):
@@ -157,16 +144,12 @@ def cached_features(path, state, images, data, row, device):
 
     They are kept beside the checkpoint until it, the sample or the digest `data` of the images changes.
     """
-    made_of = (path.read_bytes(), row["sample"].astype("<i8").tobytes(), "".join(row["part"]).encode(),
-               json.dumps(data, sort_keys=True).encode())
-    key = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in made_of)).hexdigest()
+    points = json.dumps([row["part"].tolist(), row["sample"].tolist(), data], sort_keys=True)
+    key = hashlib.sha256(hashlib.sha256(path.read_bytes()).digest() + points.encode()).hexdigest()
     cache = path.with_suffix(".features.npz")
-    try:
-        with np.load(cache, allow_pickle=False) as stored:
-            if str(stored["key"]) == key:
-                return stored["features"], stored["predictions"], stored["kept"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        pass                                                            # none, or not ours: computed afresh
+    with suppress(Exception), np.load(cache, allow_pickle=False) as stored:     # none, damaged or not ours: computed afresh
+        if str(stored["key"]) == key:
+            return stored["features"], stored["predictions"], stored["kept"]
     arch = state["args"]["arch"]
     model = load_model(arch, images, device, state, f"argument --checkpoint-path: {path}").eval()   # `check_arch` let it pass
     if not callable(getattr(model, "features", None)):
@@ -174,19 +157,18 @@ def cached_features(path, state, images, data, row, device):
                              "is to show")
     test = row["part"] == "test"
     features, logits, kept = [], [], []
-    for source, places in ((images.train_images, np.flatnonzero(~test)), (images.test_images, np.flatnonzero(test))):
-        with torch.no_grad(), network_failures(arch):
+    with torch.no_grad(), network_failures(arch):
+        for source, places in ((images.train_images, np.flatnonzero(~test)), (images.test_images, np.flatnonzero(test))):
             for x, y in normalized_batches(source[row["sample"][places]], torch.from_numpy(places), state["mean"], state["std"],
                                            device, 500):
-                kept.append(y)
+                kept += y.tolist()
                 features.append(model.features(x))
                 shape = getattr(features[-1], "shape", ())
                 if len(shape) != 2 or shape[0] != len(x) or shape[1] < 2:
-                    kind = type(features[-1]).__name__
-                    raise UsageError(f"argument --arch: features(x) of {arch} gives a {kind} of shape "
-                                         f"{tuple(shape)} for {len(x)} images: expected a tensor (B, D), D at least 2")
+                    raise UsageError(f"argument --arch: features(x) of {arch} gives a {type(features[-1]).__name__} of shape "
+                                     f"{tuple(shape)} for {len(x)} images: expected a tensor (B, D), D at least 2")
                 logits.append(model(x) if is_custom(arch) else model.classifier(features[-1]))
-    kept = torch.cat([torch.empty(0), *kept]).long().cpu().numpy()
+    kept = np.array(kept, dtype=np.int64)
     if (row["part"][kept] == "labeled").sum() < 2 or not test[kept].any():
         raise DataError("fewer than two labeled images, or no test image, can be read: the figure needs both")
     features, logits = torch.cat(features).float(), torch.cat(logits)
@@ -202,9 +184,11 @@ def cached_features(path, state, images, data, row, device):
 
 
 def measure(row):
-    """How well the features separate the classes: part -> accuracy of a nearest-neighbor vote of the labeled features (on
-    the labeled images themselves, of the others), and part -> silhouette, in [-1, 1], on at most 10,000
-    points, or None where it is not defined."""
+    """How well the features separate the classes: part -> accuracy, and part -> silhouette, in [-1, 1] or None.
+
+    The accuracy is that of a vote of the nearest labeled features; an image has no vote on itself.  The silhouette is that of
+    at most 10,000 points, and not defined for one class, nor for one image a class.
+    """
     features, part, classes = row["features"], row["part"], row["classes"]
     labeled = part == "labeled"
     vote = KNeighborsClassifier(min(NEIGHBORS, labeled.sum() - 1)).fit(features[labeled], classes[labeled])
@@ -217,7 +201,7 @@ def measure(row):
         accuracy[name] = float((votes == classes[own]).mean())
         count = int(own.sum())
         silhouette[name] = None
-        if 1 < len(np.unique(classes[own])) < count:                    # not defined with one image a class, or one class
+        if 1 < len(np.unique(classes[own])) < count:
             silhouette[name] = float(silhouette_score(features[own], classes[own], sample_size=min(10_000, count),
                                                       random_state=0))
     return accuracy, silhouette

@@ -21,21 +21,21 @@ PLAIN = {"text.parse_math": False}      # a name may hold any number of $
 SUBSET_COLORS = {"labeled": "#d62728", "unlabeled": "#1f77b4", "test": "#999999"}      # red, blue, gray: the paper's
 
 
-def data_name(flags, data_path=None):
+def data_name(flags):
     """What a figure calls the data of a run; a folder of images goes by its own name."""
-    return printable(Path(data_path or flags["data_path"]).name if flags["dataset"] == "folder" else flags["dataset"])
+    return printable(Path(flags["data_path"]).name if flags["dataset"] == "folder" else flags["dataset"])
 
 
 @plt.rc_context(PLAIN)
 def draw_features(rows, class_names, folder, title, mark_errors=False):
     """Writes features.png and features.pdf, with four panels for each of `rows`; returns their paths.
 
-    rows: dicts with "label", "note", and arrays of the drawn points: "coordinates" (N, 2); "part" (N,), names of
-    SUBSET_COLORS; "classes" (N,) class indices; "predictions" (N,) class indices.
+    rows: dicts with "label", "knn_accuracy", and arrays: "coordinates" (N, 2); "part" (N,), names of SUBSET_COLORS; "classes"
+    and "predictions" (N,), class indices; "drawn" (N,) bool.
     """
     fig, axes = plt.subplots(len(rows), 4, figsize=(12, 2.95 * len(rows) + 0.95), squeeze=False, layout="constrained")
     for row, panels in zip(rows, axes):
-        xy, subset, classes = row["coordinates"], row["part"], row["classes"]
+        xy, subset, classes, predictions = (row[key][row["drawn"]] for key in ("coordinates", "part", "classes", "predictions"))
         size = float(np.clip(12000 / len(xy), 1.5, 16))
         few_labeled = (subset == "labeled").sum() < 500
         sizes = {"labeled": 2 * size if few_labeled else size, "unlabeled": size, "test": size}
@@ -43,7 +43,7 @@ def draw_features(rows, class_names, folder, title, mark_errors=False):
             for k in range(len(class_names)):
                 dots(ax, xy[(subset == name) & (classes == k)], sizes[name], *style(k, len(class_names)))
             if mark_errors and name == "test":
-                wrong = (subset == name) & (row["predictions"] != classes)
+                wrong = (subset == name) & (predictions != classes)
                 ax.scatter(*xy[wrong].T, s=3 * size, color="black", marker="x", linewidths=0.6, rasterized=True)
         order = np.random.default_rng(0).permutation(len(xy))      # so that no set hides another
         if few_labeled:
@@ -53,7 +53,7 @@ def draw_features(rows, class_names, folder, title, mark_errors=False):
         for ax in panels:
             ax.set(xlim=(center[0] - half, center[0] + half), ylim=(center[1] - half, center[1] + half), xticks=[], yticks=[],
                    aspect="equal")
-        panels[0].set_ylabel(f"{row['label']}\n{row['note']}", fontsize=11)
+        panels[0].set_ylabel(f"{row['label']}\ntest kNN {100 * row['knn_accuracy']['test']:.1f} %", fontsize=11)
     for ax, name in zip(axes[0], ("Labeled", "Unlabeled", "Test", "All")):
         ax.set_title(name, fontsize=12)
     handles = []
@@ -92,7 +92,7 @@ def draw_curves(folders, save_path):
     Raises UsageError for a folder that is not one of a run, and for the same run given twice.
     """
     groups, seen = {}, {}
-    for folder in map(Path, folders):
+    for folder in folders:
         try:
             flags, sums, lines = read_flags(folder), read_split_sums(folder), read_metrics(folder)
         except UsageError as error:
@@ -138,7 +138,6 @@ def draw_curves(folders, save_path):
 
 
 def save(fig, folder, name):
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.pdf"]
     with replacing(paths[0]) as file:

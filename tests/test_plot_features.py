@@ -235,8 +235,9 @@ def test_features_that_make_no_figure_are_one_line(runs, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("names", [("$", "a$b$\\frac{", "_x", "\x1b[2J\n\udcff")])
 def test_names_are_drawn_as_they_are_and_never_read_as_mathematics(tmp_path, names):
     rng = np.random.default_rng(0)
-    row = {"label": names[0], "note": "", "coordinates": rng.normal(size=(60, 2)), "classes": np.arange(60) % 4,
-           "part": np.array(["labeled", "unlabeled", "test"] * 20), "predictions": np.arange(60) % 4}
+    classes = np.arange(60) % 4
+    row = {"label": names[0], "knn_accuracy": {"test": 0.5}, "coordinates": rng.normal(size=(60, 2)), "classes": classes,
+           "part": np.array(["labeled", "unlabeled", "test"] * 20), "predictions": classes, "drawn": np.arange(60) < 50}
     assert all(path.exists() for path in draw_features([row], names, tmp_path, "$x_{$"))
 
 
