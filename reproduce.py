@@ -24,12 +24,12 @@ if __name__ == "__main__":
 
 import ctypes
 import fcntl
-import queue
 import shlex
 import signal
 import statistics
 import subprocess
 import time
+from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -39,6 +39,7 @@ from reproduction.published import RUNS, check_split, order, publish
 from reproduction.report import tables
 from reproduction.run import Run, finished_runs
 from utils.cli import Parser, UsageError, fail, number, open_standard_streams, refuse_idle
+from utils.failure import one_line_errors
 from utils.files import open_lock, printable
 from utils.run_folder import RunFolder
 
@@ -55,12 +56,12 @@ def main(argv=None):
     open_standard_streams()
     args = parse(argv)
     end_at_once(PROG)                                       # and the runs with this program, see `end_with_parent`
-    runs = [Run(cell, row, CELLS[cell].seed + i, args.scale)
-            for cell in args.dataset for i in range(args.seeds) for row in TABLES[args.table]]
-    try:
+    with one_line_errors(PROG, fail):
         if args.table == "imagenet":
             print_imagenet(args.seeds, args.scale)
             return 0
+        runs = [Run(cell, row, CELLS[cell].seed + i, args.scale)
+                for cell in args.dataset for i in range(args.seeds) for row in TABLES[args.table]]
         if args.dry_run:
             for run in runs:
                 print(shlex.join(["python3", "train_meta.py", *run.command()]))
@@ -76,11 +77,7 @@ def main(argv=None):
         elif not failed:
             failed = draw(args.table, runs)
         results.close()
-    except UsageError as error:
-        fail(PROG, error, 2)
-    except OSError as error:
-        fail(PROG, error, 1)
-    return 1 if failed else 0
+        return 1 if failed else 0
 
 
 def parse(argv):
@@ -144,14 +141,12 @@ def print_plan(runs):
 
 def run_all(runs, gpus, jobs):
     """Makes runs, one at a time on each GPU or `jobs` at a time on the CPU; prints why some fail, and returns these."""
-    environments = [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in gpus] if gpus else [cpu_environment(jobs)] * jobs
-    slots, running, failed = queue.SimpleQueue(), {}, []
-    for environment in environments:
-        slots.put(environment)
+    environments = deque([{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in gpus] if gpus else [cpu_environment(jobs)] * jobs)
+    running, failed = {}, []
     commands = [(run, run.command()) for run in runs]       # here, so that a damaged args.json is found before any run starts
 
     def start(run, flags):
-        environment = slots.get()
+        environment = environments.popleft()                # there is one for each thread of the pool
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             with open_lock(run.folder / ".lock") as lock:   # a run of a program that was killed is still saving
@@ -162,7 +157,7 @@ def run_all(runs, gpus, jobs):
                                   preexec_fn=end_with_parent, start_new_session=True)
         finally:
             running.pop(run, None)
-            slots.put(environment)
+            environments.append(environment)
 
     with ThreadPoolExecutor(len(environments)) as pool:
         waiting = {pool.submit(start, run, flags): run for run, flags in commands}
