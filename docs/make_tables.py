@@ -34,19 +34,11 @@ ALGORITHM = [
 
 
 def locate(file, part):
-    """The number of the one source line that holds a text; ValueError if there is none, or more."""
+    """A link to the one source line that holds a text; ValueError if there is none, or more."""
     numbers = [i for i, line in enumerate((ROOT / file).read_text(encoding="utf-8").splitlines(), start=1) if part in line]
     if len(numbers) != 1:
         raise ValueError(f"{file} has {len(numbers)} lines that hold {part!r}")
-    return numbers[0]
-
-
-def algorithm_table():
-    rows = []
-    for number, text, file, part in ALGORITHM:
-        line = locate(file, part)
-        rows.append([number, text, f"[{file}:{line}](../{file}#L{line})"])
-    return markdown(["line", "what it does", "where"], rows)
+    return f"[{file}:{numbers[0]}](../{file}#L{numbers[0]})"
 
 
 def flag_tables(parser):
@@ -69,15 +61,15 @@ def flag_row(parser, action):
 
 
 def blocks():
-    return {"algorithm": algorithm_table(), "training-flags": flag_tables(training_parser()),
+    rows = [[number, text, locate(file, part)] for number, text, file, part in ALGORITHM]
+    return {"algorithm": markdown(["line", "what it does", "where"], rows), "training-flags": flag_tables(training_parser()),
             "plotting-flags": flag_tables(plotting_parser())}
 
 
 def main():
-    tables = blocks()
     for path in (HERE / "method.md", HERE / "usage.md"):
-        path.write_text(filled(path, tables), encoding="utf-8")
+        path.write_text(filled(path, blocks()), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

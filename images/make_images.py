@@ -2,7 +2,6 @@
 
     python3 images/make_images.py
 """
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -16,8 +15,7 @@ plt.rcParams.update({"mathtext.fontset": "cm", "font.size": 13})
 INK, BLUE, RED = "#1a1a1a", "#1f5f99", "#b3261e"
 
 
-def draw_formulation():
-    fig, ax = canvas(9.6, 3.7)
+def draw_formulation(ax):
     ax.text(0, 3.45, "MetaSemi as bi-level optimization", weight="bold", fontsize=15, va="top")
     ax.text(0.3, 2.55, r"$\min_{\mathcal{Y}}\ \ \sum_k\ L(x^l_k,\, y_k;\ \theta^*(\mathcal{Y}))$", fontsize=21, color=BLUE)
     ax.text(6.4, 2.55, "outer: the pseudo-labels that\nserve the labeled images best", fontsize=12, color=BLUE, va="center")
@@ -27,14 +25,11 @@ def draw_formulation():
     ax.text(0, 0.35, "Online, one virtual SGD step stands for the inner problem:   "
             r"$\tilde{\theta} = \theta - \alpha\, g_u = \theta$,   yet   $\partial \tilde{\theta} / \partial \tilde{y} \neq 0$",
             fontsize=13)
-    save(fig, "formulation")
 
 
-def draw_step():
-    fig, ax = canvas(12.4, 5.0)
-
-    def box(x, y, width, text, color=INK, height=0.78):
-        ax.add_patch(FancyBboxPatch((x, y - height / 2), width, height, boxstyle="round,pad=0.02,rounding_size=0.1",
+def draw_step(ax):
+    def box(x, y, width, text, color=INK):
+        ax.add_patch(FancyBboxPatch((x, y - 0.39), width, 0.78, boxstyle="round,pad=0.02,rounding_size=0.1",
                                     facecolor="white", edgecolor=color, linewidth=1.6))
         ax.text(x + width / 2, y, text, ha="center", va="center", color=color, fontsize=12.5, linespacing=1.35)
 
@@ -69,27 +64,19 @@ def draw_step():
     arrow((8.62, 3.5), (9.08, 3.5), RED)
     arrow((10.42, 3.4), (10.88, 2.8), RED)
     arrow((10.42, 1.6), (10.88, 2.2), RED)
-    save(fig, "step")
-
-
-def canvas(width, height):
-    """A blank white page measured in inches: white also where the reader's page is dark."""
-    fig = plt.figure(figsize=(width + 0.6, height + 0.4), facecolor="white")
-    ax = fig.add_axes((0.3 / (width + 0.6), 0.2 / (height + 0.4), width / (width + 0.6), height / (height + 0.4)))
-    ax.set(xlim=(0, width), ylim=(0, height))
-    ax.axis("off")
-    return fig, ax
-
-
-def save(fig, name):
-    fig.savefig(HERE / f"{name}.png", dpi=130, bbox_inches="tight", pad_inches=0.2, metadata={"Software": None})
-    plt.close(fig)
 
 
 def main():
-    draw_formulation()
-    draw_step()
+    for draw, name, width, height in ((draw_formulation, "formulation", 9.6, 3.7), (draw_step, "step", 12.4, 5.0)):
+        # A blank page measured in inches, which is white also where the reader's page is dark.
+        fig = plt.figure(figsize=(width + 0.6, height + 0.4), facecolor="white")
+        ax = fig.add_axes((0.3 / (width + 0.6), 0.2 / (height + 0.4), width / (width + 0.6), height / (height + 0.4)))
+        ax.set(xlim=(0, width), ylim=(0, height))
+        ax.axis("off")
+        draw(ax)
+        fig.savefig(HERE / f"{name}.png", dpi=130, bbox_inches="tight", pad_inches=0.2, metadata={"Software": None})
+        plt.close(fig)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -16,7 +16,7 @@ RUNS = Path("results", "runs.csv")
 REPORTS = Path("REPRODUCTION.md"), Path("README.md")
 SUMS = SPLITS / "SHA256SUMS"
 TEXT = {"cell", "row", "device", "threads", "precision", "torch", "commit"}
-REQUIRED = {"seed", "scale", "steps", *SELECTION_RULES, "seconds"} - {"best_validation"}
+REQUIRED = {"cell", "row", "seed", "scale", "steps", *SELECTION_RULES, "seconds"} - {"best_validation"}
 
 
 def publish(runs):
@@ -26,12 +26,12 @@ def publish(runs):
     """
     lines = {order(line): line for line in (*read_runs(), *(run.line() for run in runs))}
     lines = [lines[key] for key in sorted(lines)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     blocks = tables(lines)
-    texts = {**new_splits(runs), RUNS: text.getvalue(), **{path: filled(path, blocks) for path in REPORTS if path.exists()}}
+    texts = {**new_splits(runs), RUNS: table.getvalue(), **{path: filled(path, blocks) for path in REPORTS if path.exists()}}
     for path, text in texts.items():
         path.parent.mkdir(exist_ok=True)
         write_text(path, text)
@@ -47,13 +47,10 @@ def read_runs():
     lines = {}
     try:
         table = csv.DictReader(io.StringIO(RUNS.read_text(encoding="utf-8")), strict=True)
-        if missing := {"cell", "row", *REQUIRED} - {*(table.fieldnames or ())}:
+        if missing := REQUIRED - {*(table.fieldnames or ())}:
             raise UsageError(f"{RUNS} has no columns {', '.join(sorted(missing))}: restore it")
         for line in table:
-            fault = fault_of(line)
-            if not fault and order(line) in lines:
-                fault = "the same run is in a line before it"
-            if fault:
+            if fault := fault_of(line) or (order(line) in lines and "the same run is in a line before it"):
                 raise UsageError(f"{RUNS}, line {table.line_num}: {fault[:100]}: restore the file, or mend the line")
             lines[order(line)] = {**dict.fromkeys(COLUMNS, ""), **line}     # a younger column is empty
     except (csv.Error, UnicodeDecodeError) as error:
