@@ -24,8 +24,8 @@ from metasemi import meta_gradient, ramp, training_step, update_pseudo_labels  #
 
 NOISE, BETA, WEIGHT = 0.2, 0.1, 5.0         # of the second view, the meta step, and the consistency loss
 EARLY = 0.02                                # share of the steps before the arrows
-UPPER, LOWER, INK = "#1f5f99", "#d1603d", "#1a1a1a"
-SHADES = LinearSegmentedColormap.from_list("moons", [UPPER, "#ffffff", LOWER])
+COLORS, INK = ["#1f5f99", "#d1603d"], "#1a1a1a"             # of the upper and the lower moon, of the text
+SHADES = LinearSegmentedColormap.from_list("moons", [COLORS[0], "#ffffff", COLORS[1]])
 
 
 def train(x_l, y_l, x_u, seed, steps, meta=True, beta=BETA):
@@ -63,20 +63,19 @@ def draw_regions(ax, model, x):
 
 def draw(baseline, metasemi, early, x_l, y_l, x_u, y_u, picture):
     fig, axes = plt.subplots(1, 3, figsize=(15, 3.85), facecolor="white", layout="constrained")
-    colors = [UPPER, LOWER]
     network, y_tilde, y_hat = early
     for ax, model, title in ((axes[0], baseline, f"supervised: {accuracy(baseline, x_u, y_u):.1%} right"),
                              (axes[1], network, "early on: the meta step moves the pseudo-labels"),
                              (axes[2], metasemi, f"MetaSemi: {accuracy(metasemi, x_u, y_u):.1%} right")):
         draw_regions(ax, model, torch.cat([x_l, x_u]))
-        ax.scatter(*x_u.T.numpy(), s=9, c=[colors[k] for k in y_u], linewidths=0, alpha=0.35 if model is network else 0.85)
+        ax.scatter(*x_u.T.numpy(), s=9, c=[COLORS[k] for k in y_u], linewidths=0, alpha=0.35 if model is network else 0.85)
         ax.set_title(title, fontsize=14, color=INK)
     moved = (y_hat - y_tilde)[:, 0].numpy()               # towards the upper moon
     length = 0.5 * moved / max(abs(moved).max(), 1e-12)
-    axes[1].quiver(*x_u.T.numpy(), 0 * length, length, color=[colors[int(m < 0)] for m in moved], angles="xy",
+    axes[1].quiver(*x_u.T.numpy(), 0 * length, length, color=[COLORS[int(m < 0)] for m in moved], angles="xy",
                    scale_units="xy", scale=1, width=0.003, headwidth=4, headlength=5, headaxislength=4.5, minlength=0, zorder=2)
     for ax in axes:
-        for k, color in enumerate(colors):
+        for k, color in enumerate(COLORS):
             ax.scatter(*x_l[y_l == k].T.numpy(), s=170, marker="*", color=color, edgecolors="white", linewidths=1.2, zorder=3)
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)

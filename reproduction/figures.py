@@ -103,21 +103,20 @@ def draw_curves(folders, save_path):
         if first is not folder:
             raise UsageError(f"argument --curves: {first} and {folder} are the same run, seed {flags['seed']} with the same "
                              "labeled images: give each run once")
-        groups.setdefault(key, []).append((flags, folder, lines))
+        groups.setdefault(key, (flags, folder, []))[2].append(lines)
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for i, runs in enumerate(groups.values()):
-        flags, folder, _ = runs[0]
+    for i, (flags, folder, runs) in enumerate(groups.values()):
         row = ROWS[row_of(flags)].title
         label = printable(f"{row}, {data_name(flags)}, {flags['num_label']} labels, {flags['arch']}, n = {len(runs)}")
-        ends = sorted({lines[-1]["step"] for _, _, lines in runs if lines})
+        ends = sorted({lines[-1]["step"] for lines in runs if lines})
         if len(ends) > 1:
             label += f", to step {ends[0]} (the longest: {ends[-1]})"
             print(f"{label}: the runs differ in length, and are drawn as far as the shortest")
         color = COLORS[i % len(COLORS)]
         for ax, tag, value in ((left, "test/accuracy", lambda a: 100 * (1 - a)), (right, "train/loss", lambda a: a)):
             values = {}
-            for line in (line for _, _, lines in runs for line in lines if tag in line):
+            for line in (line for lines in runs for line in lines if tag in line):
                 values.setdefault(line["step"], []).append(value(line[tag]))
             steps = sorted(step for step in values if len(values[step]) == len(runs))
             if not steps:
@@ -125,8 +124,7 @@ def draw_curves(folders, save_path):
             ax.plot(steps, [statistics.mean(values[s]) for s in steps], color=color, label=label)
             ax.fill_between(steps, [min(values[s]) for s in steps], [max(values[s]) for s in steps], color=color, alpha=0.2,
                             linewidth=0)
-        published = published_error(flags)
-        if published is not None:
+        if (published := published_error(flags)) is not None:
             left.axhline(published, color=color, linestyle="--", linewidth=1, label=f"paper: {row}, {published} %")
     left.set(xlabel="step", ylabel="test error in percent", ylim=(0, None))
     right.set(xlabel="step", ylabel="training loss", ylim=(0, None))
