@@ -162,12 +162,13 @@ def cached_features(path, state, images, data, row, device):
             for x, y in normalized_batches(source[row["sample"][places]], torch.from_numpy(places), state["mean"], state["std"],
                                            device, 500):
                 kept += y.tolist()
-                features.append(model.features(x))
-                shape = getattr(features[-1], "shape", ())
+                found = model.features(x)
+                shape = tuple(getattr(found, "shape", ()))
                 if len(shape) != 2 or shape[0] != len(x) or shape[1] < 2:
-                    raise UsageError(f"argument --arch: features(x) of {arch} gives a {type(features[-1]).__name__} of shape "
-                                     f"{tuple(shape)} for {len(x)} images: expected a tensor (B, D), D at least 2")
-                logits.append(model(x) if is_custom(arch) else model.classifier(features[-1]))
+                    raise UsageError(f"argument --arch: features(x) of {arch} gives a {type(found).__name__} of shape {shape} "
+                                     f"for {len(x)} images: expected a tensor (B, D), D at least 2")
+                features.append(found)
+                logits.append(model(x) if is_custom(arch) else model.classifier(found))
     kept = np.array(kept, dtype=np.int64)
     if (row["part"][kept] == "labeled").sum() < 2 or not test[kept].any():
         raise DataError("fewer than two labeled images, or no test image, can be read: the figure needs both")

@@ -11,6 +11,7 @@ from utils.run_folder import median_name
 PAIRS = ("both", "neither"), ("both", "mix-up"), ("both", "beta-0"), ("meta", "neither")     # rows whose errors are subtracted
 SELECTION_RULES = {"last": "last", "median_last_20": "median of the last 20 evaluations",
                    "best_validation": "best on validation", "best_test": "lowest (selected on the test set)"}
+QUARTERS = 1, 2, 3, 4                       # of the steps of a run
 
 
 def filled(path, blocks):
@@ -138,10 +139,9 @@ def paired_rows(groups):
 
     rows = []
     for first, second in PAIRS:
-        a, b = ({line["seed"]: line for line in groups.get(row, ())} for row in (first, second))
         for rule, when in (("last", "at the end"), ("before_decay", "before the decay")):
-            differences = [float(a[seed][rule]) - float(b[seed][rule]) for seed in a
-                           if seed in b and a[seed][rule] and b[seed][rule]]
+            a, b = ({line["seed"]: float(line[rule]) for line in groups.get(row, ()) if line[rule]} for row in (first, second))
+            differences = [a[seed] - b[seed] for seed in a if seed in b]
             if (n := len(differences)) < 2:
                 continue
             effect, error = statistics.mean(differences), statistics.stdev(differences) / n ** 0.5
@@ -164,9 +164,9 @@ def telemetry_table(groups):
     """Accuracy of the pseudo-labels before and after the meta step, in the quarters of training."""
     rows = []
     for (name, scale, row), group in groups.items():
-        measured = [line for line in group if all(line[f"{when}-{k}"] for when in ("before", "after") for k in (1, 2, 3, 4))]
+        measured = [line for line in group if all(line[f"{when}-{k}"] for when in ("before", "after") for k in QUARTERS)]
         if measured:
-            pairs = [(mean(measured, f"before-{k}"), mean(measured, f"after-{k}")) for k in (1, 2, 3, 4)]
+            pairs = [(mean(measured, f"before-{k}"), mean(measured, f"after-{k}")) for k in QUARTERS]
             rows.append([CELLS[name].title, ROWS[row].title, f"{scale:g}", str(len(measured)),
                          *(f"{before:.2f} → {after:.2f}" for before, after in pairs),
                          f"{statistics.mean(after - before for before, after in pairs):+.2f}"])

@@ -6,14 +6,13 @@ from functools import cache
 from pathlib import Path
 
 from reproduction.cells import CELLS, ROWS, scaled, training_flags
-from reproduction.report import SELECTION_RULES
+from reproduction.report import QUARTERS, SELECTION_RULES
 from utils import flags
 from utils.cli import UsageError, option
 from utils.files import ARGS, LOG, METRICS, RESULTS
 from utils.records import read_flags, read_metrics, read_results
 
 FOLDERS, SPLITS = Path("results", "reproduce"), Path("splits")
-QUARTERS = 1, 2, 3, 4                       # of the steps of a run
 COLUMNS = ("cell", "row", "seed", "scale", "steps", *SELECTION_RULES, "before_decay", "labeled",
            *(f"before-{k}" for k in QUARTERS), *(f"after-{k}" for k in QUARTERS),
            "seconds", "device", "threads", "precision", "torch", "commit")
