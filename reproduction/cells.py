@@ -37,7 +37,7 @@ class Cell(NamedTuple):
     test_freq: int = 400
     ramp: int | None = None         # steps of ramp of the consistency loss; None: as many as of warm-up
     macs: float = 731.4e6           # multiply-accumulate operations of one forward pass of one image
-    baseline: dict = {}             # what is otherwise for the row "neither": field -> value
+    baseline: dict = {}             # the fields that differ for the row "neither": name -> value
     published: dict = {}            # row -> error rate in percent
 
     @property

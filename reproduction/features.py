@@ -73,7 +73,7 @@ def plot(args):
         if not 1e-12 < spread < 1e12:           # beyond that the embedding leaves the numbers
             raise UsageError(f"argument --checkpoint-path: the features of {path} differ by {spread:g}: nothing can be "
                                  "shown unless that is between 1e-12 and 1e12")
-        row["knn_accuracy"], row["silhouette"] = measure(row)
+        row["knn_accuracy"], row["silhouette"] = measure(row["features"], row["part"], row["classes"])
         for part, accuracy in row["knn_accuracy"].items():
             print(f"{row['label']}, {part}: {NEIGHBORS}-nearest-neighbor accuracy {100 * accuracy:.2f} %, "
                   + ("no silhouette" if row["silhouette"][part] is None else f"silhouette {row['silhouette'][part]:.3f}"),
@@ -184,13 +184,12 @@ def cached_features(path, state, images, data, row, device):
     return features, predictions, kept
 
 
-def measure(row):
+def measure(features, part, classes):
     """How well the features separate the classes: part -> accuracy, and part -> silhouette, in [-1, 1] or None.
 
     The accuracy is that of a vote of the nearest labeled features; an image has no vote on itself.  The silhouette is that of
     at most 10,000 points, and not defined for one class, nor for one image a class.
     """
-    features, part, classes = row["features"], row["part"], row["classes"]
     labeled = part == "labeled"
     vote = KNeighborsClassifier(min(NEIGHBORS, labeled.sum() - 1)).fit(features[labeled], classes[labeled])
     accuracy, silhouette = {}, {}

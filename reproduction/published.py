@@ -75,7 +75,7 @@ def fault_of(line):
 
 
 def order(line):
-    """Sorts runs as the tables have them; the same for two lines of the same run."""
+    """The place of a line in the tables, a key to sort by.  Two lines of the same run have the same."""
     return list(CELLS).index(line["cell"]), -float(line["scale"]), list(ROWS).index(line["row"]), int(line["seed"])
 
 

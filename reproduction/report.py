@@ -9,6 +9,7 @@ from utils.cli import UsageError
 from utils.run_folder import median_name
 
 PAIRS = ("both", "neither"), ("both", "mix-up"), ("both", "beta-0"), ("meta", "neither")     # rows whose errors are subtracted
+MOMENTS = {"last": "at the end", "before_decay": "before the decay"}       # column -> when in a run its error is measured
 SELECTION_RULES = {"last": "last", "median_last_20": "median of the last 20 evaluations",
                    "best_validation": "best on validation", "best_test": "lowest (selected on the test set)"}
 QUARTERS = 1, 2, 3, 4                       # of the steps of a run
@@ -34,19 +35,16 @@ def tables(lines):
 
     The blocks of one cell, CELL and paired-CELL, show its largest scale.
     """
-    cells = {}                          # (cell, scale) -> row -> lines
+    groups = {}                         # (cell, scale, row) -> lines
     for line in lines:
-        cells.setdefault((line["cell"], float(line["scale"])), {}).setdefault(line["row"], []).append(line)
-    groups = {(*key, row): group for key, rows in cells.items() for row, group in rows.items()}
-    pairs = {key: paired_rows(rows) for key, rows in cells.items()}
-    all_pairs = [[CELLS[name].title, f"{scale:g}", *row] for (name, scale), rows in pairs.items() for row in rows]
+        groups.setdefault((line["cell"], float(line["scale"]), line["row"]), []).append(line)
     blocks = {"main": main_table(groups), "ablation": ablation_table(groups), "cells": cells_table(groups),
-              "paired": paired_table(all_pairs, "cell", "scale"), "telemetry": telemetry_table(groups),
-              "commands": commands(groups)}
+              "paired": paired_table(groups), "telemetry": telemetry_table(groups), "commands": commands(groups)}
     for name in CELLS:
-        largest = max((key for key in cells if key[0] == name), default=None)
-        blocks[name] = rows_table(cells.get(largest))
-        blocks[f"paired-{name}"] = paired_table(pairs.get(largest))
+        largest = max((scale for cell, scale, _ in groups if cell == name), default=None)
+        of_cell = {key: group for key, group in groups.items() if key[:2] == (name, largest)}
+        blocks[name] = rows_table(of_cell)
+        blocks[f"paired-{name}"] = paired_table(of_cell, one_cell=True)
     return blocks
 
 
@@ -77,7 +75,7 @@ def evaluations(line):
 
 
 def rows_table(groups):
-    """The rows of one cell at one scale, with every seed; groups: row -> lines, or None."""
+    """The rows of one cell at one scale, with every seed."""
     if not groups:
         return "Not run yet."
     lines = [line for group in groups.values() for line in group]
@@ -85,7 +83,7 @@ def rows_table(groups):
     titles = SELECTION_RULES | {"median_last_20": median_name(evaluations(lines[0])), "labeled": "on its own labeled images"}
     measured = [column for column in titles if any(line[column] for line in lines)]
     rows = []
-    for row, group in groups.items():
+    for (*_, row), group in groups.items():
         last = {line["seed"]: f"{float(line['last']):.2f}" for line in group}
         rows.append([ROWS[row].title, *(last.get(seed, "") for seed in seeds),
                      *(mean_and_std(group, column) for column in measured), f"{mean(group, 'seconds'):.0f}"])
@@ -133,14 +131,18 @@ def compare_with_paper(name, row, scale, group):
     return f"{difference:+.2f}", verdict + (", one seed" if n == 1 else "")
 
 
-def paired_rows(groups):
-    """Differences between two rows of a cell on the same seeds, in points of test error: mean and 95 % t-interval."""
+def paired_table(groups, one_cell=False):
+    """Differences between two rows of a cell on the same seeds, in points of test error: mean and 95 % t-interval.
+
+    one_cell: whether to leave out the columns cell and scale.
+    """
     from scipy.stats import t
 
     rows = []
-    for first, second in PAIRS:
-        for rule, when in (("last", "at the end"), ("before_decay", "before the decay")):
-            a, b = ({line["seed"]: float(line[rule]) for line in groups.get(row, ()) if line[rule]} for row in (first, second))
+    for name, scale in dict.fromkeys(key[:2] for key in groups):
+        for (first, second), (rule, when) in itertools.product(PAIRS, MOMENTS.items()):
+            a, b = ({line["seed"]: float(line[rule]) for line in groups.get((name, scale, row), ()) if line[rule]}
+                    for row in (first, second))
             differences = [a[seed] - b[seed] for seed in a if seed in b]
             if (n := len(differences)) < 2:
                 continue
@@ -148,16 +150,12 @@ def paired_rows(groups):
             half = t.ppf(0.975, n - 1) * error
             p = 2 * t.sf(abs(effect) / error, n - 1) if error else float(effect == 0)
             answer = "cannot tell" if half >= abs(effect) else "lower" if effect < 0 else "higher"
-            rows.append([f"{ROWS[first].title} less {ROWS[second].title}", when, str(n), f"{effect:+.2f}",
-                         f"{effect - half:+.2f} to {effect + half:+.2f}", f"{p:.2g}", answer])
-    return rows
-
-
-def paired_table(rows, *more):
-    """rows: of `paired_rows`, behind the columns `more`; or None."""
+            rows.append([CELLS[name].title, f"{scale:g}", f"{ROWS[first].title} less {ROWS[second].title}", when, str(n),
+                         f"{effect:+.2f}", f"{effect - half:+.2f} to {effect + half:+.2f}", f"{p:.2g}", answer])
     if not rows:
         return "None yet: a difference takes two rows of a cell with two seeds in common."
-    return markdown([*more, "difference", "measured", "n", "mean", "95 % interval", "p", "test error"], rows)
+    head = ["cell", "scale", "difference", "measured", "n", "mean", "95 % interval", "p", "test error"]
+    return markdown(head[2:], [row[2:] for row in rows]) if one_cell else markdown(head, rows)
 
 
 def telemetry_table(groups):

@@ -23,6 +23,7 @@ class Run:
 
     def __init__(self, cell, row, seed, scale):
         self.cell, self.row, self.seed, self.scale = cell, row, seed, scale
+        self.flags = training_flags(cell, row, seed, scale)
         self.folder = FOLDERS / f"{cell}-{scale:g}" / f"{row}-{seed}"
         self.split = None                   # where the list of its labeled images is published
         if row != "supervised":
@@ -33,8 +34,7 @@ class Run:
         given = self.split is not None and self.split.exists()
         if (self.folder / ARGS).exists():
             given = read_flags(self.folder).get("split") is not None
-        return [*training_flags(self.cell, self.row, self.seed, self.scale), *(["--split", str(self.split)] if given else []),
-                "--save-path", str(self.folder), "--resume"]
+        return [*self.flags, *(["--split", str(self.split)] if given else []), "--save-path", str(self.folder), "--resume"]
 
     def results(self):
         """results.json, or None if the run is not finished.  Raises UsageError if it is of another experiment.
@@ -46,7 +46,7 @@ class Run:
             return None
         results = read_results(self.folder)
         found = {**resolved(), **results["args"], "total_steps": results["steps"]}
-        planned = resolved(*training_flags(self.cell, self.row, self.seed, self.scale))
+        planned = resolved(*self.flags)
         may_differ = flags.with_role(flags.RESUME) - {"test_freq", "total_steps"} | {"split"}
         if name := flags.difference(planned, found, may_differ):
             raise UsageError(f"{path} is of another experiment than {self.row} of {self.cell}: {option(name)} is {found[name]} "
