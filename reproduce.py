@@ -101,8 +101,9 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.gpus:
         refuse_idle(parser, args, "--gpus", ("jobs",))
+    args.dataset = list(dict.fromkeys(args.dataset))
     if args.table == "imagenet":
-        refuse_idle(parser, args, "the table imagenet, which runs nothing", ("gpus", "jobs"))
+        refuse_idle(parser, args, "the table imagenet, which runs nothing", ("dataset", "gpus", "jobs"))
     if args.table not in ("main", "ablation"):
         refuse_idle(parser, args, args.table, ("publish",))
     return args

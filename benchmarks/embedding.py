@@ -38,7 +38,7 @@ def run(backend, points):
     import numpy as np
 
     sys.path.insert(0, str(ROOT))
-    from plot_features import embed
+    from reproduction.features import embed
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     rng = np.random.default_rng(0)

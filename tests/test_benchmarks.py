@@ -1,4 +1,4 @@
-"""The benchmarks of the step and of the inputs run, at a tiny size on the CPU."""
+"""The benchmarks run, at a tiny size on the CPU."""
 import sys
 from argparse import Namespace
 from functools import partial
@@ -9,6 +9,7 @@ from conftest import ROOT
 import models
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import embedding  # noqa: E402
 import exactness  # noqa: E402
 import input as input_benchmark  # noqa: E402
 import step  # noqa: E402
@@ -70,3 +71,10 @@ def test_the_benchmark_of_exactness_ranks_the_ways_and_draws_them(tmp_path, monk
     assert errors[name, "exact, float32"] < errors[name, "exact, bfloat16"]
     assert errors[name, "exact, float32"] == errors["again", "exact, float32"]
     assert (tmp_path / "errors.png").stat().st_size > 0
+
+
+def test_the_benchmark_of_the_embedding_times_both_libraries(capsys):
+    for backend, name in (("opentsne", "openTSNE"), ("sklearn", "scikit-learn")):
+        embedding.main(["--points", "120", "--one", backend])
+        (library, (points, _, _, divergence)), = rows(capsys.readouterr().out).items()
+        assert library.startswith(name) and points == "120" and 0 < float(divergence) < 5

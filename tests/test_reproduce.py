@@ -41,7 +41,7 @@ def flags_of(line):
 @pytest.mark.parametrize("table", [table for table in reproduce.TABLES if table != "imagenet"])
 def test_a_dry_run_prints_commands_that_are_accepted_and_does_nothing(table, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert reproduce.main([table, "--dataset", *CELLS, "--seeds", "2", "--scale", "0.01", "--dry-run"]) == 0
+    assert reproduce.main([table, "--dataset", *CELLS, "digits", "--seeds", "2", "--scale", "0.01", "--dry-run"]) == 0
     plan = [flags_of(line) for line in capsys.readouterr().out.splitlines()]
     assert len(plan) == 2 * len(CELLS) * len(reproduce.TABLES[table]) and not list(tmp_path.iterdir())
     assert len({str(flags["save_path"]) for flags in plan}) == len(plan)
@@ -412,6 +412,9 @@ def test_imagenet_is_a_plan_with_its_cost_of_the_recipe_in_the_documents(capsys)
     assert all(flags["sync_bn"] for flags in planned)
     assert len(planned) == 6 and {k: v for k, v in recipe.items() if k not in free} in [
         {k: v for k, v in flags.items() if k not in free} for flags in planned]
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["imagenet", "--dataset", "digits"])
+    assert stop.value.code == 2 and "--dataset: without effect with the table imagenet" in capsys.readouterr().err
 
 
 def test_every_row_of_the_paper_is_there():
