@@ -16,7 +16,7 @@ from utils.distributed import World
 from utils.failure import network_failures, one_line_errors
 from utils.files import printable
 from utils.flags import check_evaluation_files, check_same_experiment, common_facts, parse_training, read_given_files
-from utils.run_folder import RunFolder, check_paths
+from utils.run_folder import RunFolder, check_paths, git_commit
 
 PROG = "train_meta.py"
 FAULT = 1000            # where a signal's number would be: some process cannot read the images of the next step
@@ -32,7 +32,7 @@ def main(argv=None):
     args = parse_training(argv, world.fail)
     with Interrupt() as interrupt, one_line_errors(
             PROG, world.fail, f" with --batch-size {args.batch_size}: lower it, or take --precision bfloat16",
-            None if args.evaluate else lambda: what_is_left(args.save_path)):
+            None if args.evaluate else args.save_path):
         try:
             read_given_files(args)
             if args.evaluate:
@@ -58,9 +58,9 @@ def train(args, interrupt, world):
     import torch
 
     from datasets import Batches
-    from utils.device import check_compiler, choose_device, set_precision
+    from utils.device import check_compiler, choose_device, fingerprint, set_precision
     from utils.evaluation import Evaluator
-    from utils.setup import describe_resumption, describe_run, new_session, prepare_data, prepare_model
+    from utils.setup import describe_resumption, describe_run, prepare_data, prepare_model
     from utils.state import RunState, check_same_split
 
     device = choose_device(args.device)
@@ -94,12 +94,12 @@ def train(args, interrupt, world):
                       rows=world.rows(args.batch_size))
     evaluator = Evaluator(args, images, labeled, validation, device, dtype, world)
 
-    state.sessions = [*state.sessions, new_session(args, state, device, world.size)]
-    folder.start(state)
+    state.sessions.append({"from_step": state.step, "commit": git_commit(),
+                           **fingerprint(device, args.precision, args.compile, world.size)})
+    folder.start(state, state.is_best(evaluator.select_by))
     folder.print(*describe_run(args, state, images, unlabeled, device, warned))
     if saved is not None:
         folder.print(*describe_resumption(state, saved, source))
-        folder.mend_best(state.is_best(evaluator.select_by))
     state.set_random_state(world, device, args.seed)
 
     interrupt.defer()
@@ -189,13 +189,6 @@ def evaluate_and_save(state, folder, evaluator, timer, interrupt, fault=None):
             state.best = best
     if scalars is None:
         evaluator.raise_fault(state, fault)
-
-
-def what_is_left(folder):
-    """Of a run that failed: what --resume can continue from."""
-    from utils.checkpoint import describe_last
-
-    return describe_last(folder)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from utils.cli import UsageError, first_line
-from utils.files import BEST, CHECKPOINT, PREVIOUS, link, replacing, sync
+from utils.files import BEST, CHECKPOINT, PREVIOUS, replacing
 from utils.state import CheckpointError, find_fault
 
 NAMES = (CHECKPOINT, PREVIOUS, BEST)
@@ -25,12 +25,6 @@ def save(state, folder):
             torch.save(state, file)
         except RuntimeError as error:       # torch closing the archive, after a write that the disk refused
             raise error.__context__ or error from None
-
-
-def save_best(path):
-    """Makes the checkpoint at path the best one of its folder too."""
-    link(path, path.with_name(BEST))
-    sync(path.parent)
 
 
 def load(path, bare=False):

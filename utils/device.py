@@ -63,7 +63,7 @@ def memory_for_images(device):
     return min(shared, torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else shared) // 3
 
 
-def fingerprint(device, precision, compiled, processes=1):
+def fingerprint(device, precision, compiled, processes):
     """Two parts of a run are equal bit for bit only where all of these agree."""
     if device.type == "cuda":
         name = f"cuda: {torch.cuda.get_device_name(device)}, cuDNN {torch.backends.cudnn.version()}"

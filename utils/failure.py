@@ -30,14 +30,14 @@ def network_failures(name, step=None):
 
 
 @contextmanager
-def one_line_errors(prog, fail, memory="", after=None):
+def one_line_errors(prog, fail, memory="", folder=None):
     """Inside, an error that is to be expected ends the program `prog` with one line.
 
     The exit code is 2 for what the user gave and 1 for what happened.  Any other error is a fault of this program.
 
     fail: a function as `cli.fail`.
     memory: of what to take less where memory runs out.
-    after: None, or a function that says what is left of a run after an error that came in its course.
+    folder: of a run; an error that comes in its course also says what --resume can continue from.
     """
     try:
         yield
@@ -53,4 +53,8 @@ def one_line_errors(prog, fail, memory="", after=None):
             error = f"out of memory{memory}"
         elif not isinstance(error, (Diverged, NetworkFailure, WorldError)):
             raise
-        fail(prog, f"{error}; {after()}" if after else error, 1)
+        if folder:
+            from utils.checkpoint import describe_last
+
+            error = f"{error}; {describe_last(folder)}"
+        fail(prog, error, 1)

@@ -10,9 +10,8 @@ from metasemi import meta_gradient
 from models import build_model, dry_run
 from models.synchronized import synchronize_batch_norm
 from utils import checkpoint
-from utils.device import fingerprint, slow_precision
+from utils.device import slow_precision
 from utils.flags import cut_short
-from utils.run_folder import git_commit
 from utils.state import check_same_data, check_same_split, load_data, load_weights
 
 
@@ -77,11 +76,6 @@ def load_first_weights(model, args):
         weights |= {name: own[name] for name in ("fc.weight", "fc.bias")}
     load_weights(model, args.arch, {"model": weights}, f"argument --init: {args.init}")
     return left
-
-
-def new_session(args, state, device, processes):
-    """Where and by what the part of a run that begins now is trained, for its `sessions`."""
-    return {"from_step": state.step, "commit": git_commit(), **fingerprint(device, args.precision, args.compile, processes)}
 
 
 def describe_run(args, state, images, unlabeled, device, warned):
