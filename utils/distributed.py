@@ -164,11 +164,9 @@ class World:
         if self.size == 1:
             return
         import torch
-        sums = torch.stack([checksum(tensor) for tensor in state.values()]).cpu()
-        extremes = torch.stack([sums, ~sums])           # ~ turns the order round: both ends in one maximum
-        with calls():
-            self.dist.all_reduce(extremes, self.dist.ReduceOp.MAX, group=self.control)
-        different = [name for name, same in zip(state, (extremes[0] == ~extremes[1]).tolist()) if not same]
+
+        sums = torch.stack([checksum(tensor) for tensor in state.values()]).tolist()
+        different = [name for name, *found in zip(state, *self.all_gather_object(sums)) if len(set(found)) > 1]
         if different:
             raise WorldError(f"the {self.size} processes are not equal any more at step {step}: {len(different)} of "
                              f"{len(state)} tensors differ, {different[0]} the first of them")
@@ -182,7 +180,7 @@ class World:
 
     def shard(self, sequence):
         """Every size-th entry, from that of the rank on: the shards of all processes are the sequence."""
-        return sequence if self.size == 1 else sequence[self.rank::self.size]
+        return sequence[self.rank::self.size]
 
     def seed(self, *numbers):
         """Gives every process but the first random numbers of its own, a function of (rank, numbers)."""
@@ -206,13 +204,6 @@ class World:
             return True
         return first
 
-    def exit_code(self, default):
-        """That of the process that failed first, if it said so."""
-        try:
-            return int(self.store.get("exit code")) if self.store.check(["exit code"]) else default
-        except RuntimeError:
-            return default
-
     def fail(self, prog, message, code):
         """`cli.fail`, but one process speaks for all, and none waits for another on its way out."""
         if self.size == 1:
@@ -222,11 +213,12 @@ class World:
                 self.connect()
         if self.fails_first(code):
             print(f"{prog}: {one_line(message)}", file=sys.stderr, flush=True)
-        if self.store is None:
-            os._exit(code)
-        with suppress(RuntimeError):
-            self.store.set(f"start {self.rank}", json.dumps(None))              # for those who still wait in `join`
-        os._exit(self.exit_code(code))
+        if self.store is not None:
+            with suppress(RuntimeError):
+                self.store.set(f"start {self.rank}", json.dumps(None))          # for those who still wait in `join`
+                if self.store.check(["exit code"]):
+                    code = int(self.store.get("exit code"))                     # of the process that failed first
+        os._exit(code)
 
 
 def check_agreement(facts):

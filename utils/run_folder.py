@@ -35,7 +35,7 @@ from utils.files import (
     sync,
     write_text,
 )
-from utils.flags import difference
+from utils.flags import RESUME, difference, with_role
 from utils.records import read_results, read_split
 
 EVENTS = ".metasemi"        # how the names of our TensorBoard files end: other programs keep theirs in the same folder
@@ -269,7 +269,7 @@ class RunFolder:
             results = read_results(self.path)
         except UsageError:
             return False
-        return results["steps"] == saved["step"] and difference(saved["args"], results["args"]) is None
+        return results["steps"] == saved["step"] and difference(saved["args"], results["args"], with_role(RESUME)) is None
 
     @contextmanager
     def progress(self, start, total_steps):
