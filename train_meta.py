@@ -100,7 +100,7 @@ def train(args, interrupt, world):
     folder.print(*describe_run(args, state, images, unlabeled, device, warned))
     if saved is not None:
         folder.print(*describe_resumption(state, saved, source))
-    state.set_random_state(world, device, args.seed)
+    state.set_random_state(world, device)
 
     interrupt.defer()
     with batches, folder.progress(state.step, args.total_steps):

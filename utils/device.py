@@ -45,11 +45,6 @@ def check_compiler():
         raise UsageError("argument --compile: no C++ compiler is found; install g++, or leave it out")
 
 
-def is_out_of_memory(error):
-    """Whether an exception says that the device or the machine has no memory left."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
-
-
 def memory_for_images(device):
     """Bytes that the images of a set may take: a third of what is free on the GPU, and on the machine, where loading holds
     them twice and torchrun's processes share."""

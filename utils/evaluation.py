@@ -12,10 +12,10 @@ from models import dry_run
 from utils import checkpoint, metrics
 from utils.cli import UsageError, option
 from utils.device import choose_device, set_precision, slow_precision
-from utils.failure import network_failures
+from utils.failure import Diverged, network_failures
 from utils.files import printable, replacing
 from utils.flags import FROM_CHECKPOINT, declared, with_role
-from utils.metrics import Diverged, expected_calibration_error, predict
+from utils.metrics import expected_calibration_error, predict
 from utils.records import differing
 from utils.state import CheckpointError, data_of, load_data, load_model
 
@@ -88,11 +88,11 @@ class Evaluator:
 
     def describe(self, scalars):
         """What `evaluate` returned, in words."""
-        errors = [f"{tag.replace('/accuracy', '').replace('/top5', ' top-5')} error {100 * (1 - value):.2f} %"
-                  for tag, value in scalars.items() if not tag.endswith("/images")]
-        covered = [(name, scalars[f"{name}/images"]) for name in self.sets if f"{name}/images" in scalars]
-        return "  ".join([*errors, *(f"over {count:,} of {self.counts[name]:,} {name} images: the others cannot be read"
-                                     for name, count in covered)])
+        parts = [f"{tag.replace('/accuracy', '').replace('/top5', ' top-5')} error {100 * (1 - value):.2f} %"
+                 for tag, value in scalars.items() if not tag.endswith("/images")]
+        parts += [f"over {scalars[f'{name}/images']:,} of {count:,} {name} images: the others cannot be read"
+                  for name, count in self.counts.items() if f"{name}/images" in scalars]
+        return "  ".join(parts)
 
     def skipped(self):
         """Lines about images that a process skipped since the last call."""
@@ -102,10 +102,7 @@ class Evaluator:
 
 
 def evaluate_file(args):
-    """Prints what the checkpoint or state dict args.evaluate achieves; writes args.predictions, if given.  Returns 0.
-
-    Raises UsageError, DataError or NetworkError for what does not fit together.
-    """
+    """Prints what the checkpoint or state dict args.evaluate achieves; writes args.predictions, if given.  Returns 0."""
     path, source = args.evaluate, f"argument --evaluate: {args.evaluate}"
     device = choose_device(args.device)
     saved = checkpoint.load(path, bare=True)

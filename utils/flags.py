@@ -225,10 +225,7 @@ def resolved(given, otherwise):
 
 def read_given_files(args):
     """Reads what the command line names: `args.labeled` becomes the images of --split, as `read_given_split` returns them, or
-    None, `args.arch_sha256` the sum of a custom network, which is not executed, and `args.init_sha256` that of --init.
-
-    Raises UsageError or NetworkError.
-    """
+    None, `args.arch_sha256` the sum of a custom network, which is not executed, and `args.init_sha256` that of --init."""
     args.labeled = None
     if "split" in args.given:
         args.labeled = read_given_split(args.split, args.num_label if "num_label" in args.given else None)

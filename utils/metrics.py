@@ -8,6 +8,7 @@ import torch
 
 from datasets.table import UNLABELED, DataError
 from metasemi.step import accuracy
+from utils.failure import Diverged
 
 NO_IMAGE = "not one of the images to evaluate can be read: give readable ones"
 
@@ -90,10 +91,6 @@ class Timer:
         rate = (step - self.step) / (now - self.last)
         self.step, self.last = step, now
         return rate
-
-
-class Diverged(ArithmeticError):
-    """Training, or the network in evaluation mode, left the finite numbers."""
 
 
 def all_finite(tensors):

@@ -107,11 +107,7 @@ class RunFolder:
 
     def open(self, resume):
         """What a command that `check_paths` let pass may continue: a checkpoint, a text that says where it is from, and
-        whether results.json tells of it; (None, None, False) for nothing.
-
-        Writes nothing but the lock.  Raises UsageError for a folder
-        in use, and CheckpointError for a checkpoint that cannot be read.
-        """
+        whether results.json tells of it; (None, None, False) for nothing.  Writes nothing but the lock."""
         from utils import checkpoint
 
         saved = why = None

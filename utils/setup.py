@@ -35,13 +35,13 @@ def prepare_data(args, world, device, saved, source, interrupt):
         labeled, validation = saved["labeled"].numpy(), saved["validation"].numpy()
     images = images.to(device)
     world.check_same({**data, "labeled images": labeled.tolist(), "validation images": validation.tolist()})
-    if args.no_meta and not args.mix_up:
-        return images, data, labeled, None, validation
-    taken = validation if args.include_labeled else np.concatenate([validation, labeled])
-    unlabeled = np.setdiff1d(np.arange(len(images.train_labels)), taken)
-    if len(unlabeled) == 0:
-        raise DataError(f"argument --num-label: {args.num_label} leaves no unlabeled image: add --include-labeled, "
-                        "or train supervised with --no-meta and no --mix-up")
+    unlabeled = None
+    if not args.no_meta or args.mix_up:
+        taken = validation if args.include_labeled else np.concatenate([validation, labeled])
+        unlabeled = np.setdiff1d(np.arange(len(images.train_labels)), taken)
+        if len(unlabeled) == 0:
+            raise DataError(f"argument --num-label: {args.num_label} leaves no unlabeled image: add --include-labeled, "
+                            "or train supervised with --no-meta and no --mix-up")
     return images, data, labeled, unlabeled, validation
 
 
@@ -63,8 +63,7 @@ def prepare_model(args, world, device, dtype, images):
 def load_first_weights(model, args):
     """Puts the weights of --init into a model.  Returns lines about what is left as it was.
 
-    The last layer of torchvision's networks is, if it is for another number of classes.
-    Raises CheckpointError, which names what else does not fit.
+    The last layer of torchvision's networks is, if it is for another number of classes; all else must fit.
     """
     from torchvision.models import ResNet  # takes a second to load
 
