@@ -96,7 +96,7 @@ def train(args, interrupt, world):
 
     state.sessions.append({"from_step": state.step, "commit": git_commit(),
                            **fingerprint(device, args.precision, args.compile, world.size)})
-    folder.start(state, state.is_best(evaluator.select_by))
+    folder.start(state)
     folder.print(*describe_run(args, state, images, unlabeled, device, warned))
     if saved is not None:
         folder.print(*describe_resumption(state, saved, source))
@@ -179,7 +179,7 @@ def evaluate_and_save(state, folder, evaluator, timer, interrupt, fault=None):
         folder.print_once(evaluator.skipped())
         best = state.best
         if scalars is not None:
-            state.add_evaluation(scalars, evaluator.select_by)
+            state.add_evaluation(scalars)
             folder.record(state.step, scalars)
             folder.print(f"step {state.step}/{state.args['total_steps']}  {evaluator.describe(scalars)}")
         state.seconds = timer.seconds()

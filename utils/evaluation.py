@@ -34,7 +34,6 @@ class Evaluator:
         self.device, self.dtype = device, dtype
         self.fault = None               # why images of this process could not be read
         self.counts = {"test": len(images.test_labels), "validation": len(validation)}
-        self.select_by = "validation" if len(validation) else "test"
         self.sets = {"test": (world.shard(images.test_images), world.shard(images.test_labels))}
         if len(validation):
             self.sets["validation"] = self.training_images(validation)

@@ -119,11 +119,10 @@ class RunFolder:
             saved, self.source, why = last
         return saved, why, saved is not None and self.has_results(saved)
 
-    def start(self, state, best):
+    def start(self, state):
         """Writes what the run is and opens its records, with everything after the step of the state taken out of them.
 
         A run from step 0 first removes the files of an older one, by name; no file of another program is touched.
-        best: whether the state is the best one so far: a kill may have kept `save` from marking it.
         Raises UsageError if another process has left a run here by now.
         """
         if not self.writes:
@@ -144,7 +143,7 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         if self.source and self.source.name == PREVIOUS:    # so that the next save does not keep the damaged one
             link(self.source, self.path / CHECKPOINT)
-        if self.source and best:
+        if self.source and state.is_best():                 # a kill may have kept `save` from saying so
             link(self.source, self.path / BEST)
         truncate_after(state.step, self.path / METRICS, step_of_record)
         truncate_after(state.step, self.path / LOG, step_of_line)

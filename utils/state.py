@@ -39,14 +39,15 @@ class RunState:
     """A run between two steps.
 
     Attributes are the names in FIELDS; `model` and `optimizer` are the objects themselves.  labeled and validation:
-    (N,) int64 indices of training images.  best: the highest accuracy so far of the set that selects `model_best.pth`.
-    sessions: a dict for each part of the run, with where and by what it was trained.
+    (N,) int64 indices of training images.  best: the highest accuracy so far of the set `select_by`, which selects
+    `model_best.pth`.  sessions: a dict for each part of the run, with where and by what it was trained.
     """
 
     def __init__(self, args, images, data, labeled, validation, model, optimizer):
         """A run before its first step.  args: resolved flags.  images: as `load_dataset` returns them, data: their digest."""
         self.args, self.model, self.optimizer = experiment(args), model, optimizer
         self.labeled, self.validation = torch.from_numpy(labeled), torch.from_numpy(validation)
+        self.select_by = "validation" if len(validation) else "test"
         self.data, self.labels_sha256, self.class_names = data, images.labels_sha256, list(images.class_names)
         self.mean, self.std, self.image_size = images.mean, images.std, images.image_size
         self.step, self.seconds, self.evaluations, self.best, self.sessions = 0, 0.0, [], None, []
@@ -82,11 +83,11 @@ class RunState:
         (self.rng, self.cuda_rng), *self.other_rng = world.all_gather_object(
             [torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None])
 
-    def add_evaluation(self, scalars, select_by):
-        """Keeps accuracies, as `Evaluator.evaluate` returns them; select_by: the set whose accuracy makes `best`."""
+    def add_evaluation(self, scalars):
+        """Keeps accuracies, as `Evaluator.evaluate` returns them."""
         self.evaluations.append({"step": self.step} | {tag.removesuffix("/accuracy").replace("/", "_"): value
                                                        for tag, value in scalars.items()})
-        accuracy = scalars[f"{select_by}/accuracy"]
+        accuracy = scalars[f"{self.select_by}/accuracy"]
         if self.best is None or accuracy > self.best:
             self.best = accuracy
 
@@ -95,9 +96,9 @@ class RunState:
         due = self.step and (self.step % self.args["test_freq"] == 0 or self.step == self.args["total_steps"])
         return bool(due) and (not self.evaluations or self.evaluations[-1]["step"] != self.step)
 
-    def is_best(self, select_by):
+    def is_best(self):
         """Whether the first of the best evaluations is that of this step."""
-        return bool(self.evaluations) and max(self.evaluations, key=lambda e: e[select_by])["step"] == self.step
+        return bool(self.evaluations) and max(self.evaluations, key=lambda e: e[self.select_by])["step"] == self.step
 
     def check_finite(self):
         """Raises Diverged unless the weights are finite, where they were so at first; waits for the device once."""
