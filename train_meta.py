@@ -92,7 +92,7 @@ def train(args, interrupt, world):
     batches = Batches(images, labeled, unlabeled, batch_size=args.batch_size,
                       seed=args.seed, device=device, mixup_gamma=args.alpha if args.mix_up else None,
                       rows=world.rows(args.batch_size))
-    evaluator = Evaluator(args, images, labeled, validation, device, dtype, world)
+    evaluator = Evaluator(state, images, device, dtype, world)
 
     state.sessions.append({"from_step": state.step, "commit": git_commit(),
                            **fingerprint(device, args.precision, args.compile, world.size)})
@@ -105,8 +105,8 @@ def train(args, interrupt, world):
     interrupt.defer()
     with batches, folder.progress(state.step, args.total_steps):
         stopping = take_steps(args, state, batches, evaluator, folder, interrupt, world)
-        labeled_error = None if stopping else evaluator.labeled_error(state, interrupt)
-        evaluator.raise_fault(state)
+        labeled_error = None if stopping else evaluator.labeled_error(interrupt)
+        evaluator.raise_fault()
         if labeled_error is None:
             stopping = stopping or world.all_reduce_max(interrupt.received)
     if stopping:
@@ -175,7 +175,7 @@ def evaluate_and_save(state, folder, evaluator, timer, interrupt, fault=None):
     with timer.paused():
         state.check_finite()
         evaluator.world.check_replicas(state.model.state_dict(), state.step)
-        scalars = evaluator.evaluate(state, interrupt)
+        scalars = evaluator.evaluate(interrupt)
         folder.print_once(evaluator.skipped())
         best = state.best
         if scalars is not None:
@@ -188,7 +188,7 @@ def evaluate_and_save(state, folder, evaluator, timer, interrupt, fault=None):
         if not folder.save(state, state.best != best, last):
             state.best = best
     if scalars is None:
-        evaluator.raise_fault(state, fault)
+        evaluator.raise_fault(fault)
 
 
 if __name__ == "__main__":

@@ -28,51 +28,50 @@ class Evaluator:
     Each process of a world measures a shard of every set, and all get the same answers.
     """
 
-    def __init__(self, args, images, labeled, validation, device, dtype, world):
-        """args: resolved flags.  images: as `load_dataset` returns them.  labeled, validation: indices of training images."""
-        self.args, self.images, self.labeled, self.world = args, images, labeled, world
-        self.device, self.dtype = device, dtype
+    def __init__(self, state, images, device, dtype, world):
+        """images: as `load_dataset` returns them."""
+        self.state, self.images, self.device, self.dtype, self.world = state, images, device, dtype, world
         self.fault = None               # why images of this process could not be read
-        self.counts = {"test": len(images.test_labels), "validation": len(validation)}
+        self.counts = {"test": len(images.test_labels), "validation": len(state.validation)}
         self.sets = {"test": (world.shard(images.test_images), world.shard(images.test_labels))}
-        if len(validation):
-            self.sets["validation"] = self.training_images(validation)
+        if len(state.validation):
+            self.sets["validation"] = self.training_images(state.validation)
 
     def training_images(self, indices):
         """This process's shard of some training images, and their labels."""
-        index = self.world.shard(indices)
+        index = self.world.shard(indices.numpy())
         return self.images.train_images[index], self.images.train_labels[index]
 
-    def measure(self, state, x, y, stop):
+    def measure(self, x, y, stop):
         """`metrics.evaluate` of one set; an error of the network or its logits names the step.
 
         None as well if images cannot be read, in all processes; `raise_fault` says which.
         """
         batches = normalized_batches(x, y, self.images.mean, self.images.std, self.device)
         try:
-            with network_failures(self.args.arch, state.step):
-                return metrics.evaluate(state.model, batches, self.dtype, stop, self.world.all_reduce_sum)
+            with network_failures(self.state.args["arch"], self.state.step):
+                return metrics.evaluate(self.state.model, batches, self.dtype, stop, self.world.all_reduce_sum)
         except Diverged as error:
-            raise Diverged(f"{error} at step {state.step}") from None
+            raise Diverged(f"{error} at step {self.state.step}") from None
         except (DataError, OSError) as error:
             self.fault = error
             return None
 
-    def raise_fault(self, state, fault=None):
+    def raise_fault(self, fault=None):
         """Raises OSError in every process if one of them cannot read its images; fault: another error of that kind."""
         fault = fault or self.fault
         faults = [error for error in self.world.all_gather_object(fault and str(fault)) if error]
         if faults:
-            raise OSError(f"{faults[0]}; step {state.step} is saved, and --resume continues from there")
+            raise OSError(f"{faults[0]}; step {self.state.step} is saved, and --resume continues from there")
 
-    def evaluate(self, state, stop):
+    def evaluate(self, stop):
         """Accuracies in [0, 1] by tag, such as "test/accuracy" and "test/top5"; None as in `measure`.
 
         "test/images" is how many images there were, where some cannot be read.
         """
         scalars = {}
         for name, (x, y) in self.sets.items():
-            measured = self.measure(state, x, y, stop)
+            measured = self.measure(x, y, stop)
             if measured is None:
                 return None
             if measured["images"] == self.counts[name]:
@@ -80,9 +79,9 @@ class Evaluator:
             scalars |= {f"{name}/{key}": value for key, value in measured.items()}
         return scalars
 
-    def labeled_error(self, state, stop):
+    def labeled_error(self, stop):
         """Error in percent on the labeled images, without augmentation; None as in `measure`."""
-        measured = self.measure(state, *self.training_images(self.labeled), stop)
+        measured = self.measure(*self.training_images(self.state.labeled), stop)
         return measured and round(100 * (1 - measured["accuracy"]), 4)
 
     def describe(self, scalars):
@@ -95,7 +94,7 @@ class Evaluator:
 
     def skipped(self):
         """Lines about images that a process skipped since the last call."""
-        if not self.args.skip_corrupt:
+        if not self.state.args["skip_corrupt"]:
             return []
         return [line for lines in self.world.all_gather_object(self.images.skipped()) for line in lines]
 
