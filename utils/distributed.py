@@ -182,14 +182,6 @@ class World:
         """Every size-th entry, from that of the rank on: the shards of all processes are the sequence."""
         return sequence[self.rank::self.size]
 
-    def seed(self, *numbers):
-        """Gives every process but the first random numbers of its own, a function of (rank, numbers)."""
-        if self.rank:
-            import numpy as np
-            import torch
-
-            torch.manual_seed(int(np.random.SeedSequence([self.rank, *numbers]).generate_state(1, np.uint64)[0]))
-
     # The end of a run that fails
 
     def fails_first(self, code):

@@ -314,9 +314,8 @@ def check_counts(args, size):
 
 def experiment(args):
     """The flags of a run as plain types, without those that belong to one command; what args.json and a checkpoint keep."""
-    names = [name for name in declared() if name not in with_role(COMMAND)]
-    names += [name for name in ("arch_sha256", "init_sha256") if hasattr(args, name)]
-    return {name: str(value) if isinstance(value, Path) else value for name in names for value in [getattr(args, name)]}
+    names = declared().keys() - with_role(COMMAND) | {"arch_sha256", "init_sha256"}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name in names}
 
 
 def common_facts(args):

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 from tqdm import tqdm
 
@@ -304,14 +305,8 @@ def event_writer(path, step):
     from tensorboardX import SummaryWriter
     from tensorboardX.record_writer import register_writer_factory
 
-    class Place:
-        def open(self, name):
-            return Appender(name.removeprefix("run:"))
-
-        def directory_check(self, name):
-            pass
-
-    register_writer_factory("run", Place())
+    register_writer_factory("run", SimpleNamespace(open=lambda name: Appender(name.removeprefix("run:")),
+                                                   directory_check=lambda name: None))
     return SummaryWriter(f"run:{path}", purge_step=step + 1 if step else None, filename_suffix=EVENTS)
 
 

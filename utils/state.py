@@ -5,6 +5,7 @@ Throughout, `saved` is a checkpoint as `checkpoint.load` returns it, and `source
 """
 import json
 
+import numpy as np
 import torch
 
 from datasets import load_dataset
@@ -70,7 +71,9 @@ class RunState:
     def set_random_state(self, world, device):
         """Torch's generators as they were at this step.  A process that the run did not have before gets a state of its
         own, a function of (rank, seed, step)."""
-        world.seed(self.args["seed"], self.step)
+        if world.rank:
+            sequence = np.random.SeedSequence([world.rank, self.args["seed"], self.step])
+            torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
         states = [[self.rng, self.cuda_rng], *self.other_rng]
         if self.step and (world.rank == 0 or len(states) == world.size):
             rng, cuda_rng = states[world.rank]
