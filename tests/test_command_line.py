@@ -306,13 +306,15 @@ def test_damaged_flags_of_a_run_folder_are_one_line_that_names_the_file(train, t
     assert not (tmp_path / "a" / "checkpoint.prev.pth").exists()
 
 
-def test_overwrite_starts_afresh_and_leaves_files_of_others(train, tmp_path):
+def test_overwrite_starts_afresh_and_leaves_files_of_others(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     train("a", "--total-steps", "3")
     (tmp_path / "a" / "notes.txt").write_text("mine")
-    assert train("a", "--total-steps", "2", "--overwrite") == 0
+    assert train("a", "--total-steps", "2", "--overwrite", "--save-path", "a") == 0
     assert torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"] == 2
     assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
     assert not (tmp_path / "a" / "checkpoint.prev.pth").exists()
+    assert len(list((tmp_path / "a").glob("*tfevents*"))) == 1
 
 
 def test_a_split_file_that_was_changed_is_refused(train, tmp_path, capsys):

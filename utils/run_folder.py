@@ -139,7 +139,7 @@ class RunFolder:
                              "or remove it, and it is written again")
         old = [RESULTS, *(name + TEMPORARY for name in OURS)]      # a kill may have left these half written
         if clear:
-            old += [*OURS, *self.path.glob(f"events.out.tfevents.*{EVENTS}")]
+            old += [*OURS, *(path.name for path in self.path.glob(f"events.out.tfevents.*{EVENTS}"))]
         for name in old:
             (self.path / name).unlink(missing_ok=True)
         if self.source and self.source.name == PREVIOUS:    # so that the next save does not keep the damaged one
