@@ -132,25 +132,25 @@ def evaluate_file(args):
     names = [printable(name) for name in images.class_names]
     step = f" of step {saved['step']}" if trained else ", a state dict"
     print("\n".join([*warned, printable(f"{path}{step}: {flags['arch']} on {device.type}, {flags['precision']}")]))
+    confidence = probabilities.gather(1, predicted[:, None])[:, 0]
     if without_classes:
-        print(printable(f"{flags['data_path']}: {count:,} images without a class, of which no accuracy can be told"))
+        data = f"{flags['data_path']}: {count:,} images without a class, of which no accuracy can be told"
+        lines, rows = [], rows_without_classes(images, index, predicted, probabilities)
     else:
-        print(printable(f"test set of {flags['dataset']}" + (f" under {flags['data_path']}" if images.test_files else "")
-                        + f": {count:,} images, {len(names)} classes"
-                        + (f"; not what the run was tested on: the {', '.join(others)} differ" if others else "")))
+        data = (f"test set of {flags['dataset']}" + (f" under {flags['data_path']}" if images.test_files else "")
+                + f": {count:,} images, {len(names)} classes"
+                + (f"; not what the run was tested on: the {', '.join(others)} differ" if others else ""))
+        lines = report(images.test_labels[index], predicted, confidence, names)
+        rows = rows_with_classes(images, index, predicted, confidence)
+    print(printable(data))
     if images.ignored:
         print(printable(f"ignored: {images.ignored}"))
     if len(index) < count:
         print("\n".join(map(printable, images.skipped())))
         print(f"the following is over {len(index):,} of {count:,} images: the others cannot be read")
-    confidence = probabilities.gather(1, predicted[:, None])[:, 0]
-    if not without_classes:
-        print("\n".join(report(images.test_labels[index], predicted, confidence, names)))
+    for line in lines:
+        print(line)
     if args.predictions:
-        if without_classes:
-            rows = rows_without_classes(images, index, predicted, probabilities)
-        else:
-            rows = rows_with_classes(images, index, predicted, confidence)
         write_predictions(args.predictions, rows)
         print(printable(f"{args.predictions}: {len(predicted):,} predictions"))
     return 0

@@ -69,13 +69,13 @@ class Timer:
 
     def __init__(self, seconds, step):
         """seconds, step: how long and how far the run has come in its sessions before."""
-        self.before, self.step = seconds, step
-        self.start = self.last = time.perf_counter()
+        self.step, self.last = step, time.perf_counter()
+        self.start = self.last - seconds
         self.pause = 0.0                # the seconds of the last evaluation, with its save
 
     def seconds(self):
         """Of the run so far."""
-        return self.before + time.perf_counter() - self.start
+        return time.perf_counter() - self.start
 
     @contextmanager
     def paused(self):
