@@ -153,12 +153,12 @@ def take_steps(args, state, batches, evaluator, folder, interrupt, world):
             left = (args.total_steps - step) * (1 / rate + timer.pause / args.test_freq)
             folder.print_once(evaluator.skipped())
             folder.log_means(step, args.total_steps, alpha, meter.read(world.all_reduce_mean), rate * images_per_step, left)
-        fault = None if last else batches.fault(step + 1)
-        stopping = world.all_reduce_max(FAULT if fault else interrupt.received)
+        evaluator.fault = None if last else batches.fault(step + 1)
+        stopping = world.all_reduce_max(FAULT if evaluator.fault else interrupt.received)
         if step % args.test_freq == 0 or last or stopping:
             meter.check()
             interrupt.elsewhere = stopping
-            evaluate_and_save(state, folder, evaluator, timer, interrupt, fault)
+            evaluate_and_save(state, folder, evaluator, timer, interrupt)
             stopping = world.all_reduce_max(interrupt.received)         # it may have come meanwhile
         elif step % REPLICAS_FREQ == 0:
             world.check_replicas(state.model.state_dict(), step)
@@ -167,11 +167,9 @@ def take_steps(args, state, batches, evaluator, folder, interrupt, world):
     return None
 
 
-def evaluate_and_save(state, folder, evaluator, timer, interrupt, fault=None):
-    """Measures the run and saves it; a signal leaves out the measuring.
-
-    fault: an error of images that this process cannot read; it ends the run once that is saved, as one in here does.
-    """
+def evaluate_and_save(state, folder, evaluator, timer, interrupt):
+    """Measures the run and saves it.  A signal leaves out the measuring, and so do images that cannot be read: they end the
+    run once it is saved."""
     with timer.paused():
         state.check_finite()
         evaluator.world.check_replicas(state.model.state_dict(), state.step)
@@ -188,7 +186,7 @@ def evaluate_and_save(state, folder, evaluator, timer, interrupt, fault=None):
         if not folder.save(state, state.best != best, last):
             state.best = best
     if scalars is None:
-        evaluator.raise_fault(fault)
+        evaluator.raise_fault()
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Evaluator:
     def __init__(self, state, images, device, dtype, world):
         """images: as `load_dataset` returns them."""
         self.state, self.images, self.device, self.dtype, self.world = state, images, device, dtype, world
-        self.fault = None               # why images of this process could not be read
+        self.fault = None               # why this process cannot read some images, if it cannot
         self.counts = {"test": len(images.test_labels), "validation": len(state.validation)}
         self.sets = {"test": (world.shard(images.test_images), world.shard(images.test_labels))}
         if len(state.validation):
@@ -57,10 +57,9 @@ class Evaluator:
             self.fault = error
             return None
 
-    def raise_fault(self, fault=None):
-        """Raises OSError in every process if one of them cannot read its images; fault: another error of that kind."""
-        fault = fault or self.fault
-        faults = [error for error in self.world.all_gather_object(fault and str(fault)) if error]
+    def raise_fault(self):
+        """Raises OSError in every process if one of them cannot read its images."""
+        faults = [error for error in self.world.all_gather_object(self.fault and str(self.fault)) if error]
         if faults:
             raise OSError(f"{faults[0]}; step {self.state.step} is saved, and --resume continues from there")
 
