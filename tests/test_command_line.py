@@ -19,7 +19,8 @@ from metasemi.losses import CONSISTENCY
 from reproduction.cells import CELLS, ROWS, training_flags
 from utils.cli import parse_milestones
 from utils.device import BFLOAT16, slow_precision
-from utils.flags import cut_short, parse_plotting, parse_training, plotting_parser, training_parser
+from utils.flags import parse_plotting, parse_training, plotting_parser, training_parser
+from utils.setup import cut_short
 
 TRAINING = [       # (flags, what the line must contain)
     (["--dataset", "mnist"], ["--dataset", "mnist", "cifar10"]),

@@ -15,8 +15,6 @@ from utils.cli import UsageError, first_line
 from utils.files import BEST, CHECKPOINT, PREVIOUS, replacing
 from utils.state import CheckpointError, find_fault
 
-NAMES = (CHECKPOINT, PREVIOUS, BEST)
-
 
 def save(state, folder):
     """Replaces the last checkpoint of a run folder by `state`, a dict of tensors and plain types; keeps the one before."""
@@ -41,7 +39,7 @@ def load(path, bare=False):
 
 def intact_beside(path):
     """"; PATH of step N is intact", of another checkpoint in the folder of one that cannot be read; "" if there is none."""
-    for name in NAMES:
+    for name in (CHECKPOINT, PREVIOUS, BEST):
         other = Path(path).with_name(name)
         with suppress(CheckpointError):
             return f"; {other} of step {load_alone(other)['step']} is intact"

@@ -25,20 +25,14 @@ class WorldError(RuntimeError):
 
 
 class World:
-    """The processes of a run, from torchrun's environment; `join` connects them, and needs torch.
-
-    rank: 0 <= rank < size, of this process.
-    """
+    """The processes of a run, from torchrun's environment, this one by its rank; `join` connects them, and needs torch."""
 
     def __init__(self):
         self.rank, self.local_rank, self.size = processes()
         self.store = self.control = self.dist = None
 
     def join(self, device, facts=()):
-        """Connects the processes; device: of --device; facts: name -> number or text, of which they must hold the same.
-
-        Raises UsageError if they do not, and if there are more processes than CUDA devices.
-        """
+        """Connects the processes; device: of --device; facts: name -> number or text, of which they must hold the same."""
         if self.size == 1:
             return
         with dying_of_signals():        # torch would keep a signal waiting until every process has come

@@ -38,7 +38,7 @@ def temporary_name(path):
 
 @contextmanager
 def replacing(path, backup=None):
-    """A binary file to write to, which takes the place of `path` as that of a `temporary_name` does, and lasts.
+    """A binary file to write to, which takes the place of `path` as a `temporary_name` does, and lasts.
 
     backup: where the old file stays, if there is one.
     """

@@ -180,8 +180,7 @@ def with_role(role):
 def parse_training(argv, fail=cli.fail):
     """Resolved flags of train_meta.py; `given` is the set of those on the command line.
 
-    With --resume, the others are those of the run that it continues; with --evaluate, those that the checkpoint answers are
-    None.
+    With --resume, the others are those of the run that it continues; with --evaluate, None where the checkpoint answers.
     fail: a function as `cli.fail`, which ends the program with code 2 for a contradiction.
     """
     parser, given = parse_given(argv, fail)
@@ -352,27 +351,6 @@ def check_same_experiment(args, then, step=0):
         value = then.get(name, declared()[name].default)
         raise UsageError(f"argument {option(name)}: {now[name]} now, {value} in the run that --resume continues: give {value}, "
                          "or another --save-path without --resume")
-
-
-def cut_short(args):
-    """What of the schedule lies beyond the last step of a run, and what that means: one line, or None.  Loads torch."""
-    from metasemi import learning_rate, ramp
-
-    steps, ramp_steps = args.total_steps, args.warmup if args.ramp is None else args.ramp
-    milestones = args.milestones if args.schedule == "step" else []
-    late = [step for step in milestones if step >= steps]
-    faults = []
-    if args.warmup > steps:             # the rate is highest at the end, or just before it decays
-        highest = max(learning_rate(step, args.lr, args.warmup, milestones, args.gamma)
-                      for step in (*milestones, steps) if step <= steps)
-        faults.append(f"before the end of --warmup {args.warmup}, so the learning rate reaches only {highest:.3g} "
-                      f"of {args.lr:g}")
-    if ramp_steps > steps and not args.no_meta:
-        faults.append(f"before the end of --ramp {ramp_steps}, so the weight of the consistency loss reaches only "
-                      f"{ramp(steps, ramp_steps, args.weight):.3g} of {args.weight:g}")
-    if late:
-        faults.append(f"before --milestones {', '.join(map(str, late))}, so the learning rate does not decay there")
-    return f"warning: --total-steps {steps} ends " + "; ".join(faults) if faults else None
 
 
 def plotting_parser():

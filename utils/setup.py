@@ -6,12 +6,11 @@ import torch
 
 from datasets import DataError
 from datasets.splits import split_training
-from metasemi import meta_gradient
+from metasemi import learning_rate, meta_gradient, ramp
 from models import build_model, dry_run
 from models.synchronized import synchronize_batch_norm
 from utils import checkpoint
 from utils.device import slow_precision
-from utils.flags import cut_short
 from utils.state import check_same_data, check_same_split, load_data, load_weights
 
 
@@ -61,10 +60,8 @@ def prepare_model(args, world, device, dtype, images):
 
 
 def load_first_weights(model, args):
-    """Puts the weights of --init into a model.  Returns lines about what is left as it was.
-
-    The last layer of torchvision's networks is, if it is for another number of classes; all else must fit.
-    """
+    """Puts the weights of --init into a model.  Returns lines about what is left as it was: the last layer of torchvision's
+    networks, if it is for another number of classes.  All else must fit."""
     from torchvision.models import ResNet  # takes a second to load
 
     weights, own, left = dict(checkpoint.load(args.init, bare=True)["model"]), model.state_dict(), []
@@ -90,6 +87,25 @@ def describe_run(args, state, images, unlabeled, device, warned):
     if images.ignored:
         yield f"ignored: {images.ignored}"
     yield from filter(None, (cut_short(args), slow_precision(args.precision, device), *warned))
+
+
+def cut_short(args):
+    """What of the schedule lies beyond the last step of a run, and what that means: one line, or None."""
+    steps, ramp_steps = args.total_steps, args.warmup if args.ramp is None else args.ramp
+    milestones = args.milestones if args.schedule == "step" else []
+    late = [step for step in milestones if step >= steps]
+    faults = []
+    if args.warmup > steps:             # the rate is highest at the end, or just before it decays
+        highest = max(learning_rate(step, args.lr, args.warmup, milestones, args.gamma)
+                      for step in (*milestones, steps) if step <= steps)
+        faults.append(f"before the end of --warmup {args.warmup}, so the learning rate reaches only {highest:.3g} "
+                      f"of {args.lr:g}")
+    if ramp_steps > steps and not args.no_meta:
+        faults.append(f"before the end of --ramp {ramp_steps}, so the weight of the consistency loss reaches only "
+                      f"{ramp(steps, ramp_steps, args.weight):.3g} of {args.weight:g}")
+    if late:
+        faults.append(f"before --milestones {', '.join(map(str, late))}, so the learning rate does not decay there")
+    return f"warning: --total-steps {steps} ends " + "; ".join(faults) if faults else None
 
 
 def describe_resumption(state, saved, source):

@@ -168,7 +168,7 @@ def find_fault(state):
     return None
 
 
-def load_data(flags, device, saved=None, source="", **options):
+def load_data(flags, device, saved, source, **options):
     """The images of a run, as `load_dataset` returns them; normalized with the statistics of a checkpoint, if there is one.
 
     flags: name -> value, of those that say which images, and how they are read.  options: further ones of `load_dataset`.
