@@ -98,16 +98,16 @@ class World:
         """Raises UsageError, which names what differs, unless name -> value is the same in all processes."""
         check_agreement(self.all_gather_object(facts))
 
-    def all_reduce_sum(self, numbers):
-        """Sums of numbers over the processes, a list of floats."""
-        return self.all_reduce_numbers(numbers, "SUM") if self.size > 1 else list(numbers)
-
     def all_reduce_max(self, number):
         """The largest of a number over the processes, in which None counts as 0 and comes back for it."""
-        return int(self.all_reduce_numbers([number or 0], "MAX")[0]) or None if self.size > 1 else number
+        return int(self.all_reduce_numbers([number or 0], "MAX")[0]) or None
 
-    def all_reduce_numbers(self, numbers, operation):
+    def all_reduce_numbers(self, numbers, operation="SUM"):
+        """Sums of numbers over the processes, or with "MAX" the largest of them, a list."""
+        if self.size == 1:
+            return numbers
         import torch
+
         values = torch.tensor(numbers, dtype=torch.float64)
         with calls():
             self.dist.all_reduce(values, getattr(self.dist.ReduceOp, operation), group=self.control)

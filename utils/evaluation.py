@@ -50,7 +50,7 @@ class Evaluator:
         batches = normalized_batches(x, y, self.images.mean, self.images.std, self.device)
         try:
             with network_failures(self.state.args["arch"], self.state.step):
-                return metrics.evaluate(self.state.model, batches, self.dtype, stop, self.world.all_reduce_sum)
+                return metrics.evaluate(self.state.model, batches, self.dtype, stop, self.world.all_reduce_numbers)
         except Diverged as error:
             raise Diverged(f"{error} at step {self.state.step}") from None
         except (DataError, OSError) as error:
