@@ -16,7 +16,7 @@ from utils.distributed import World
 from utils.failure import network_failures, one_line_errors
 from utils.files import printable
 from utils.flags import check_evaluation_files, check_same_experiment, common_facts, parse_training, read_given_files
-from utils.run_folder import RunFolder, check_paths
+from utils.run_folder import RunFolder, check_paths, git_commit
 
 PROG = "train_meta.py"
 FAULT = 1000            # where a signal's number would be: some process cannot read the images of the next step
@@ -32,7 +32,7 @@ def main(argv=None):
     args = parse_training(argv, world.fail)
     with Interrupt() as interrupt, one_line_errors(
             PROG, world.fail, f" with --batch-size {args.batch_size}: lower it, or take --precision bfloat16",
-            None if args.evaluate else lambda: what_is_left(args.save_path)):
+            None if args.evaluate else args.save_path):
         try:
             read_given_files(args)
             if args.evaluate:
@@ -58,9 +58,9 @@ def train(args, interrupt, world):
     import torch
 
     from datasets import Batches
-    from utils.device import check_compiler, choose_device, set_precision
+    from utils.device import check_compiler, choose_device, fingerprint, set_precision
     from utils.evaluation import Evaluator
-    from utils.setup import describe_resumption, describe_run, new_session, prepare_data, prepare_model
+    from utils.setup import describe_resumption, describe_run, prepare_data, prepare_model
     from utils.state import RunState, check_same_split
 
     device = choose_device(args.device)
@@ -92,21 +92,21 @@ def train(args, interrupt, world):
     batches = Batches(images, labeled, unlabeled, batch_size=args.batch_size,
                       seed=args.seed, device=device, mixup_gamma=args.alpha if args.mix_up else None,
                       rows=world.rows(args.batch_size))
-    evaluator = Evaluator(args, images, labeled, validation, device, dtype, world)
+    evaluator = Evaluator(state, images, device, dtype, world)
 
-    state.sessions = [*state.sessions, new_session(args, state, device, world.size)]
+    state.sessions.append({"from_step": state.step, "commit": git_commit(),
+                           **fingerprint(device, args.precision, args.compile, world.size)})
     folder.start(state)
     folder.print(*describe_run(args, state, images, unlabeled, device, warned))
     if saved is not None:
         folder.print(*describe_resumption(state, saved, source))
-        folder.mend_best(state.is_best(evaluator.select_by))
-    state.set_random_state(world, device, args.seed)
+    state.set_random_state(world, device)
 
     interrupt.defer()
     with batches, folder.progress(state.step, args.total_steps):
         stopping = take_steps(args, state, batches, evaluator, folder, interrupt, world)
-        labeled_error = None if stopping else evaluator.labeled_error(state, interrupt)
-        evaluator.raise_fault(state)
+        labeled_error = None if stopping else evaluator.labeled_error(interrupt)
+        evaluator.raise_fault()
         if labeled_error is None:
             stopping = stopping or world.all_reduce_max(interrupt.received)
     if stopping:
@@ -153,12 +153,12 @@ def take_steps(args, state, batches, evaluator, folder, interrupt, world):
             left = (args.total_steps - step) * (1 / rate + timer.pause / args.test_freq)
             folder.print_once(evaluator.skipped())
             folder.log_means(step, args.total_steps, alpha, meter.read(world.all_reduce_mean), rate * images_per_step, left)
-        fault = None if last else batches.fault(step + 1)
-        stopping = world.all_reduce_max(FAULT if fault else interrupt.received)
+        evaluator.fault = None if last else batches.fault(step + 1)
+        stopping = world.all_reduce_max(FAULT if evaluator.fault else interrupt.received)
         if step % args.test_freq == 0 or last or stopping:
             meter.check()
             interrupt.elsewhere = stopping
-            evaluate_and_save(state, folder, evaluator, timer, interrupt, fault)
+            evaluate_and_save(state, folder, evaluator, timer, interrupt)
             stopping = world.all_reduce_max(interrupt.received)         # it may have come meanwhile
         elif step % REPLICAS_FREQ == 0:
             world.check_replicas(state.model.state_dict(), step)
@@ -167,19 +167,17 @@ def take_steps(args, state, batches, evaluator, folder, interrupt, world):
     return None
 
 
-def evaluate_and_save(state, folder, evaluator, timer, interrupt, fault=None):
-    """Measures the run and saves it; a signal leaves out the measuring.
-
-    fault: an error of images that this process cannot read; it ends the run once that is saved, as one in here does.
-    """
+def evaluate_and_save(state, folder, evaluator, timer, interrupt):
+    """Measures the run and saves it.  A signal leaves out the measuring, and so do images that cannot be read: they end the
+    run once it is saved."""
     with timer.paused():
         state.check_finite()
         evaluator.world.check_replicas(state.model.state_dict(), state.step)
-        scalars = evaluator.evaluate(state, interrupt)
+        scalars = evaluator.evaluate(interrupt)
         folder.print_once(evaluator.skipped())
         best = state.best
         if scalars is not None:
-            state.add_evaluation(scalars, evaluator.select_by)
+            state.add_evaluation(scalars)
             folder.record(state.step, scalars)
             folder.print(f"step {state.step}/{state.args['total_steps']}  {evaluator.describe(scalars)}")
         state.seconds = timer.seconds()
@@ -188,14 +186,7 @@ def evaluate_and_save(state, folder, evaluator, timer, interrupt, fault=None):
         if not folder.save(state, state.best != best, last):
             state.best = best
     if scalars is None:
-        evaluator.raise_fault(state, fault)
-
-
-def what_is_left(folder):
-    """Of a run that failed: what --resume can continue from."""
-    from utils.checkpoint import describe_last
-
-    return describe_last(folder)
+        evaluator.raise_fault()
 
 
 if __name__ == "__main__":

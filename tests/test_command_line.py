@@ -19,7 +19,8 @@ from metasemi.losses import CONSISTENCY
 from reproduction.cells import CELLS, ROWS, training_flags
 from utils.cli import parse_milestones
 from utils.device import BFLOAT16, slow_precision
-from utils.flags import cut_short, parse_plotting, parse_training, plotting_parser, training_parser
+from utils.flags import parse_plotting, parse_training, plotting_parser, training_parser
+from utils.setup import cut_short
 
 TRAINING = [       # (flags, what the line must contain)
     (["--dataset", "mnist"], ["--dataset", "mnist", "cifar10"]),
@@ -306,13 +307,15 @@ def test_damaged_flags_of_a_run_folder_are_one_line_that_names_the_file(train, t
     assert not (tmp_path / "a" / "checkpoint.prev.pth").exists()
 
 
-def test_overwrite_starts_afresh_and_leaves_files_of_others(train, tmp_path):
+def test_overwrite_starts_afresh_and_leaves_files_of_others(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     train("a", "--total-steps", "3")
     (tmp_path / "a" / "notes.txt").write_text("mine")
-    assert train("a", "--total-steps", "2", "--overwrite") == 0
+    assert train("a", "--total-steps", "2", "--overwrite", "--save-path", "a") == 0
     assert torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"] == 2
     assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
     assert not (tmp_path / "a" / "checkpoint.prev.pth").exists()
+    assert len(list((tmp_path / "a").glob("*tfevents*"))) == 1
 
 
 def test_a_split_file_that_was_changed_is_refused(train, tmp_path, capsys):

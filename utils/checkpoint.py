@@ -12,10 +12,8 @@ from pathlib import Path
 import torch
 
 from utils.cli import UsageError, first_line
-from utils.files import BEST, CHECKPOINT, PREVIOUS, link, replacing, sync
+from utils.files import BEST, CHECKPOINT, PREVIOUS, replacing
 from utils.state import CheckpointError, find_fault
-
-NAMES = (CHECKPOINT, PREVIOUS, BEST)
 
 
 def save(state, folder):
@@ -25,12 +23,6 @@ def save(state, folder):
             torch.save(state, file)
         except RuntimeError as error:       # torch closing the archive, after a write that the disk refused
             raise error.__context__ or error from None
-
-
-def save_best(path):
-    """Makes the checkpoint at path the best one of its folder too."""
-    link(path, path.with_name(BEST))
-    sync(path.parent)
 
 
 def load(path, bare=False):
@@ -47,7 +39,7 @@ def load(path, bare=False):
 
 def intact_beside(path):
     """"; PATH of step N is intact", of another checkpoint in the folder of one that cannot be read; "" if there is none."""
-    for name in NAMES:
+    for name in (CHECKPOINT, PREVIOUS, BEST):
         other = Path(path).with_name(name)
         with suppress(CheckpointError):
             return f"; {other} of step {load_alone(other)['step']} is intact"
@@ -59,8 +51,7 @@ def load_alone(path, bare=False):
     state = read(path)
     if bare and isinstance(state, dict) and state and all(isinstance(w, torch.Tensor) for w in state.values()):
         return {"model": state}
-    fault = find_fault(state)
-    if fault:
+    if fault := find_fault(state):
         raise CheckpointError(f"{path} is {'neither a state dict nor' if bare else 'not'} a checkpoint of train_meta.py: "
                               + fault)
     return state
@@ -117,10 +108,10 @@ def find_bomb(state):
 
 
 def check_arch(saved, path, given):
-    """The name of the network of a checkpoint, from its args `saved`, if the command line allows it to be built.
+    """Raises UsageError unless the command line allows the network of a checkpoint to be built; saved: its args.
 
     given: name -> SHA-256 of its file, of the networks of the command line; the sum is None for those of this repository.
-    Raises UsageError unless the name is among them, its file unchanged; with none given, if it is in a file at all.
+    The network must be one of them, its file unchanged; with none given, it may be any but one in a file.
     """
     name = saved["arch"]
     if ":" in name and not given:
@@ -130,7 +121,6 @@ def check_arch(saved, path, given):
     if given and given[name] != saved.get("arch_sha256"):
         raise UsageError(f"argument --arch: {name} has changed since {path} was trained (SHA-256 {saved.get('arch_sha256')} "
                          f"then, {given[name]} now): restore the file")
-    return name
 
 
 def load_last(folder, warn=lambda message: None):
@@ -139,16 +129,14 @@ def load_last(folder, warn=lambda message: None):
     A damaged last checkpoint falls back to the one before, with a line to `warn`; if both are, CheckpointError.
     """
     paths = [path for path in (Path(folder, CHECKPOINT), Path(folder, PREVIOUS)) if path.exists()]
-    for i, path in enumerate(paths):
+    for path in paths:
+        why = "the newest generation" if path == paths[0] else f"since {CHECKPOINT} is damaged"
+        if path == paths[-1]:
+            return load(path), path, f"{path.name}, {why}"
         try:
-            state = load_alone(path)
+            return load_alone(path), path, f"{path.name}, {why}"
         except CheckpointError as error:
-            if i + 1 == len(paths):
-                raise CheckpointError(f"{error}{intact_beside(path)}") from None
-            warn(f"{error}; falling back to {paths[i + 1].name}")
-        else:
-            why = f"{path.name}, the newest generation" if i == 0 else f"{path.name}, since {CHECKPOINT} is damaged"
-            return state, path, why
+            warn(f"{error}; falling back to {PREVIOUS}")
     return None
 
 

@@ -45,11 +45,6 @@ def check_compiler():
         raise UsageError("argument --compile: no C++ compiler is found; install g++, or leave it out")
 
 
-def is_out_of_memory(error):
-    """Whether an exception says that the device or the machine has no memory left."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
-
-
 def memory_for_images(device):
     """Bytes that the images of a set may take: a third of what is free on the GPU, and on the machine, where loading holds
     them twice and torchrun's processes share."""
@@ -63,7 +58,7 @@ def memory_for_images(device):
     return min(shared, torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else shared) // 3
 
 
-def fingerprint(device, precision, compiled, processes=1):
+def fingerprint(device, precision, compiled, processes):
     """Two parts of a run are equal bit for bit only where all of these agree."""
     if device.type == "cuda":
         name = f"cuda: {torch.cuda.get_device_name(device)}, cuDNN {torch.backends.cudnn.version()}"

@@ -25,20 +25,14 @@ class WorldError(RuntimeError):
 
 
 class World:
-    """The processes of a run, from torchrun's environment; `join` connects them, and needs torch.
-
-    rank: 0 <= rank < size, of this process.
-    """
+    """The processes of a run, from torchrun's environment, this one by its rank; `join` connects them, and needs torch."""
 
     def __init__(self):
         self.rank, self.local_rank, self.size = processes()
         self.store = self.control = self.dist = None
 
     def join(self, device, facts=()):
-        """Connects the processes; device: of --device; facts: name -> number or text, of which they must hold the same.
-
-        Raises UsageError if they do not, and if there are more processes than CUDA devices.
-        """
+        """Connects the processes; device: of --device; facts: name -> number or text, of which they must hold the same."""
         if self.size == 1:
             return
         with dying_of_signals():        # torch would keep a signal waiting until every process has come
@@ -104,16 +98,16 @@ class World:
         """Raises UsageError, which names what differs, unless name -> value is the same in all processes."""
         check_agreement(self.all_gather_object(facts))
 
-    def all_reduce_sum(self, numbers):
-        """Sums of numbers over the processes, a list of floats."""
-        return self.all_reduce_numbers(numbers, "SUM") if self.size > 1 else list(numbers)
-
     def all_reduce_max(self, number):
         """The largest of a number over the processes, in which None counts as 0 and comes back for it."""
-        return int(self.all_reduce_numbers([number or 0], "MAX")[0]) or None if self.size > 1 else number
+        return int(self.all_reduce_numbers([number or 0], "MAX")[0]) or None
 
-    def all_reduce_numbers(self, numbers, operation):
+    def all_reduce_numbers(self, numbers, operation="SUM"):
+        """Sums of numbers over the processes, or with "MAX" the largest of them, a list."""
+        if self.size == 1:
+            return numbers
         import torch
+
         values = torch.tensor(numbers, dtype=torch.float64)
         with calls():
             self.dist.all_reduce(values, getattr(self.dist.ReduceOp, operation), group=self.control)
@@ -164,11 +158,9 @@ class World:
         if self.size == 1:
             return
         import torch
-        sums = torch.stack([checksum(tensor) for tensor in state.values()]).cpu()
-        extremes = torch.stack([sums, ~sums])           # ~ turns the order round: both ends in one maximum
-        with calls():
-            self.dist.all_reduce(extremes, self.dist.ReduceOp.MAX, group=self.control)
-        different = [name for name, same in zip(state, (extremes[0] == ~extremes[1]).tolist()) if not same]
+
+        sums = torch.stack([checksum(tensor) for tensor in state.values()]).tolist()
+        different = [name for name, *found in zip(state, *self.all_gather_object(sums)) if len(set(found)) > 1]
         if different:
             raise WorldError(f"the {self.size} processes are not equal any more at step {step}: {len(different)} of "
                              f"{len(state)} tensors differ, {different[0]} the first of them")
@@ -182,15 +174,7 @@ class World:
 
     def shard(self, sequence):
         """Every size-th entry, from that of the rank on: the shards of all processes are the sequence."""
-        return sequence if self.size == 1 else sequence[self.rank::self.size]
-
-    def seed(self, *numbers):
-        """Gives every process but the first random numbers of its own, a function of (rank, numbers)."""
-        if self.rank:
-            import numpy as np
-            import torch
-
-            torch.manual_seed(int(np.random.SeedSequence([self.rank, *numbers]).generate_state(1, np.uint64)[0]))
+        return sequence[self.rank::self.size]
 
     # The end of a run that fails
 
@@ -206,13 +190,6 @@ class World:
             return True
         return first
 
-    def exit_code(self, default):
-        """That of the process that failed first, if it said so."""
-        try:
-            return int(self.store.get("exit code")) if self.store.check(["exit code"]) else default
-        except RuntimeError:
-            return default
-
     def fail(self, prog, message, code):
         """`cli.fail`, but one process speaks for all, and none waits for another on its way out."""
         if self.size == 1:
@@ -222,11 +199,12 @@ class World:
                 self.connect()
         if self.fails_first(code):
             print(f"{prog}: {one_line(message)}", file=sys.stderr, flush=True)
-        if self.store is None:
-            os._exit(code)
-        with suppress(RuntimeError):
-            self.store.set(f"start {self.rank}", json.dumps(None))              # for those who still wait in `join`
-        os._exit(self.exit_code(code))
+        if self.store is not None:
+            with suppress(RuntimeError):
+                self.store.set(f"start {self.rank}", json.dumps(None))          # for those who still wait in `join`
+                if self.store.check(["exit code"]):
+                    code = int(self.store.get("exit code"))                     # of the process that failed first
+        os._exit(code)
 
 
 def check_agreement(facts):

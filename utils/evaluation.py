@@ -12,10 +12,10 @@ from models import dry_run
 from utils import checkpoint, metrics
 from utils.cli import UsageError, option
 from utils.device import choose_device, set_precision, slow_precision
-from utils.failure import network_failures
+from utils.failure import Diverged, network_failures
 from utils.files import printable, replacing
 from utils.flags import FROM_CHECKPOINT, declared, with_role
-from utils.metrics import Diverged, expected_calibration_error, predict
+from utils.metrics import expected_calibration_error, predict
 from utils.records import differing
 from utils.state import CheckpointError, data_of, load_data, load_model
 
@@ -28,52 +28,49 @@ class Evaluator:
     Each process of a world measures a shard of every set, and all get the same answers.
     """
 
-    def __init__(self, args, images, labeled, validation, device, dtype, world):
-        """args: resolved flags.  images: as `load_dataset` returns them.  labeled, validation: indices of training images."""
-        self.args, self.images, self.labeled, self.world = args, images, labeled, world
-        self.device, self.dtype = device, dtype
-        self.fault = None               # why images of this process could not be read
-        self.counts = {"test": len(images.test_labels), "validation": len(validation)}
-        self.select_by = "validation" if len(validation) else "test"
+    def __init__(self, state, images, device, dtype, world):
+        """images: as `load_dataset` returns them."""
+        self.state, self.images, self.device, self.dtype, self.world = state, images, device, dtype, world
+        self.fault = None               # why this process cannot read some images, if it cannot
+        self.counts = {"test": len(images.test_labels), "validation": len(state.validation)}
         self.sets = {"test": (world.shard(images.test_images), world.shard(images.test_labels))}
-        if len(validation):
-            self.sets["validation"] = self.training_images(validation)
+        if len(state.validation):
+            self.sets["validation"] = self.training_images(state.validation)
 
     def training_images(self, indices):
         """This process's shard of some training images, and their labels."""
-        index = self.world.shard(indices)
+        index = self.world.shard(indices.numpy())
         return self.images.train_images[index], self.images.train_labels[index]
 
-    def measure(self, state, x, y, stop):
+    def measure(self, x, y, stop):
         """`metrics.evaluate` of one set; an error of the network or its logits names the step.
 
         None as well if images cannot be read, in all processes; `raise_fault` says which.
         """
         batches = normalized_batches(x, y, self.images.mean, self.images.std, self.device)
         try:
-            with network_failures(self.args.arch, state.step):
-                return metrics.evaluate(state.model, batches, self.dtype, stop, self.world.all_reduce_sum)
+            with network_failures(self.state.args["arch"], self.state.step):
+                return metrics.evaluate(self.state.model, batches, self.dtype, stop, self.world.all_reduce_numbers)
         except Diverged as error:
-            raise Diverged(f"{error} at step {state.step}") from None
+            raise Diverged(f"{error} at step {self.state.step}") from None
         except (DataError, OSError) as error:
             self.fault = error
             return None
 
-    def raise_fault(self, state, fault=None):
-        """Raises OSError in every process if one of them cannot read its images; fault: another error of that kind."""
-        fault = fault or self.fault
-        faults = [error for error in self.world.all_gather_object(fault and str(fault)) if error]
+    def raise_fault(self):
+        """Raises OSError in every process if one of them cannot read its images."""
+        faults = [error for error in self.world.all_gather_object(self.fault and str(self.fault)) if error]
         if faults:
-            raise OSError(f"{faults[0]}; step {state.step} is saved, and --resume continues from there")
+            raise OSError(f"{faults[0]}; step {self.state.step} is saved, and --resume continues from there")
 
-    def evaluate(self, state, stop):
+    def evaluate(self, stop):
         """Accuracies in [0, 1] by tag, such as "test/accuracy" and "test/top5"; None as in `measure`.
 
         "test/images" is how many images there were, where some cannot be read.
         """
         scalars = {}
         for name, (x, y) in self.sets.items():
-            measured = self.measure(state, x, y, stop)
+            measured = self.measure(x, y, stop)
             if measured is None:
                 return None
             if measured["images"] == self.counts[name]:
@@ -81,31 +78,28 @@ class Evaluator:
             scalars |= {f"{name}/{key}": value for key, value in measured.items()}
         return scalars
 
-    def labeled_error(self, state, stop):
+    def labeled_error(self, stop):
         """Error in percent on the labeled images, without augmentation; None as in `measure`."""
-        measured = self.measure(state, *self.training_images(self.labeled), stop)
+        measured = self.measure(*self.training_images(self.state.labeled), stop)
         return measured and round(100 * (1 - measured["accuracy"]), 4)
 
     def describe(self, scalars):
         """What `evaluate` returned, in words."""
-        errors = [f"{tag.replace('/accuracy', '').replace('/top5', ' top-5')} error {100 * (1 - value):.2f} %"
-                  for tag, value in scalars.items() if not tag.endswith("/images")]
-        covered = [(name, scalars[f"{name}/images"]) for name in self.sets if f"{name}/images" in scalars]
-        return "  ".join([*errors, *(f"over {count:,} of {self.counts[name]:,} {name} images: the others cannot be read"
-                                     for name, count in covered)])
+        parts = [f"{tag.replace('/accuracy', '').replace('/top5', ' top-5')} error {100 * (1 - value):.2f} %"
+                 for tag, value in scalars.items() if not tag.endswith("/images")]
+        parts += [f"over {scalars[f'{name}/images']:,} of {count:,} {name} images: the others cannot be read"
+                  for name, count in self.counts.items() if f"{name}/images" in scalars]
+        return "  ".join(parts)
 
     def skipped(self):
         """Lines about images that a process skipped since the last call."""
-        if not self.args.skip_corrupt:
+        if not self.state.args["skip_corrupt"]:
             return []
         return [line for lines in self.world.all_gather_object(self.images.skipped()) for line in lines]
 
 
 def evaluate_file(args):
-    """Prints what the checkpoint or state dict args.evaluate achieves; writes args.predictions, if given.  Returns 0.
-
-    Raises UsageError, DataError or NetworkError for what does not fit together.
-    """
+    """Prints what the checkpoint or state dict args.evaluate achieves; writes args.predictions, if given.  Returns 0."""
     path, source = args.evaluate, f"argument --evaluate: {args.evaluate}"
     device = choose_device(args.device)
     saved = checkpoint.load(path, bare=True)
@@ -137,25 +131,25 @@ def evaluate_file(args):
     names = [printable(name) for name in images.class_names]
     step = f" of step {saved['step']}" if trained else ", a state dict"
     print("\n".join([*warned, printable(f"{path}{step}: {flags['arch']} on {device.type}, {flags['precision']}")]))
+    confidence = probabilities.gather(1, predicted[:, None])[:, 0]
     if without_classes:
-        print(printable(f"{flags['data_path']}: {count:,} images without a class, of which no accuracy can be told"))
+        data = f"{flags['data_path']}: {count:,} images without a class, of which no accuracy can be told"
+        lines, rows = [], rows_without_classes(images, index, predicted, probabilities)
     else:
-        print(printable(f"test set of {flags['dataset']}" + (f" under {flags['data_path']}" if images.test_files else "")
-                        + f": {count:,} images, {len(names)} classes"
-                        + (f"; not what the run was tested on: the {', '.join(others)} differ" if others else "")))
+        data = (f"test set of {flags['dataset']}" + (f" under {flags['data_path']}" if images.test_files else "")
+                + f": {count:,} images, {len(names)} classes"
+                + (f"; not what the run was tested on: the {', '.join(others)} differ" if others else ""))
+        lines = report(images.test_labels[index], predicted, confidence, names)
+        rows = rows_with_classes(images, index, predicted, confidence)
+    print(printable(data))
     if images.ignored:
         print(printable(f"ignored: {images.ignored}"))
     if len(index) < count:
         print("\n".join(map(printable, images.skipped())))
         print(f"the following is over {len(index):,} of {count:,} images: the others cannot be read")
-    confidence = probabilities.gather(1, predicted[:, None])[:, 0]
-    if not without_classes:
-        print("\n".join(report(images.test_labels[index], predicted, confidence, names)))
+    for line in lines:
+        print(line)
     if args.predictions:
-        if without_classes:
-            rows = rows_without_classes(images, index, predicted, probabilities)
-        else:
-            rows = rows_with_classes(images, index, predicted, confidence)
         write_predictions(args.predictions, rows)
         print(printable(f"{args.predictions}: {len(predicted):,} predictions"))
     return 0

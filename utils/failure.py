@@ -8,6 +8,10 @@ from utils.cli import UsageError
 from utils.distributed import WorldError
 
 
+class Diverged(ArithmeticError):
+    """Training, or the network in evaluation mode, left the finite numbers."""
+
+
 class NetworkFailure(RuntimeError):
     """What a custom network raised in use: one line with where, and in which step."""
 
@@ -16,9 +20,6 @@ class NetworkFailure(RuntimeError):
 def network_failures(name, step=None):
     """Inside, what the custom network `name` raises becomes a NetworkFailure; errors of the data, the memory, the other
     processes or a network of this repository stay what they are, and so do logits that are not finite."""
-    from utils.device import is_out_of_memory
-    from utils.metrics import Diverged
-
     try:
         yield
     except Exception as error:
@@ -30,14 +31,13 @@ def network_failures(name, step=None):
 
 
 @contextmanager
-def one_line_errors(prog, fail, memory="", after=None):
-    """Inside, an error that is to be expected ends the program `prog` with one line.
-
-    The exit code is 2 for what the user gave and 1 for what happened.  Any other error is a fault of this program.
+def one_line_errors(prog, fail, memory="", folder=None):
+    """Inside, an error that is to be expected ends the program `prog` with one line, and the exit code 2 for what the user
+    gave or 1 for what happened.  Any other error is a fault of this program.
 
     fail: a function as `cli.fail`.
     memory: of what to take less where memory runs out.
-    after: None, or a function that says what is left of a run after an error that came in its course.
+    folder: of a run; an error that comes in its course also says what --resume can continue from.
     """
     try:
         yield
@@ -46,11 +46,19 @@ def one_line_errors(prog, fail, memory="", after=None):
     except OSError as error:
         fail(prog, error, 1)
     except (ArithmeticError, MemoryError, RuntimeError) as error:
-        from utils.device import is_out_of_memory
-        from utils.metrics import Diverged
-
         if is_out_of_memory(error):
             error = f"out of memory{memory}"
         elif not isinstance(error, (Diverged, NetworkFailure, WorldError)):
             raise
-        fail(prog, f"{error}; {after()}" if after else error, 1)
+        if folder:
+            from utils.checkpoint import describe_last
+
+            error = f"{error}; {describe_last(folder)}"
+        fail(prog, error, 1)
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that the device or the machine has no memory left."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)

@@ -21,27 +21,35 @@ def printable(text):
 
 
 @contextmanager
-def replacing(path, backup=None):
-    """A binary file to write to, which takes the place of `path` in one step once the block has ended.
+def temporary_name(path):
+    """The path of a file that is made inside the block and takes the place of `path` in one step at its end.
 
     A kill at any moment leaves the old file or the new one; an exception, such as a full disk, leaves the old one.
-    backup: where the old file stays, if there is one.
     """
-    path = Path(path)
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         temporary.unlink(missing_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    finally:                # `os.replace` leaves a second name of the file that is there already
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def replacing(path, backup=None):
+    """A binary file to write to, which takes the place of `path` as a `temporary_name` does, and lasts.
+
+    backup: where the old file stays, if there is one.
+    """
+    path = Path(path)
+    with temporary_name(path) as temporary:
         with open(temporary, "xb") as file:     # never through a symbolic link that somebody put there
             yield file
             file.flush()
             os.fsync(file.fileno())
         if backup and path.exists():
             link(path, backup)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
     sync(path.parent)
 
 
@@ -52,18 +60,11 @@ def write_text(path, text):
 
 def link(source, target):
     """Points target at the content of source, in one step for a reader."""
-    temporary = target.with_name(target.name + TEMPORARY)
-    temporary.unlink(missing_ok=True)
-    try:
+    with temporary_name(target) as temporary:
         try:
             os.link(source, temporary)
         except OSError:                     # a file system without hard links
             shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def sync(folder):

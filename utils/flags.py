@@ -61,14 +61,8 @@ def training_parser():
         description="Train MetaSemi, or one of the other rows of the paper's ablation.",
         epilog="rows of the ablation:  MetaSemi: --mix-up   meta only: (neither flag)   mix-up only: --no-meta --mix-up   "
                "supervised: --no-meta")
-    add_data_flags(parser.add_argument_group("data"))
-    add_method_flags(parser.add_argument_group("method"))
-    add_optimization_flags(parser.add_argument_group("optimization"))
-    add_bookkeeping_flags(parser.add_argument_group("bookkeeping"))
-    return parser
 
-
-def add_data_flags(data):
+    data = parser.add_argument_group("data")
     flag(data, "--dataset", roles={FROM_CHECKPOINT}, choices=DATASETS, default="cifar10",
          help="data set (default: %(default)s)")
     flag(data, "--data-path", roles={FROM_CHECKPOINT, RESUME, PER_PROCESS}, default=Path("./data"), type=path, metavar="DIR",
@@ -91,8 +85,7 @@ def add_data_flags(data):
     flag(data, "--skip-corrupt", roles={EVALUATE, RESUME}, action="store_true",
          help="--dataset folder and imagenet: put the next readable image in the place of one that cannot be read")
 
-
-def add_method_flags(method):
+    method = parser.add_argument_group("method")
     flag(method, "-a", "--architecture", "--arch", dest="arch", roles={FROM_CHECKPOINT}, type=network, default="convlarge",
          metavar="NETWORK",
          help=f"{', '.join(NETWORKS)}, or FILE:CLASS in a file of your own, which is executed, and never "
@@ -114,8 +107,7 @@ def add_method_flags(method):
     flag(method, "--ramp", type=number(int, low=0), metavar="N",
          help="steps of linear ramp of that weight; 0: none (default: as --warmup)")
 
-
-def add_optimization_flags(optimization):
+    optimization = parser.add_argument_group("optimization")
     flag(optimization, "--total-steps", roles={RESUME}, default=400_000, type=COUNT, metavar="N",
          help="updates (default: %(default)s)")
     flag(optimization, "--batch-size", default=128, type=number(int, low=1, high=1_000_000), metavar="B",
@@ -154,8 +146,7 @@ def add_optimization_flags(optimization):
          help="compile the meta-gradient jvp, equal up to rounding: pays for small networks on the CPU "
               "(convsmall: 1.1 times the steps a second; convlarge: none more); unmeasured on CUDA")
 
-
-def add_bookkeeping_flags(run):
+    run = parser.add_argument_group("bookkeeping")
     flag(run, "--save-path", roles={COMMAND}, default=Path("./results/tmp"), type=folder, metavar="DIR",
          help="run folder (default: ./results/tmp)")
     flag(run, "--resume", roles={COMMAND}, nargs="?", const=LAST, metavar="PATH",
@@ -171,6 +162,7 @@ def add_bookkeeping_flags(run):
               "network and data, a state dict takes --dataset and --arch from the command line")
     flag(run, "--predictions", roles={COMMAND, EVALUATE}, type=path, metavar="FILE.csv",
          help="--evaluate: write the prediction for each image; those in a --data-path without classes are predicted, too")
+    return parser
 
 
 @cache
@@ -188,14 +180,11 @@ def with_role(role):
 def parse_training(argv, fail=cli.fail):
     """Resolved flags of train_meta.py; `given` is the set of those on the command line.
 
-    With --resume, the others are those of the run that it continues; with --evaluate, those that the checkpoint answers are
-    None.
+    With --resume, the others are those of the run that it continues; with --evaluate, None where the checkpoint answers.
     fail: a function as `cli.fail`, which ends the program with code 2 for a contradiction.
     """
-    parser = training_parser()
-    parser.fail = fail
+    parser, given = parse_given(argv, fail)
     defaults = {name: action.default for name, action in declared().items()}
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))     # None: not given
     if given.predictions and not given.evaluate:
         parser.error("argument --predictions: it belongs to --evaluate")
     *_, size = cli.processes()
@@ -203,21 +192,28 @@ def parse_training(argv, fail=cli.fail):
         if given.evaluate:
             if size > 1:
                 parser.error("argument --evaluate: it takes one process: leave out torchrun")
-            idle = defaults.keys() - with_role(EVALUATE) - with_role(FROM_CHECKPOINT)
-            refuse_idle(parser, given, "--evaluate, which trains nothing", [name for name in defaults if name in idle])
-            return resolved(given, {**defaults, **dict.fromkeys(with_role(FROM_CHECKPOINT))})
+            used = with_role(EVALUATE) | with_role(FROM_CHECKPOINT)
+            refuse_idle(parser, given, "--evaluate, which trains nothing", [name for name in defaults if name not in used])
+            return resolved(given, defaults | dict.fromkeys(with_role(FROM_CHECKPOINT)))
         earlier = flags_to_resume(given)
-        args = resolved(given, {**defaults, **earlier})
+        args = resolved(given, defaults | earlier)
         if "num_label" not in args.given | earlier.keys() and has_unlabeled(args.dataset, args.data_path):
             args.num_label = None       # all of them, once they are counted
         check_effect(parser, given, args)
         check_counts(args, size)
         args.image_size = args.image_size or DATASETS[args.dataset].image_size
         if earlier:
-            check_same_experiment(args, experiment(argparse.Namespace(**{**vars(args), **defaults, **earlier})))
+            check_same_experiment(args, experiment(argparse.Namespace(**defaults | earlier)))
     except ValueError as error:
         fail(parser.prog, error, 2)
     return args
+
+
+def parse_given(words, fail):
+    """The parser of train_meta.py, and the flags that a command line gives; the others are None."""
+    parser = training_parser()
+    parser.fail = fail
+    return parser, parser.parse_args(words, argparse.Namespace(**dict.fromkeys(declared())))
 
 
 def resolved(given, otherwise):
@@ -228,10 +224,7 @@ def resolved(given, otherwise):
 
 def read_given_files(args):
     """Reads what the command line names: `args.labeled` becomes the images of --split, as `read_given_split` returns them, or
-    None, `args.arch_sha256` the sum of a custom network, which is not executed, and `args.init_sha256` that of --init.
-
-    Raises UsageError or NetworkError.
-    """
+    None, `args.arch_sha256` the sum of a custom network, which is not executed, and `args.init_sha256` that of --init."""
     args.labeled = None
     if "split" in args.given:
         args.labeled = read_given_split(args.split, args.num_label if "num_label" in args.given else None)
@@ -263,28 +256,23 @@ def flags_to_resume(given):
     """
     if given.resume is None:
         return {}
-    folder = given.save_path or declared()["save_path"].default
     if given.resume != LAST and Path(given.resume).is_dir():
         if given.save_path not in (None, Path(given.resume)):
             raise UsageError(f"argument --resume: {given.resume} is a folder: give a checkpoint in it, or leave --save-path "
                              "out")
         given.save_path, given.resume = Path(given.resume), LAST
-        folder = given.save_path
-    elif given.resume != LAST:
+    folder = given.save_path or declared()["save_path"].default
+    if given.resume != LAST:
         folder = Path(given.resume).parent
     if not (folder / ARGS).exists():
         return {}
-    words = []
-    for name, value in read_flags(folder).items():
-        if name in declared() and value is not None and value is not False:
-            words.append(option(name) if value is True else f"{option(name)}={value}")
-    parser = training_parser()
 
     def fail(prog, message, code):
         raise UsageError(f"{folder / ARGS} is damaged: {message}: restore it, or remove it and give every flag of the run")
 
-    parser.fail = fail
-    flags = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(declared())))
+    words = [option(name) if value is True else f"{option(name)}={value}" for name, value in read_flags(folder).items()
+             if name in declared() and value is not None and value is not False]
+    _, flags = parse_given(words, fail)
     return {name: value for name, value in vars(flags).items() if value is not None and name not in with_role(COMMAND)}
 
 
@@ -311,10 +299,9 @@ def check_counts(args, size):
                          + (f"{lower} or " if lower else "") + str(lower + size))
     dataset = DATASETS[args.dataset]
     if dataset.num_train is not None:
-        counts = [("--num-val", args.num_val, dataset.num_train)]
-        if not args.split:
-            counts.append(("--num-label", args.num_label, dataset.num_train - args.num_val))
-        for name, count, available in counts:
+        for name, count, available in (
+                ("--num-val", args.num_val, dataset.num_train),
+                ("--num-label", None if args.split else args.num_label, dataset.num_train - args.num_val)):
             try:
                 if count:
                     check_num_label(count, dataset.num_classes, available)
@@ -326,9 +313,8 @@ def check_counts(args, size):
 
 def experiment(args):
     """The flags of a run as plain types, without those that belong to one command; what args.json and a checkpoint keep."""
-    names = [name for name in declared() if name not in with_role(COMMAND)]
-    names += [name for name in ("arch_sha256", "init_sha256") if hasattr(args, name)]
-    return {name: str(value) if isinstance(value, Path) else value for name in names for value in [getattr(args, name)]}
+    names = declared().keys() - with_role(COMMAND) | {"arch_sha256", "init_sha256"}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name in names}
 
 
 def common_facts(args):
@@ -337,13 +323,11 @@ def common_facts(args):
             **{package: version(package) for package in ("torch", "torchvision", "numpy", "pillow")}}
 
 
-def difference(now, then, free=None):
+def difference(now, then, free):
     """The first flag in which two runs are different experiments, or None; both as `experiment` returns them.
 
-    free: names of flags that do not count; by default those that may change on resume.  A flag that is newer than one of
-    the runs has its default there.
+    free: names of flags that do not count.  A flag that is newer than one of the runs has its default there.
     """
-    free = with_role(RESUME) if free is None else free
     defaults = {name: action.default for name, action in declared().items()}
     return next((name for name, value in now.items() if name not in free and value != then.get(name, defaults.get(name))), None)
 
@@ -367,27 +351,6 @@ def check_same_experiment(args, then, step=0):
         value = then.get(name, declared()[name].default)
         raise UsageError(f"argument {option(name)}: {now[name]} now, {value} in the run that --resume continues: give {value}, "
                          "or another --save-path without --resume")
-
-
-def cut_short(args):
-    """What of the schedule lies beyond the last step of a run, and what that means: one line, or None.  Loads torch."""
-    from metasemi import learning_rate, ramp
-
-    steps, ramp_steps = args.total_steps, args.warmup if args.ramp is None else args.ramp
-    milestones = args.milestones if args.schedule == "step" else []
-    late = [step for step in milestones if step >= steps]
-    faults = []
-    if args.warmup > steps:             # the rate is highest at the end, or just before it decays
-        highest = max(learning_rate(step, args.lr, args.warmup, milestones, args.gamma)
-                      for step in (*milestones, steps) if step <= steps)
-        faults.append(f"before the end of --warmup {args.warmup}, so the learning rate reaches only {highest:.3g} "
-                      f"of {args.lr:g}")
-    if ramp_steps > steps and not args.no_meta:
-        faults.append(f"before the end of --ramp {ramp_steps}, so the weight of the consistency loss reaches only "
-                      f"{ramp(steps, ramp_steps, args.weight):.3g} of {args.weight:g}")
-    if late:
-        faults.append(f"before --milestones {', '.join(map(str, late))}, so the learning rate does not decay there")
-    return f"warning: --total-steps {steps} ends " + "; ".join(faults) if faults else None
 
 
 def plotting_parser():

@@ -1,4 +1,5 @@
 """What a run measures: means over the steps between log lines, accuracy, and error rates under every selection rule."""
+import math
 import statistics
 import time
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ import torch
 
 from datasets.table import UNLABELED, DataError
 from metasemi.step import accuracy
+from utils.failure import Diverged
 
 NO_IMAGE = "not one of the images to evaluate can be read: give readable ones"
 
@@ -19,8 +21,8 @@ class Meter:
     """
 
     def __init__(self):
-        self.names = self.total = self.count = None
-        self.finite = self.last_loss = self.last_step = None
+        self.total = self.count = 0.0
+        self.finite, self.last_loss, self.last_step = True, math.nan, None
 
     def add_step(self, step, result, y_u):
         """result: what `training_step` returns.  y_u: (B,) labels of the unlabeled images, or UNLABELED; None without any.
@@ -37,22 +39,18 @@ class Meter:
 
     def add(self, step, finite, scalars):
         """finite: () bool tensor.  scalars: name -> () tensor, the same names at every step, "loss" among them."""
-        loss, values = scalars["loss"], torch.stack(list(scalars.values()))
-        if self.names is None:
-            self.names, self.total, self.count = list(scalars), torch.zeros_like(values), torch.zeros_like(values)
-            self.finite = finite
-            self.last_loss, self.last_step = torch.full_like(loss, torch.nan), torch.full_like(loss, step - 1)
-        self.finite = self.finite & finite
-        self.last_loss = torch.where(self.finite, loss, self.last_loss)
-        self.last_step = torch.where(self.finite, step, self.last_step)
+        self.names, values = list(scalars), torch.stack(list(scalars.values()))
+        self.finite = finite & self.finite
+        self.last_loss = torch.where(self.finite, scalars["loss"], self.last_loss)
+        self.last_step = torch.where(self.finite, step, step - 1 if self.last_step is None else self.last_step)
         known = ~values.isnan()
-        self.total += values.where(known, 0)
-        self.count += known
+        self.total = self.total + values.where(known, 0)
+        self.count = self.count + known
 
     def check(self):
         """Raises Diverged if any step so far was not finite."""
-        if self.finite is not None and not self.finite.item():
-            step, loss = int(self.last_step.item()), self.last_loss.item()
+        if not self.finite:
+            step, loss = self.last_step.item(), self.last_loss.item()
             raise Diverged(f"the loss or its gradient is not finite at step {step + 1}, whose update was left out; "
                            + (f"the last finite loss was {loss:.4g} at step {step}" if loss == loss
                               else "none was finite before"))
@@ -62,8 +60,7 @@ class Meter:
         the processes."""
         total, count = all_reduce_mean([self.total, self.count])
         means = dict(zip(self.names, (total / count).tolist()))
-        self.total.zero_()
-        self.count.zero_()
+        self.total = self.count = 0.0
         return {name: mean for name, mean in means.items() if mean == mean}
 
 
@@ -72,13 +69,13 @@ class Timer:
 
     def __init__(self, seconds, step):
         """seconds, step: how long and how far the run has come in its sessions before."""
-        self.before, self.step = seconds, step
-        self.start = self.last = time.perf_counter()
+        self.step, self.last = step, time.perf_counter()
+        self.start = self.last - seconds
         self.pause = 0.0                # the seconds of the last evaluation, with its save
 
     def seconds(self):
         """Of the run so far."""
-        return self.before + time.perf_counter() - self.start
+        return time.perf_counter() - self.start
 
     @contextmanager
     def paused(self):
@@ -94,10 +91,6 @@ class Timer:
         rate = (step - self.step) / (now - self.last)
         self.step, self.last = step, now
         return rate
-
-
-class Diverged(ArithmeticError):
-    """Training, or the network in evaluation mode, left the finite numbers."""
 
 
 def all_finite(tensors):

@@ -52,7 +52,6 @@ def read_split(path, names=False):
     """The indices in a label_indices.txt, a list of ints; checked against the split.json beside it, if there is one.
 
     names: whether it may be a list of file names instead, a list of str: "class/file", with or without a number behind it.
-    Raises UsageError, which names the file, for anything that is not a list of different indices, one a line.
     """
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is not a regular file: give a file of indices, one a line")
@@ -83,10 +82,7 @@ def read_split(path, names=False):
 
 
 def read_given_split(path, num_label=None):
-    """The indices of --split, ascending, a list of ints, or the names of files, of str.
-
-    Raises UsageError as `read_split` does, for no index at all, and if num_label is another number.
-    """
+    """The indices of --split, ascending, a list of ints, or the names of files, of str; num_label: how many, if not None."""
     try:
         indices = sorted(read_split(path, names=True))
     except UsageError as error:

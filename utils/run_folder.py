@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 from tqdm import tqdm
 
@@ -32,9 +33,10 @@ from utils.files import (
     link,
     open_lock,
     printable,
+    sync,
     write_text,
 )
-from utils.flags import difference
+from utils.flags import RESUME, difference, with_role
 from utils.records import read_results, read_split
 
 EVENTS = ".metasemi"        # how the names of our TensorBoard files end: other programs keep theirs in the same folder
@@ -50,7 +52,7 @@ def check_paths(path, resume, overwrite):
         raise UsageError(f"argument --resume: {resume}: no such checkpoint (a missing file never means a fresh start)")
     if path.exists() and not path.is_dir():
         raise UsageError(f"argument --save-path: {path} is a file: give a folder")
-    if continues(path, resume):
+    if resume == LAST or resume is not None and Path(resume).parent.resolve() == path.resolve():     # the run in the folder
         if overwrite:
             raise UsageError("argument --overwrite: it removes what --resume continues: give one of them")
         if has_lost_checkpoints(path):
@@ -75,11 +77,6 @@ def has_lost_checkpoints(path):
     return (path / METRICS).is_file() and (path / METRICS).read_bytes().count(b'"test/accuracy"') > 1
 
 
-def continues(path, resume):
-    """Whether --resume means the run in the folder itself."""
-    return resume == LAST or resume is not None and Path(resume).parent.resolve() == path.resolve()
-
-
 class RunFolder:
     """One run's folder, locked against a second process from `lock` until `close`.
 
@@ -92,7 +89,6 @@ class RunFolder:
         self.lock_file = self.log_file = self.metrics = self.events = None
         self.source = self.bar = None
         self.printed = set()            # lines of `print_once`
-        self.failing = set()            # files that a full disk refuses at the moment
 
     def lock(self):
         """Makes the folder and locks it.  Raises UsageError if another process has it."""
@@ -112,25 +108,17 @@ class RunFolder:
 
     def open(self, resume):
         """What a command that `check_paths` let pass may continue: a checkpoint, a text that says where it is from, and
-        whether results.json tells of it; (None, None, False) for nothing.
-
-        Writes nothing but the lock.  Raises UsageError for a folder
-        in use, and CheckpointError for a checkpoint that cannot be read.
-        """
+        whether results.json tells of it; (None, None, False) for nothing.  Writes nothing but the lock."""
         from utils import checkpoint
 
-        if not self.writes:
-            return None, None, False
-        if holds_run(self.path):
+        saved = why = None
+        if self.writes and holds_run(self.path):
             self.lock()
-        if resume not in (None, LAST):
-            saved = checkpoint.load(resume)
-            return saved, f"{resume}, as --resume says", self.has_results(saved)
-        last = checkpoint.load_last(self.path, warn=self.print) if self.lock_file and resume else None
-        if last is None:
-            return None, None, False
-        saved, self.source, why = last
-        return saved, why, self.has_results(saved)
+        if self.writes and resume not in (None, LAST):
+            saved, why = checkpoint.load(resume), f"{resume}, as --resume says"
+        elif self.lock_file and resume and (last := checkpoint.load_last(self.path, warn=self.print)):
+            saved, self.source, why = last
+        return saved, why, saved is not None and self.has_results(saved)
 
     def start(self, state):
         """Writes what the run is and opens its records, with everything after the step of the state taken out of them.
@@ -151,11 +139,13 @@ class RunFolder:
                              "or remove it, and it is written again")
         old = [RESULTS, *(name + TEMPORARY for name in OURS)]      # a kill may have left these half written
         if clear:
-            old += [*OURS, *self.path.glob(f"events.out.tfevents.*{EVENTS}")]
+            old += [*OURS, *(path.name for path in self.path.glob(f"events.out.tfevents.*{EVENTS}"))]
         for name in old:
             (self.path / name).unlink(missing_ok=True)
         if self.source and self.source.name == PREVIOUS:    # so that the next save does not keep the damaged one
             link(self.source, self.path / CHECKPOINT)
+        if self.source and state.is_best():                 # a kill may have kept `save` from saying so
+            link(self.source, self.path / BEST)
         truncate_after(state.step, self.path / METRICS, step_of_record)
         truncate_after(state.step, self.path / LOG, step_of_line)
         indices = "".join(f"{index}\n" for index in labeled)
@@ -170,16 +160,13 @@ class RunFolder:
     def print(self, *messages):
         """One line each to log.txt and to standard output, above the progress bar if there is one."""
         for message in map(printable, messages if self.writes else ()):
-            self.print_line(message)
-
-    def print_line(self, message):
-        if self.log_file:
-            self.append(self.log_file, f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
-        try:
-            tqdm.write(message)
-            sys.stdout.flush()
-        except OSError:                 # nobody reads any more; the run goes on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if self.log_file:
+                self.append(self.log_file, f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
+            try:
+                tqdm.write(message)
+                sys.stdout.flush()
+            except OSError:             # nobody reads any more; the run goes on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def print_once(self, messages):
         """As `print`, for each of some lines that was not printed so before."""
@@ -188,12 +175,10 @@ class RunFolder:
         self.print(*dict.fromkeys(new))
 
     def append(self, file, text):
+        failed_before = file.error
         file.write(text)
-        if file.error and file.path not in self.failing:
-            self.failing.add(file.path)
+        if file.error and not failed_before:
             self.print(f"{file.path} cannot be written ({file.error}): its lines are kept in memory until it can")
-        elif not file.error:
-            self.failing.discard(file.path)
 
     def save(self, state, best, last):
         """Saves the state of the run, as the best one too if it is that; returns whether that worked.
@@ -212,7 +197,8 @@ class RunFolder:
             os.fsync(self.metrics.file.fileno())
             checkpoint.save(state.state_dict(), self.path)
             if best:
-                checkpoint.save_best(self.path / CHECKPOINT)
+                link(self.path / CHECKPOINT, self.path / BEST)
+                sync(self.path)
             if last and self.metrics.error:
                 raise self.metrics.error
         except OSError as error:
@@ -225,13 +211,6 @@ class RunFolder:
             raise OSError(f"{self.path / lost} was removed or replaced under this run: it ends; "
                           + checkpoint.describe_last(self.path))
         return True
-
-    def mend_best(self, is_best):
-        """Makes the checkpoint that the run goes on from the best one, if it is: a kill may have come before `save` did."""
-        from utils import checkpoint
-
-        if self.source and is_best:
-            checkpoint.save_best(self.source)
 
     def lost(self):
         """The name of a file that this run holds open and that is not in the folder any more, LOCK first; or None."""
@@ -286,7 +265,7 @@ class RunFolder:
             results = read_results(self.path)
         except UsageError:
             return False
-        return results["steps"] == saved["step"] and difference(saved["args"], results["args"]) is None
+        return results["steps"] == saved["step"] and difference(saved["args"], results["args"], with_role(RESUME)) is None
 
     @contextmanager
     def progress(self, start, total_steps):
@@ -326,14 +305,8 @@ def event_writer(path, step):
     from tensorboardX import SummaryWriter
     from tensorboardX.record_writer import register_writer_factory
 
-    class Place:
-        def open(self, name):
-            return Appender(name.removeprefix("run:"))
-
-        def directory_check(self, name):
-            pass
-
-    register_writer_factory("run", Place())
+    register_writer_factory("run", SimpleNamespace(open=lambda name: Appender(name.removeprefix("run:")),
+                                                   directory_check=lambda name: None))
     return SummaryWriter(f"run:{path}", purge_step=step + 1 if step else None, filename_suffix=EVENTS)
 
 

@@ -6,13 +6,11 @@ import torch
 
 from datasets import DataError
 from datasets.splits import split_training
-from metasemi import meta_gradient
+from metasemi import learning_rate, meta_gradient, ramp
 from models import build_model, dry_run
 from models.synchronized import synchronize_batch_norm
 from utils import checkpoint
-from utils.device import fingerprint, slow_precision
-from utils.flags import cut_short
-from utils.run_folder import git_commit
+from utils.device import slow_precision
 from utils.state import check_same_data, check_same_split, load_data, load_weights
 
 
@@ -36,13 +34,13 @@ def prepare_data(args, world, device, saved, source, interrupt):
         labeled, validation = saved["labeled"].numpy(), saved["validation"].numpy()
     images = images.to(device)
     world.check_same({**data, "labeled images": labeled.tolist(), "validation images": validation.tolist()})
-    if args.no_meta and not args.mix_up:
-        return images, data, labeled, None, validation
-    taken = validation if args.include_labeled else np.concatenate([validation, labeled])
-    unlabeled = np.setdiff1d(np.arange(len(images.train_labels)), taken)
-    if len(unlabeled) == 0:
-        raise DataError(f"argument --num-label: {args.num_label} leaves no unlabeled image: add --include-labeled, "
-                        "or train supervised with --no-meta and no --mix-up")
+    unlabeled = None
+    if not args.no_meta or args.mix_up:
+        taken = validation if args.include_labeled else np.concatenate([validation, labeled])
+        unlabeled = np.setdiff1d(np.arange(len(images.train_labels)), taken)
+        if len(unlabeled) == 0:
+            raise DataError(f"argument --num-label: {args.num_label} leaves no unlabeled image: add --include-labeled, "
+                            "or train supervised with --no-meta and no --mix-up")
     return images, data, labeled, unlabeled, validation
 
 
@@ -62,11 +60,8 @@ def prepare_model(args, world, device, dtype, images):
 
 
 def load_first_weights(model, args):
-    """Puts the weights of --init into a model.  Returns lines about what is left as it was.
-
-    The last layer of torchvision's networks is, if it is for another number of classes.
-    Raises CheckpointError, which names what else does not fit.
-    """
+    """Puts the weights of --init into a model.  Returns lines about what is left as it was: the last layer of torchvision's
+    networks, if it is for another number of classes.  All else must fit."""
     from torchvision.models import ResNet  # takes a second to load
 
     weights, own, left = dict(checkpoint.load(args.init, bare=True)["model"]), model.state_dict(), []
@@ -77,11 +72,6 @@ def load_first_weights(model, args):
         weights |= {name: own[name] for name in ("fc.weight", "fc.bias")}
     load_weights(model, args.arch, {"model": weights}, f"argument --init: {args.init}")
     return left
-
-
-def new_session(args, state, device, processes):
-    """Where and by what the part of a run that begins now is trained, for its `sessions`."""
-    return {"from_step": state.step, "commit": git_commit(), **fingerprint(device, args.precision, args.compile, processes)}
 
 
 def describe_run(args, state, images, unlabeled, device, warned):
@@ -97,6 +87,25 @@ def describe_run(args, state, images, unlabeled, device, warned):
     if images.ignored:
         yield f"ignored: {images.ignored}"
     yield from filter(None, (cut_short(args), slow_precision(args.precision, device), *warned))
+
+
+def cut_short(args):
+    """What of the schedule lies beyond the last step of a run, and what that means: one line, or None."""
+    steps, ramp_steps = args.total_steps, args.warmup if args.ramp is None else args.ramp
+    milestones = args.milestones if args.schedule == "step" else []
+    late = [step for step in milestones if step >= steps]
+    faults = []
+    if args.warmup > steps:             # the rate is highest at the end, or just before it decays
+        highest = max(learning_rate(step, args.lr, args.warmup, milestones, args.gamma)
+                      for step in (*milestones, steps) if step <= steps)
+        faults.append(f"before the end of --warmup {args.warmup}, so the learning rate reaches only {highest:.3g} "
+                      f"of {args.lr:g}")
+    if ramp_steps > steps and not args.no_meta:
+        faults.append(f"before the end of --ramp {ramp_steps}, so the weight of the consistency loss reaches only "
+                      f"{ramp(steps, ramp_steps, args.weight):.3g} of {args.weight:g}")
+    if late:
+        faults.append(f"before --milestones {', '.join(map(str, late))}, so the learning rate does not decay there")
+    return f"warning: --total-steps {steps} ends " + "; ".join(faults) if faults else None
 
 
 def describe_resumption(state, saved, source):

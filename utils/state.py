@@ -1,9 +1,11 @@
 """The state of a run: everything that makes it that run.  A checkpoint is the `state_dict()` of it, and nothing else.
 
 Training, `--evaluate` and `plot_features.py` open a checkpoint with its data and its network by `load_data` and `load_model`.
+Throughout, `saved` is a checkpoint as `checkpoint.load` returns it, and `source` what to call it where it does not fit.
 """
 import json
 
+import numpy as np
 import torch
 
 from datasets import load_dataset
@@ -11,8 +13,9 @@ from datasets.splits import check_split
 from models import build_model
 from utils.cli import UsageError, first_line
 from utils.device import memory_for_images
+from utils.failure import Diverged
 from utils.flags import declared, experiment
-from utils.metrics import Diverged, all_finite
+from utils.metrics import all_finite
 from utils.records import differing
 
 # What a checkpoint holds: name -> type.
@@ -37,14 +40,15 @@ class RunState:
     """A run between two steps.
 
     Attributes are the names in FIELDS; `model` and `optimizer` are the objects themselves.  labeled and validation:
-    (N,) int64 indices of training images.  best: the highest accuracy so far of the set that selects `model_best.pth`.
-    sessions: a dict for each part of the run, with where and by what it was trained.
+    (N,) int64 indices of training images.  best: the highest accuracy so far of the set `select_by`, which selects
+    `model_best.pth`.  sessions: a dict for each part of the run, with where and by what it was trained.
     """
 
     def __init__(self, args, images, data, labeled, validation, model, optimizer):
         """A run before its first step.  args: resolved flags.  images: as `load_dataset` returns them, data: their digest."""
         self.args, self.model, self.optimizer = experiment(args), model, optimizer
         self.labeled, self.validation = torch.from_numpy(labeled), torch.from_numpy(validation)
+        self.select_by = "validation" if len(validation) else "test"
         self.data, self.labels_sha256, self.class_names = data, images.labels_sha256, list(images.class_names)
         self.mean, self.std, self.image_size = images.mean, images.std, images.image_size
         self.step, self.seconds, self.evaluations, self.best, self.sessions = 0, 0.0, [], None, []
@@ -58,19 +62,18 @@ class RunState:
         return state | {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, saved, source):
-        """Goes on where a checkpoint ends; the flags are still those of this command, the learning rate, too.
-
-        Raises CheckpointError, which names the file `source`, if weights or momenta do not fit the model.
-        """
+        """Goes on where a checkpoint ends; the flags are still those of this command, the learning rate, too."""
         load_weights(self.model, self.args["arch"], saved, source)
         load_momenta(self.optimizer, saved, source)
         for name in COURSE:
             setattr(self, name, saved.get(name, ABSENT.get(name)))
 
-    def set_random_state(self, world, device, seed):
+    def set_random_state(self, world, device):
         """Torch's generators as they were at this step.  A process that the run did not have before gets a state of its
         own, a function of (rank, seed, step)."""
-        world.seed(seed, self.step)
+        if world.rank:
+            sequence = np.random.SeedSequence([world.rank, self.args["seed"], self.step])
+            torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
         states = [[self.rng, self.cuda_rng], *self.other_rng]
         if self.step and (world.rank == 0 or len(states) == world.size):
             rng, cuda_rng = states[world.rank]
@@ -83,11 +86,11 @@ class RunState:
         (self.rng, self.cuda_rng), *self.other_rng = world.all_gather_object(
             [torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None])
 
-    def add_evaluation(self, scalars, select_by):
-        """Keeps accuracies, as `Evaluator.evaluate` returns them; select_by: the set whose accuracy makes `best`."""
+    def add_evaluation(self, scalars):
+        """Keeps accuracies, as `Evaluator.evaluate` returns them."""
         self.evaluations.append({"step": self.step} | {tag.removesuffix("/accuracy").replace("/", "_"): value
                                                        for tag, value in scalars.items()})
-        accuracy = scalars[f"{select_by}/accuracy"]
+        accuracy = scalars[f"{self.select_by}/accuracy"]
         if self.best is None or accuracy > self.best:
             self.best = accuracy
 
@@ -96,9 +99,9 @@ class RunState:
         due = self.step and (self.step % self.args["test_freq"] == 0 or self.step == self.args["total_steps"])
         return bool(due) and (not self.evaluations or self.evaluations[-1]["step"] != self.step)
 
-    def is_best(self, select_by):
+    def is_best(self):
         """Whether the first of the best evaluations is that of this step."""
-        return bool(self.evaluations) and max(self.evaluations, key=lambda e: e[select_by])["step"] == self.step
+        return bool(self.evaluations) and max(self.evaluations, key=lambda e: e[self.select_by])["step"] == self.step
 
     def check_finite(self):
         """Raises Diverged unless the weights are finite, where they were so at first; waits for the device once."""
@@ -123,27 +126,18 @@ def find_fault(state):
         return f"its {', '.join(PLAIN)} are not all plain and finite"
     if not 0 <= state["step"] <= MOST_STEPS:
         return "its step is impossible"
-    return find_fault_of_args(state["args"]) or find_fault_of_data(state) or find_fault_of_course(state)
-
-
-def find_fault_of_args(args):
+    args = state["args"]
     for name, kind in ARGS.items():
         if not isinstance(args.get(name), kind):
             return f"its args have no {name}"
     if not all(isinstance(step, int) for step in args["milestones"]):
         return "its milestones are not steps"
-    if not 0 < args["image_size"] <= MOST_PIXELS:
-        return f"its images are not of 1 to {MOST_PIXELS} pixels"
     precision = declared()["precision"]
     if args.get("precision", precision.default) not in precision.choices:
         return "its precision does not exist"
-    return None
-
-
-def find_fault_of_data(state):
     if not all(isinstance(text, str) for text in state["data"].values()):
         return "its data are not names and texts"
-    if not 0 < state["image_size"] <= MOST_PIXELS:
+    if not all(0 < size <= MOST_PIXELS for size in (state["image_size"], args["image_size"])):
         return f"its images are not of 1 to {MOST_PIXELS} pixels"
     for name in ("labeled", "validation"):
         index = state[name]
@@ -154,10 +148,6 @@ def find_fault_of_data(state):
     if any(state[name].shape != (3,) or state[name].dtype != torch.float32 or state[name].requires_grad
            or not state[name].isfinite().all() for name in ("mean", "std")) or not (state["std"] > 0).all():
         return "its mean and std are not of three channels"
-    return None
-
-
-def find_fault_of_course(state):
     if not all(isinstance(w, torch.Tensor) for w in state["model"].values()):
         return "its model is not a state dict"
     if not all(isinstance(e, dict) and isinstance(e.get("step"), int) and isinstance(e.get("test"), float)
@@ -178,17 +168,11 @@ def find_fault_of_course(state):
     return None
 
 
-def load_data(flags, device, saved=None, source="", **options):
+def load_data(flags, device, saved, source, **options):
     """The images of a run, as `load_dataset` returns them; normalized with the statistics of a checkpoint, if there is one.
 
-    Args:
-        flags: name -> value, of the flags that say which images, and how they are read.
-        saved, source: a checkpoint, or a bare state dict, and what to call it.  Its labeled and validation images must be
-            among the training images.
-        options: further ones of `load_dataset`.
-
-    Raises:
-        DataError: for images that are missing or damaged, or a split that is not of them.
+    flags: name -> value, of those that say which images, and how they are read.  options: further ones of `load_dataset`.
+    Raises DataError for images that are missing or damaged, or too few for the split of the checkpoint.
     """
     images = load_dataset(flags["dataset"], flags["data_path"], flags["image_size"], flags.get("flip", False),
                           flags["num_workers"], memory=memory_for_images(device), skip_corrupt=flags["skip_corrupt"],
@@ -199,20 +183,14 @@ def load_data(flags, device, saved=None, source="", **options):
 
 
 def load_model(arch, images, device, saved, source):
-    """The network of a checkpoint, or of a bare state dict {"model": ...}, for the classes of some images.
-
-    Raises CheckpointError, which names the file `source`, if its weights do not fit or are not finite.
-    """
+    """The network of a checkpoint for the classes of some images."""
     model = build_model(arch, images.num_classes, device)
     load_weights(model, arch, saved, source)
     return model
 
 
 def load_weights(model, arch, saved, source):
-    """Puts the weights of a checkpoint into a model; one that is finite so far stays so.
-
-    Raises CheckpointError, which names the file `source` and what does not fit.
-    """
+    """Puts the weights of a checkpoint into a model.  Raises CheckpointError for what does not fit, or is finite no more."""
     finite = [name for name, value in model.state_dict().items() if all_finite([value])]
     try:
         model.load_state_dict(saved["model"])
@@ -232,7 +210,7 @@ def find_misfit(own, weights):
 
 
 def load_momenta(optimizer, saved, source):
-    """Puts the momenta of a checkpoint into an optimizer.  Raises CheckpointError, which names the file `source`."""
+    """Puts the momenta of a checkpoint into an optimizer.  Raises CheckpointError for what does not fit."""
     try:
         shapes = [w.shape for group in optimizer.param_groups for w in group["params"]]
         momenta = saved["optimizer"]["state"]
@@ -252,14 +230,14 @@ def data_of(saved):
 
 
 def check_same_split(args, saved):
-    """Refuses indices of --split that are not those of the checkpoint `saved`; names are not compared."""
+    """Refuses indices of --split that are not those of a checkpoint; names are not compared."""
     then = sorted(saved["labeled"].tolist() + saved["validation"].tolist())
     if args.labeled and args.labeled != then and not isinstance(args.labeled[0], str):
         raise UsageError(f"argument --split: {args.split} is not the split of the run that --resume continues")
 
 
 def check_same_data(data, saved, source, path):
-    """Refuses images at `path`, of the digest `data`, that are not those of the checkpoint `saved`; source: what to call it."""
+    """Refuses images at `path`, of the digest `data`, that are not those of a checkpoint."""
     names = differing(data, data_of(saved))
     if names:
         raise UsageError(f"argument --data-path: {path} is not what {source} was trained on: the {', '.join(names)} differ")
