@@ -14,7 +14,7 @@ from datasets.workers import Workers
 TASK_SIZE = 500         # files that a worker decodes at a time where all of them are kept in memory
 
 
-def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, stop):
+def load_folder(row, root, *, name, image_size, num_workers, memory, skip_corrupt, stop, **_):
     """root/<split>/<class>/* of both splits of a data set, images of any size and of the types in `decoding.FORMATS`.
 
     Those of root/unlabeled, at any depth, follow the training images.
@@ -31,7 +31,7 @@ def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, 
     for folder, split in zip(row.folders, ("training", "test")):
         files = [list_images(root / folder / class_name, ignored) for class_name in class_names]
         paths = [path for class_files in files for path in class_files]
-        splits.append((paths, np.repeat(np.arange(len(files), dtype=np.int64), [len(class_files) for class_files in files])))
+        splits.append((paths, np.repeat(np.arange(len(files)), [len(class_files) for class_files in files])))
         digest |= digest_files(split, root / folder, paths, skip_corrupt)
     (train, train_labels), (test, test_labels) = splits
     if has_unlabeled(name, root):
@@ -39,23 +39,22 @@ def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, 
         digest |= digest_files("unlabeled", root / HEAP, unlabeled, skip_corrupt)
         train = train + unlabeled
         train_labels = np.concatenate([train_labels, np.full(len(unlabeled), UNLABELED)])
-    ignored = describe_ignored(ignored, root)
 
     size = (len(train) + len(test)) * 3 * image_size ** 2
     source = f"{size / 1e9:,.2f} GB as pixels"
-    if not (row.resized_crop or skip_corrupt or memory is not None and size > memory):
-        pixels = decode_all(train + test, image_size, num_workers, stop)
-        train_images, test_images = pixels[:len(train)], pixels[len(train):]
-        source = f"in memory: {source}"
-    else:
+    reason = ("random resized crops need the files" if row.resized_crop else "--skip-corrupt" if skip_corrupt
+              else f"they may take {memory / 1e9:,.2f} GB of memory" if memory is not None and size > memory else None)
+    if reason:
         workers = Workers(num_workers, stop)
         train_images, test_images = (ImageFiles(paths, image_size, workers, row.resized_crop, skip_corrupt)
                                      for paths in (train, test))
-        reason = ("random resized crops need the files" if row.resized_crop else "--skip-corrupt" if skip_corrupt
-                  else f"they may take {memory / 1e9:,.2f} GB of memory")
         source = f"read from disk by {num_workers or 'no'} worker{'s' * (num_workers != 1)}: {source}, {reason}"
-    return ((train_images, train_labels), (test_images, test_labels), class_names, source, tuple(train), tuple(test), ignored,
-            digest)
+    else:
+        pixels = decode_all(train + test, image_size, num_workers, stop)
+        train_images, test_images = pixels[:len(train)], pixels[len(train):]
+        source = f"in memory: {source}"
+    return ((train_images, train_labels), (test_images, test_labels), class_names, source, tuple(train), tuple(test),
+            describe_ignored(ignored, root), digest)
 
 
 def decode_all(paths, image_size, num_workers, stop):
@@ -63,8 +62,9 @@ def decode_all(paths, image_size, num_workers, stop):
     pixels = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)
     count = min(num_workers, os.cpu_count() or 1, len(paths) // TASK_SIZE)
     with closing(Workers(count if count > 1 else 0, stop)) as workers:
-        for index, batch in ImageFiles(paths, image_size, workers).batches(TASK_SIZE * max(1, count), TASK_SIZE):
-            pixels[index[0]:index[-1] + 1] = batch
+        files = ImageFiles(paths, image_size, workers, task_size=TASK_SIZE)
+        for index, batch in files.batches(TASK_SIZE * max(1, count)):
+            pixels[index] = batch
     return pixels
 
 
