@@ -97,10 +97,7 @@ def eight_bits(image):
 def center_crop(image, image_size):
     """The square of image_size in the center, once the shorter side is resized to image_size / 0.875."""
     shorter = int(image_size / 0.875)
-    if image.width <= image.height:
-        width, height = shorter, int(shorter * image.height / image.width)
-    else:
-        width, height = int(shorter * image.width / image.height), shorter
+    width, height = (int(shorter * side / min(image.size)) for side in image.size)
     if width * height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are too long and thin to cut out the center")
     left, top = round((width - image_size) / 2), round((height - image_size) / 2)

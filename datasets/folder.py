@@ -2,6 +2,7 @@
 import hashlib
 import os
 from contextlib import closing
+from itertools import chain
 
 import numpy as np
 import torch
@@ -30,8 +31,8 @@ def load_folder(row, root, *, name, image_size, num_workers, memory, skip_corrup
         raise DataError(f"{root / row.folders[0]} has {len(class_names)} class folders: at least 2 are needed")
     for folder, split in zip(row.folders, ("training", "test")):
         files = [list_images(root / folder / class_name, ignored) for class_name in class_names]
-        paths = [path for class_files in files for path in class_files]
-        splits.append((paths, np.repeat(np.arange(len(files)), [len(class_files) for class_files in files])))
+        paths = list(chain.from_iterable(files))
+        splits.append((paths, np.repeat(np.arange(len(files)), list(map(len, files)))))
         digest |= digest_files(split, root / folder, paths, skip_corrupt)
     (train, train_labels), (test, test_labels) = splits
     if has_unlabeled(name, root):
@@ -71,7 +72,7 @@ def decode_all(paths, image_size, num_workers, stop):
 def list_classes(folder, ignored):
     """Names of the class folders in a folder, in order; other entries are put into ignored, reason -> list of paths."""
     names = []
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+    for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.name.startswith("."):
             names.append(entry.name)
         else:
@@ -103,18 +104,18 @@ def list_unlabeled(folder, ignored, others):
     if not paths:
         raise DataError(f"{folder} holds no image: put images without a class in it, or remove it")
     files = {identity(path): path for path in others}
-    files.pop(None, None)                                           # links to nothing, which are reported when they are read
-    if twice := next((path for path in paths if identity(path) in files), None):
-        raise DataError(f"{folder}: {twice} is the same file as {files[identity(twice)]}: remove one of them")
+    for path in paths:
+        if other := files.get(identity(path)):
+            raise DataError(f"{folder}: {path} is the same file as {other}: remove one of them")
     return paths
 
 
 def identity(path):
-    """What two paths to one file share, or None for a file that is missing."""
+    """What all paths to one file share."""
     try:
         status = os.stat(path)
     except OSError:
-        return None
+        return path         # of a missing file, which is reported when it is read
     return status.st_dev, status.st_ino
 
 

@@ -81,10 +81,11 @@ class Images(NamedTuple):
 
     def skipped(self):
         """Lines about images that were skipped since the last call."""
-        errors = [images.skipped for images in (self.train_images, self.test_images) if isinstance(images, ImageFiles)]
-        lines = [f"skipped: {error}" for skipped in errors for error in skipped.values() if error]
-        for skipped in errors:
-            skipped.update(dict.fromkeys(skipped, None))
+        lines = []
+        for images in (self.train_images, self.test_images):
+            if isinstance(images, ImageFiles):
+                lines += [f"skipped: {error}" for error in images.skipped.values() if error]
+                images.skipped.update(dict.fromkeys(images.skipped))
         return lines
 
     def describe(self):
@@ -109,24 +110,21 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
     """The whole data set, in memory on the CPU if it can be.
 
     Args:
-        name: a key of DATASETS.  "cifar10", "cifar100", "svhn" and "stl10" are read from root, downloaded if they are not
-            there, and checked by MD5; "digits" needs no file; "folder" reads root/{train,test}/<class>/* and,
-            if it is there, root/unlabeled; "imagenet" reads root/{train,val}/<class>/*.
-        root: where the files lie.
-        image_size: for "folder", "imagenet" and "stl10" only: images become image_size x image_size pixels (default 32; 224;
-            96).
-        flip, num_workers: images of "folder" are flipped in training on demand, that many processes decode them and
-            those of "imagenet".
+        name: a key of DATASETS.  Those of torchvision are read from root, downloaded if they are not there, and checked by
+            MD5; "digits" needs no file; "folder" reads root/{train,test}/<class>/* and, if it is there, root/unlabeled;
+            "imagenet" reads root/{train,val}/<class>/*.
+        image_size: S, for "folder", "imagenet" and "stl10" only (default: 32, 224, 96).
+        flip: whether training flips images of "folder".
+        num_workers: how many processes decode images of "folder" and "imagenet"; 0: this one.
         memory: bytes that the decoded images of "folder" may take, else they are read from disk when they are needed;
             None: any number.  "imagenet" is always read from disk.
         skip_corrupt: for both: read from disk, and pass over files that cannot be read.
-        stop: once this is true, waiting for a process that decodes ends in InterruptedError.
         statistics: mean and std (3,) if they are known; measuring those of "folder" on disk reads every training image.
-        download: whether files that are not there may be downloaded into root, which is made; False where root comes from
-            a file that somebody else may have made.
+        stop: once this is true, waiting for a process that decodes ends in InterruptedError.
+        download: whether missing files may be downloaded into root, which is made; False where root comes from a file that
+            somebody else may have made.
 
-    Raises:
-        DataError: if files are missing or damaged, or the data cannot be trained on.
+    Raises DataError if files are missing or damaged, or the data cannot be trained on.
     """
     if name not in DATASETS:
         raise DataError(f"no data set is named {name!r}; choose from {', '.join(DATASETS)}")
