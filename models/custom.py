@@ -9,14 +9,12 @@ import runpy
 import sys
 import traceback
 from contextlib import contextmanager
-from functools import partial
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import SimpleNamespace
 
-MODULE = "custom_network"      # what such a file is run as
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = [ROOT / name for name in ("datasets", "metasemi", "models", "reproduction", "utils")]       # are nobody's neighbors
+# The packages of this repository are nobody's neighbors.
+PACKAGES = [Path(__file__).resolve().parents[1] / name for name in ("datasets", "metasemi", "models", "reproduction", "utils")]
 
 
 class NetworkError(ValueError):
@@ -99,23 +97,24 @@ class Uncached(SourceFileLoader):
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
-def find(modules, name, path=None, target=None):
-    """The spec of a module in `modules` (name -> file), without a path on which anything else would be found."""
-    file = modules.get(name)
-    if file is None:
-        return None
-    if file.is_dir():
-        return ModuleSpec(name, None, is_package=True)
-    spec = ModuleSpec(name, Uncached(name, str(file)), origin=str(file), is_package=file.name == "__init__.py")
-    spec.has_location = True
-    return spec
-
-
 @contextmanager
 def importable(modules):
-    """Inside, modules (name -> file) come before all others of their names, such as those of this program; then not."""
+    """Inside, modules (name -> file) come before all others of their names, such as those of this program; then not.
+
+    They have no path on which anything else would be found.
+    """
+    def find_spec(name, path=None, target=None):
+        file = modules.get(name)
+        if file is None:
+            return None
+        if file.is_dir():
+            return ModuleSpec(name, None, is_package=True)
+        spec = ModuleSpec(name, Uncached(name, str(file)), origin=str(file), is_package=file.name == "__init__.py")
+        spec.has_location = True
+        return spec
+
     others = {name: sys.modules.pop(name) for name in modules if name in sys.modules}
-    finder = SimpleNamespace(find_spec=partial(find, modules))
+    finder = SimpleNamespace(find_spec=find_spec)
     sys.meta_path.insert(0, finder)
     try:
         yield
@@ -136,7 +135,7 @@ def build_custom(name, num_classes):
     modules = neighbors(path)
     try:
         with importable(modules):
-            model = getattr(SimpleNamespace(**runpy.run_path(path, run_name=MODULE)), wanted)(num_classes)
+            model = getattr(SimpleNamespace(**runpy.run_path(path, run_name="custom_network")), wanted)(num_classes)
     except (Exception, SystemExit) as error:
         raise NetworkError(f"argument --arch: {name} cannot be built: {where(error, name)}") from None
     if not isinstance(model, nn.Module):
