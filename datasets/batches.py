@@ -1,12 +1,13 @@
 """Batches as a function of the step, from images that lie as one uint8 tensor on the training device, or on disk."""
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from datasets.augment import crop_and_flip, normalize
-from datasets.sampling import IndexStream, crop_and_flip_choices, mixup_weights
-from datasets.streaming import ImageFiles, ordered_batches, training_images
+from datasets.sampling import IndexStream, crop_and_flip_choices, mixup_weights, resized_crop_choices
+from datasets.streaming import PREFETCH, ImageFiles, ordered_batches
 from datasets.table import DataError
 
 
@@ -39,7 +40,7 @@ class Batches:
         self.streams = {name: IndexStream(indices, batch_size, seed, name)
                         for name, indices in (("labeled", labeled), ("unlabeled", unlabeled)) if indices is not None}
         self.on_disk = isinstance(images.train_images, ImageFiles)
-        self.batch_ahead = None         # (step, batch), kept by `fault`
+        self.ahead = {}                 # step -> batch, kept by `fault`
         self.cancel()
 
     def fault(self, step):
@@ -48,7 +49,7 @@ class Batches:
         None as well if the `stop` of `load_dataset` has ended the waiting.
         """
         try:
-            self.batch_ahead = (step, self(step)) if self.on_disk else None
+            self.ahead = {step: self(step)} if self.on_disk else {}
         except InterruptedError:
             pass                        # whoever waits for the signal sees it
         except (DataError, OSError) as error:
@@ -56,12 +57,10 @@ class Batches:
         return None
 
     def __call__(self, step):
-        ahead, self.batch_ahead = self.batch_ahead, None
-        if ahead and ahead[0] == step:
-            return ahead[1]
+        if step in self.ahead:
+            return self.ahead.pop(step)
         if self.on_disk and step != self.next_step:
-            self.decoded = training_images(self.images.train_images, self.streams, self.seed, step, self.rows,
-                                           self.device.type == "cuda")
+            self.decoded = self.decode_from(step)
         self.next_step = None           # an error ends `decoded`
         x_l, y_l = self.draw("labeled", step)
         x_u, y_u = self.draw("unlabeled", step) if "unlabeled" in self.streams else (None, None)
@@ -77,9 +76,28 @@ class Batches:
         choices = crop_and_flip_choices(self.batch_size, padding, flip, self.seed, f"augment {name}", step)
         choices = self.to_device(np.concatenate([index[:, None], choices[self.rows]], axis=1))
         index = choices[:, 0]
-        pixels = self.images.train_images[index] if pixels is None else pixels.to(self.device, non_blocking=True)
+        pixels = self.to_device(pixels) if self.on_disk else self.images.train_images[index]
         x = crop_and_flip(pixels, choices[:, 1:], padding)
         return normalize(x, self.mean, self.std), self.train_labels[index]
+
+    def decode_from(self, step):
+        """Yields indices (B,) and pixels (B, 3, S, S) uint8 of images on disk, for each stream in turn, of step, step + 1, ...
+
+        They are the same wherever it starts, and however many workers decode.
+        """
+        files = self.images.train_images
+        for (index, crops, members), pixels, errors in files.decode_ahead(self.choices(step), PREFETCH * len(self.streams)):
+            if errors:
+                files.replace(pixels, errors, index, crops, members)
+            yield index, pixels
+
+    def choices(self, step):
+        """Yields what `decode_from` takes: indices (B,), how each is cropped, and all indices of the stream."""
+        for coming in count(step):
+            for name, stream in self.streams.items():
+                crops = (resized_crop_choices(self.batch_size, self.seed, f"crop {name}", coming)
+                         if self.images.train_images.resized_crop else [None] * self.batch_size)
+                yield stream(coming)[self.rows], crops[self.rows], stream.indices
 
     def __enter__(self):
         return self

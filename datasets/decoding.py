@@ -26,11 +26,11 @@ def readable_formats():
 
 
 def decode_files(paths, image_size, crops):
-    """Pixels (N, 3, image_size, image_size) uint8 RGB, and position -> error message for files that cannot be read.
+    """Pixels (N, 3, image_size, image_size) uint8 RGB, and for each file an error message, or None if it can be read.
 
     crops: one for each path, as in `decode_file`.
     """
-    pixels, errors = np.zeros((len(paths), 3, image_size, image_size), np.uint8), {}
+    pixels, errors = np.zeros((len(paths), 3, image_size, image_size), np.uint8), [None] * len(paths)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                 # of Pillow, about the metadata of images
         for i, (path, crop) in enumerate(zip(paths, crops, strict=True)):
@@ -97,10 +97,7 @@ def eight_bits(image):
 def center_crop(image, image_size):
     """The square of image_size in the center, once the shorter side is resized to image_size / 0.875."""
     shorter = int(image_size / 0.875)
-    if image.width <= image.height:
-        width, height = shorter, int(shorter * image.height / image.width)
-    else:
-        width, height = int(shorter * image.width / image.height), shorter
+    width, height = (int(shorter * side / min(image.size)) for side in image.size)
     if width * height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are too long and thin to cut out the center")
     left, top = round((width - image_size) / 2), round((height - image_size) / 2)
@@ -120,9 +117,5 @@ def random_box(height, width, uniform):
         columns, rows = round(sqrt(area * ratio)), round(sqrt(area / ratio))
         if 0 < columns <= width and 0 < rows <= height:
             return int(top * (height - rows + 1)), int(left * (width - columns + 1)), rows, columns
-    rows, columns = height, width
-    if width / height < 3 / 4:
-        rows = round(width / (3 / 4))
-    elif width / height > 4 / 3:
-        columns = round(height * (4 / 3))
+    rows, columns = min(height, round(width / (3 / 4))), min(width, round(height * (4 / 3)))
     return (height - rows) // 2, (width - columns) // 2, rows, columns

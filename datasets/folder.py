@@ -2,6 +2,7 @@
 import hashlib
 import os
 from contextlib import closing
+from itertools import chain
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from datasets.workers import Workers
 TASK_SIZE = 500         # files that a worker decodes at a time where all of them are kept in memory
 
 
-def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, stop):
+def load_folder(row, root, *, name, image_size, num_workers, memory, skip_corrupt, stop, **_):
     """root/<split>/<class>/* of both splits of a data set, images of any size and of the types in `decoding.FORMATS`.
 
     Those of root/unlabeled, at any depth, follow the training images.
@@ -30,8 +31,8 @@ def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, 
         raise DataError(f"{root / row.folders[0]} has {len(class_names)} class folders: at least 2 are needed")
     for folder, split in zip(row.folders, ("training", "test")):
         files = [list_images(root / folder / class_name, ignored) for class_name in class_names]
-        paths = [path for class_files in files for path in class_files]
-        splits.append((paths, np.repeat(np.arange(len(files), dtype=np.int64), [len(class_files) for class_files in files])))
+        paths = list(chain.from_iterable(files))
+        splits.append((paths, np.repeat(np.arange(len(files)), list(map(len, files)))))
         digest |= digest_files(split, root / folder, paths, skip_corrupt)
     (train, train_labels), (test, test_labels) = splits
     if has_unlabeled(name, root):
@@ -39,23 +40,22 @@ def load_folder(row, root, name, image_size, num_workers, memory, skip_corrupt, 
         digest |= digest_files("unlabeled", root / HEAP, unlabeled, skip_corrupt)
         train = train + unlabeled
         train_labels = np.concatenate([train_labels, np.full(len(unlabeled), UNLABELED)])
-    ignored = describe_ignored(ignored, root)
 
     size = (len(train) + len(test)) * 3 * image_size ** 2
     source = f"{size / 1e9:,.2f} GB as pixels"
-    if not (row.resized_crop or skip_corrupt or memory is not None and size > memory):
-        pixels = decode_all(train + test, image_size, num_workers, stop)
-        train_images, test_images = pixels[:len(train)], pixels[len(train):]
-        source = f"in memory: {source}"
-    else:
+    reason = ("random resized crops need the files" if row.resized_crop else "--skip-corrupt" if skip_corrupt
+              else f"they may take {memory / 1e9:,.2f} GB of memory" if memory is not None and size > memory else None)
+    if reason:
         workers = Workers(num_workers, stop)
         train_images, test_images = (ImageFiles(paths, image_size, workers, row.resized_crop, skip_corrupt)
                                      for paths in (train, test))
-        reason = ("random resized crops need the files" if row.resized_crop else "--skip-corrupt" if skip_corrupt
-                  else f"they may take {memory / 1e9:,.2f} GB of memory")
         source = f"read from disk by {num_workers or 'no'} worker{'s' * (num_workers != 1)}: {source}, {reason}"
-    return ((train_images, train_labels), (test_images, test_labels), class_names, source, tuple(train), tuple(test), ignored,
-            digest)
+    else:
+        pixels = decode_all(train + test, image_size, num_workers, stop)
+        train_images, test_images = pixels[:len(train)], pixels[len(train):]
+        source = f"in memory: {source}"
+    return ((train_images, train_labels), (test_images, test_labels), class_names, source, tuple(train), tuple(test),
+            describe_ignored(ignored, root), digest)
 
 
 def decode_all(paths, image_size, num_workers, stop):
@@ -63,15 +63,16 @@ def decode_all(paths, image_size, num_workers, stop):
     pixels = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)
     count = min(num_workers, os.cpu_count() or 1, len(paths) // TASK_SIZE)
     with closing(Workers(count if count > 1 else 0, stop)) as workers:
-        for index, batch in ImageFiles(paths, image_size, workers).batches(TASK_SIZE * max(1, count), TASK_SIZE):
-            pixels[index[0]:index[-1] + 1] = batch
+        files = ImageFiles(paths, image_size, workers, task_size=TASK_SIZE)
+        for index, batch in files.batches(TASK_SIZE * max(1, count)):
+            pixels[index] = batch
     return pixels
 
 
 def list_classes(folder, ignored):
     """Names of the class folders in a folder, in order; other entries are put into ignored, reason -> list of paths."""
     names = []
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+    for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.name.startswith("."):
             names.append(entry.name)
         else:
@@ -103,18 +104,18 @@ def list_unlabeled(folder, ignored, others):
     if not paths:
         raise DataError(f"{folder} holds no image: put images without a class in it, or remove it")
     files = {identity(path): path for path in others}
-    files.pop(None, None)                                           # links to nothing, which are reported when they are read
-    if twice := next((path for path in paths if identity(path) in files), None):
-        raise DataError(f"{folder}: {twice} is the same file as {files[identity(twice)]}: remove one of them")
+    for path in paths:
+        if other := files.get(identity(path)):
+            raise DataError(f"{folder}: {path} is the same file as {other}: remove one of them")
     return paths
 
 
 def identity(path):
-    """What two paths to one file share, or None for a file that is missing."""
+    """What all paths to one file share."""
     try:
         status = os.stat(path)
     except OSError:
-        return None
+        return path         # of a missing file, which is reported when it is read
     return status.st_dev, status.st_ino
 
 

@@ -81,10 +81,11 @@ class Images(NamedTuple):
 
     def skipped(self):
         """Lines about images that were skipped since the last call."""
-        errors = [images.skipped for images in (self.train_images, self.test_images) if isinstance(images, ImageFiles)]
-        lines = [f"skipped: {error}" for skipped in errors for error in skipped.values() if error]
-        for skipped in errors:
-            skipped.update(dict.fromkeys(skipped, None))
+        lines = []
+        for images in (self.train_images, self.test_images):
+            if isinstance(images, ImageFiles):
+                lines += [f"skipped: {error}" for error in images.skipped.values() if error]
+                images.skipped.update(dict.fromkeys(images.skipped))
         return lines
 
     def describe(self):
@@ -109,33 +110,28 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
     """The whole data set, in memory on the CPU if it can be.
 
     Args:
-        name: a key of DATASETS.  "cifar10", "cifar100", "svhn" and "stl10" are read from root, downloaded if they are not
-            there, and checked by MD5; "digits" needs no file; "folder" reads root/{train,test}/<class>/* and,
-            if it is there, root/unlabeled; "imagenet" reads root/{train,val}/<class>/*.
-        root: where the files lie.
-        image_size: for "folder", "imagenet" and "stl10" only: images become image_size x image_size pixels (default 32; 224;
-            96).
-        flip, num_workers: images of "folder" are flipped in training on demand, that many processes decode them and
-            those of "imagenet".
+        name: a key of DATASETS.  Those of torchvision are read from root, downloaded if they are not there, and checked by
+            MD5; "digits" needs no file; "folder" reads root/{train,test}/<class>/* and, if it is there, root/unlabeled;
+            "imagenet" reads root/{train,val}/<class>/*.
+        image_size: S, for "folder", "imagenet" and "stl10" only (default: 32, 224, 96).
+        flip: whether training flips images of "folder".
+        num_workers: how many processes decode images of "folder" and "imagenet"; 0: this one.
         memory: bytes that the decoded images of "folder" may take, else they are read from disk when they are needed;
             None: any number.  "imagenet" is always read from disk.
         skip_corrupt: for both: read from disk, and pass over files that cannot be read.
-        stop: once this is true, waiting for a process that decodes ends in InterruptedError.
         statistics: mean and std (3,) if they are known; measuring those of "folder" on disk reads every training image.
-        download: whether files that are not there may be downloaded into root, which is made; False where root comes from
-            a file that somebody else may have made.
+        stop: once this is true, waiting for a process that decodes ends in InterruptedError.
+        download: whether missing files may be downloaded into root, which is made; False where root comes from a file that
+            somebody else may have made.
 
-    Raises:
-        DataError: if files are missing or damaged, or the data cannot be trained on.
+    Raises DataError if files are missing or damaged, or the data cannot be trained on.
     """
     if name not in DATASETS:
         raise DataError(f"no data set is named {name!r}; choose from {', '.join(DATASETS)}")
-    row, options = DATASETS[name], ()
-    if row.loader == "folder":
-        options = (name, image_size or row.image_size, num_workers, memory, skip_corrupt, stop)
-    elif row.source:
-        options = (download, image_size or row.image_size) if row.resized else (download,)
-    train, test, class_names, *more = LOADERS[row.loader](row, Path(root), *options)
+    row = DATASETS[name]
+    train, test, class_names, *more = LOADERS[row.loader](
+        row, Path(root), name=name, image_size=image_size or row.image_size, num_workers=num_workers, memory=memory,
+        skip_corrupt=skip_corrupt, stop=stop, download=download)
     train_images, train_labels, test_images, test_labels = (
         torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array for array in (*train, *test))
     for split, images, labels in (("training", train_images, train_labels), ("test", test_images, test_labels)):
@@ -185,7 +181,7 @@ def measure(images):
     return mean.float(), torch.where(std > 1e-6, std, 1.0).float()
 
 
-def load_digits(row, root):
+def load_digits(row, root, **_):
     """1,797 handwritten digits of 8x8 pixels, resized to 16x16; 5 of every 18 are the 500 test images."""
     from sklearn.datasets import load_digits as load
 
@@ -194,28 +190,22 @@ def load_digits(row, root):
     images = torch.nn.functional.interpolate(images, size=16, mode="bilinear").round().byte().expand(-1, 3, -1, -1).numpy()
     labels = digits.target.astype(np.int64)
     test = np.arange(len(labels)) % 18 < 5
-    return (images[~test], labels[~test]), (images[test], labels[test]), [str(k) for k in range(10)]
+    return (images[~test], labels[~test]), (images[test], labels[test]), "0123456789"
 
 
-def load_cifar(row, root, download):
-    source = getattr(import_module("torchvision.datasets"), row.source)
-    files = [(root / source.base_folder / name, md5) for name, md5 in source.train_list + source.test_list]
-    train, test = (fetch(files, source, root, download, train=train) for train in (True, False))
+def load_cifar(row, root, *, download, **_):
+    train, test = fetch(row, root, download, {"train": True}, {"train": False})
     return *((data.data.transpose(0, 3, 1, 2), np.array(data.targets)) for data in (train, test)), train.classes
 
 
-def load_svhn(row, root, download):
-    source = getattr(import_module("torchvision.datasets"), row.source)
-    files = [(root / source.split_list[split][1], source.split_list[split][2]) for split in ("train", "test")]
-    train, test = (fetch(files, source, root, download, split=split) for split in ("train", "test"))
-    return *((data.data, np.array(data.labels, dtype=np.int64)) for data in (train, test)), [str(k) for k in range(10)]
+def load_svhn(row, root, *, download, **_):
+    train, test = fetch(row, root, download, {"split": "train"}, {"split": "test"})
+    return *((data.data, data.labels) for data in (train, test)), "0123456789"
 
 
-def load_stl10(row, root, download, image_size):
+def load_stl10(row, root, *, download, image_size, **_):
     """5,000 training and 8,000 test images of 96x96 pixels, resized, and 100,000 training images without a class."""
-    source = getattr(import_module("torchvision.datasets"), row.source)
-    files = [(root / source.base_folder / name, md5) for name, md5 in source.train_list + source.test_list]
-    train, test = (fetch(files, source, root, download, split=split) for split in ("train+unlabeled", "test"))
+    train, test = fetch(row, root, download, {"split": "train+unlabeled"}, {"split": "test"})
     names = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
     return *((resize(data.data, image_size), data.labels.astype(np.int64)) for data in (train, test)), names
 
@@ -231,18 +221,24 @@ def resize(images, size):
     return resized
 
 
-def fetch(files, source, root, download, **kwargs):
-    """A torchvision data set; files that are already there are used without a network.
+def fetch(row, root, download, *splits):
+    """The torchvision data sets of a row, one for the arguments of each split; files that are there need no network.
 
-    files: (path, MD5) of each, checked by torchvision before it reads or replaces them.
+    torchvision checks the MD5 of the files before it reads or replaces them.
     """
+    source = getattr(import_module("torchvision.datasets"), row.source)
     try:
-        return source(root, download=download, **kwargs)
+        return [source(root, download=download, **split) for split in splits]
     except (OSError, RuntimeError) as error:
         if not download:
-            raise DataError(f"{source.__name__} is not under {root}, where the checkpoint says that it was: say where it lies, "
+            raise DataError(f"{row.source} is not under {root}, where the checkpoint says that it was: say where it lies, "
                             "or may be downloaded to, with --data-path") from None
-        for path, md5 in files:
+        if hasattr(source, "split_list"):       # SVHN, which has a file for each split
+            files = [source.split_list[split["split"]][1:] for split in splits]
+        else:
+            files = [(f"{source.base_folder}/{name}", md5) for name, md5 in source.train_list + source.test_list]
+        for name, md5 in files:
+            path = root / name
             if not path.is_file():
                 raise DataError(f"{path} is missing and could not be downloaded ({error}): put the file with "
                                 f"MD5 {md5} there, or use --dataset digits, which needs no network") from None

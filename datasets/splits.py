@@ -47,9 +47,8 @@ def split_training(train_labels, num_label, num_val, num_classes, seed, given=No
     Raises DataError for a list or for numbers that the labels do not allow.
     """
     labels = np.asarray(train_labels)
-    if given is not None:
-        if max(given) >= len(labels):
-            raise DataError(f"argument --split: {max(given)} is not the index of one of {len(labels)} training images")
+    if given is not None and max(given) >= len(labels):
+        raise DataError(f"argument --split: {max(given)} is not the index of one of {len(labels)} training images")
     named = np.arange(len(labels)) if given is None else np.sort(given)
     validation, rest = np.arange(0), named
     if num_val:

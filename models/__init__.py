@@ -33,14 +33,11 @@ def build_model(name, num_classes, device=None):
         NetworkError, a ValueError: for a name that is not in NETWORKS, or a file whose network cannot be built.
     """
     if is_custom(name):
-        model = build_custom(name, num_classes)
-        return model if device is None else model.to(device)
+        return build_custom(name, num_classes).to(device)
     if name not in NETWORKS:
         raise NetworkError(f"no network is named {name!r}; choose from {', '.join(NETWORKS)}")
-    module, cls, kwargs = NETWORKS[name]
-    model = getattr(import_module(module), cls)(num_classes, **kwargs)
-    if device is None:
-        return model
     import torch
 
-    return model.to(device, memory_format=torch.channels_last)
+    module, cls, kwargs = NETWORKS[name]
+    model = getattr(import_module(module), cls)(num_classes, **kwargs)
+    return model if device is None else model.to(device, memory_format=torch.channels_last)

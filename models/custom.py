@@ -9,14 +9,12 @@ import runpy
 import sys
 import traceback
 from contextlib import contextmanager
-from functools import partial
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import SimpleNamespace
 
-MODULE = "custom_network"      # what such a file is run as
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = [ROOT / name for name in ("datasets", "metasemi", "models", "reproduction", "utils")]       # are nobody's neighbors
+# The packages of this repository are nobody's neighbors.
+PACKAGES = [Path(__file__).resolve().parents[1] / name for name in ("datasets", "metasemi", "models", "reproduction", "utils")]
 
 
 class NetworkError(ValueError):
@@ -63,34 +61,33 @@ def read(path):
 def neighbors(path):
     """Module name -> file, for what a Python file imports from beside it, directly or through another, by the import
     statements alone; for a package without an __init__.py its folder."""
-    folder, found, todo = Path(path).parent, {}, [(path, "")]
+    folder, found, todo = Path(path).parent, {}, [(path, [])]
     while todo:
         importer, package = todo.pop()
         for name in imports(read(importer)[1], package):
-            parts = name.split(".")
-            if (folder / parts[0]).resolve() in PACKAGES:
-                continue
-            for i in range(1, len(parts) + 1):
-                module, base = ".".join(parts[:i]), folder.joinpath(*parts[:i])
+            for i in range(1, len(name) + 1):
+                module, base = ".".join(name[:i]), folder.joinpath(*name[:i])
                 init, plain = base / "__init__.py", base.with_name(base.name + ".py")
-                file = next((file for file in (init, plain) if file.is_file()), None)
-                if module not in found and file:
-                    found |= {".".join(parts[:j]): folder.joinpath(*parts[:j]) for j in range(1, i)
-                              if ".".join(parts[:j]) not in found}
+                file = next(filter(Path.is_file, (init, plain)), None)
+                if file and module not in found and (folder / name[0]).resolve() not in PACKAGES:
                     found[module] = file
-                    todo.append((file, module if file == init else module.rpartition(".")[0]))
+                    todo.append((file, name[:i] if file == init else name[:i - 1]))
+    for module in list(found):
+        while module := module.rpartition(".")[0]:
+            found.setdefault(module, folder.joinpath(*module.split(".")))
     return found
 
 
 def imports(tree, package):
-    """The names of all modules that a syntax tree may import; package: that of its file, for relative imports."""
+    """The names of all modules that a syntax tree may import, each a list of its parts; package: that of its file."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from (alias.name.split(".") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[:len(package.split(".")) - node.level + 1] if node.level else []
-            base = [part for part in (*above, node.module) if part]
-            yield from (".".join([*base, *end]) for end in ([], *([alias.name] for alias in node.names)) if base or end)
+            above = package[:len(package) - node.level + 1] if node.level else []
+            base = above + (node.module.split(".") if node.module else [])
+            yield base
+            yield from ([*base, alias.name] for alias in node.names)
 
 
 class Uncached(SourceFileLoader):
@@ -100,23 +97,24 @@ class Uncached(SourceFileLoader):
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
-def find(modules, name, path=None, target=None):
-    """The spec of a module in `modules` (name -> file), without a path on which anything else would be found."""
-    file = modules.get(name)
-    if file is None:
-        return None
-    if file.is_dir():
-        return ModuleSpec(name, None, is_package=True)
-    spec = ModuleSpec(name, Uncached(name, str(file)), origin=str(file), is_package=file.name == "__init__.py")
-    spec.has_location = True
-    return spec
-
-
 @contextmanager
 def importable(modules):
-    """Inside, modules (name -> file) come before all others of their names, such as those of this program; then not."""
+    """Inside, modules (name -> file) come before all others of their names, such as those of this program; then not.
+
+    They have no path on which anything else would be found.
+    """
+    def find_spec(name, path=None, target=None):
+        file = modules.get(name)
+        if file is None:
+            return None
+        if file.is_dir():
+            return ModuleSpec(name, None, is_package=True)
+        spec = ModuleSpec(name, Uncached(name, str(file)), origin=str(file), is_package=file.name == "__init__.py")
+        spec.has_location = True
+        return spec
+
     others = {name: sys.modules.pop(name) for name in modules if name in sys.modules}
-    finder = SimpleNamespace(find_spec=partial(find, modules))
+    finder = SimpleNamespace(find_spec=find_spec)
     sys.meta_path.insert(0, finder)
     try:
         yield
@@ -137,7 +135,7 @@ def build_custom(name, num_classes):
     modules = neighbors(path)
     try:
         with importable(modules):
-            model = getattr(SimpleNamespace(**runpy.run_path(path, run_name=MODULE)), wanted)(num_classes)
+            model = getattr(SimpleNamespace(**runpy.run_path(path, run_name="custom_network")), wanted)(num_classes)
     except (Exception, SystemExit) as error:
         raise NetworkError(f"argument --arch: {name} cannot be built: {where(error, name)}") from None
     if not isinstance(model, nn.Module):
@@ -160,21 +158,18 @@ def build_custom(name, num_classes):
 def dry_run(name, num_classes, image_size, device, dtype=None, meta_gradient=None, batch=4):
     """Tries a network of the user's own on a few random images, so that it fails before anything is written.
 
-    The trial has an instance of its own and leaves torch's random state as it was.
+    The trial has an instance of its own and leaves torch's random state as it was.  A network of this repository needs one
+    only for a batch of one.
 
     Args:
-        name: FILE.py:CLASS; a network of this repository needs no trial, and gets one only for a batch of one.
-        num_classes, image_size: K >= 2 and H = W of the images in pixels.
         device, dtype: where it is to run, and the type for autocast or None.
         meta_gradient: None, or a function of (model, x_l, y_l, x_u) that is to work as well.
         batch: how many images, those of a step if that has fewer than four.
 
-    Returns:
-        Warnings, a list of lines.
+    Returns warnings, a list of lines.
 
-    Raises:
-        NetworkError: if forward(x) does not give logits (B, K) in both modes, changes x or cannot be differentiated, or
-            meta_gradient fails.
+    Raises NetworkError if forward(x) does not give logits (B, K) in both modes, changes x or cannot be differentiated, or
+    meta_gradient fails.
     """
     import torch
 
@@ -220,7 +215,7 @@ def dry_run(name, num_classes, image_size, device, dtype=None, meta_gradient=Non
         if meta_gradient is not None:
             try:
                 for _ in range(2):      # the first may have left something behind
-                    meta_gradient(model, images.clone(), y, images.clone())
+                    meta_gradient(model, images, y, images)
             except Exception as error:
                 raise NetworkError(f"argument --arch: the meta-gradient of {name} fails ({where(error, name)}): take "
                                    "--meta-gradient finite-difference, which needs no forward-mode differentiation"
@@ -241,6 +236,5 @@ def place_in(error, name):
         files = {path, *map(str, neighbors(path).values())}
     except NetworkError:                # changed meanwhile, or a network of this repository
         files = {path}
-    places = [f"{frame.filename}, line {frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)
-              if frame.filename in files]
-    return places[-1] if places else None
+    return next((f"{frame.filename}, line {frame.lineno}" for frame in reversed(traceback.extract_tb(error.__traceback__))
+                 if frame.filename in files), None)

@@ -37,7 +37,9 @@ class ShiftConv(nn.Module):
 class Block(nn.Module):
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()
-        self.branches = nn.ModuleList(self.branch(in_channels, out_channels, stride) for _ in range(2))
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.ReLU(), ConvBN(in_channels, out_channels, 3, stride, 1),
+                          nn.ReLU(), ConvBN(out_channels, out_channels, 3, 1, 1)) for _ in range(2))
         if in_channels == out_channels:
             self.shortcut = nn.Identity()
         elif stride == 1:
@@ -45,11 +47,6 @@ class Block(nn.Module):
         else:
             self.shortcut = nn.Sequential(nn.ReLU(), ShiftConv(in_channels, out_channels),
                                           nn.BatchNorm2d(out_channels))
-
-    @staticmethod
-    def branch(in_channels, out_channels, stride):
-        return nn.Sequential(nn.ReLU(), ConvBN(in_channels, out_channels, 3, stride, 1),
-                             nn.ReLU(), ConvBN(out_channels, out_channels, 3, 1, 1))
 
     def forward(self, x):
         a, b = (branch(x) for branch in self.branches)

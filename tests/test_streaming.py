@@ -120,7 +120,7 @@ def test_what_is_decoded_ahead_is_taken_back_when_the_steps_jump_or_end(tmp_path
 
     workers = images.train_images.workers
     monkeypatch.setattr(workers, "submit", submit)
-    monkeypatch.setattr(workers, "result", lambda future: (np.zeros((future.size, 3, 16, 16), np.uint8), {}))
+    monkeypatch.setattr(workers, "result", lambda future: (np.zeros((future.size, 3, 16, 16), np.uint8), []))
     batches = batches_of(images)
     batches(1), batches(2)
     tasks = 2 * 2                                       # 20 + 20 images in tasks of 16
@@ -202,8 +202,7 @@ def test_pixels_are_those_of_torchvision(tmp_path, size):
 # Files that cannot be read
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_image_is_named_or_gives_way_to_the_next_of_its_set(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr("datasets.streaming.TASK_SIZE", 1)
+def test_a_corrupt_image_is_named_or_gives_way_to_the_next_of_its_set(tmp_path, workers):
     root = make_folder(tmp_path, count=8)
     whole = load_dataset("folder", root, 16)
     bad = root / "train/ant/03.png"
@@ -214,6 +213,7 @@ def test_a_corrupt_image_is_named_or_gives_way_to_the_next_of_its_set(tmp_path, 
 
     def draw(skip):
         images = load_dataset("folder", root, 16, num_workers=workers, memory=0, skip_corrupt=skip, statistics=statistics)
+        images.train_images.task_size = images.test_images.task_size = 1
         with Batches(images, labeled, unlabeled, batch_size=3, seed=1) as batches:
             return images, batches(1)
 
