@@ -61,8 +61,14 @@ def training_parser():
         description="Train MetaSemi, or one of the other rows of the paper's ablation.",
         epilog="rows of the ablation:  MetaSemi: --mix-up   meta only: (neither flag)   mix-up only: --no-meta --mix-up   "
                "supervised: --no-meta")
+    add_data_flags(parser.add_argument_group("data"))
+    add_method_flags(parser.add_argument_group("method"))
+    add_optimization_flags(parser.add_argument_group("optimization"))
+    add_bookkeeping_flags(parser.add_argument_group("bookkeeping"))
+    return parser
 
-    data = parser.add_argument_group("data")
+
+def add_data_flags(data):
     flag(data, "--dataset", roles={FROM_CHECKPOINT}, choices=DATASETS, default="cifar10",
          help="data set (default: %(default)s)")
     flag(data, "--data-path", roles={FROM_CHECKPOINT, RESUME, PER_PROCESS}, default=Path("./data"), type=path, metavar="DIR",
@@ -85,7 +91,8 @@ def training_parser():
     flag(data, "--skip-corrupt", roles={EVALUATE, RESUME}, action="store_true",
          help="--dataset folder and imagenet: put the next readable image in the place of one that cannot be read")
 
-    method = parser.add_argument_group("method")
+
+def add_method_flags(method):
     flag(method, "-a", "--architecture", "--arch", dest="arch", roles={FROM_CHECKPOINT}, type=network, default="convlarge",
          metavar="NETWORK",
          help=f"{', '.join(NETWORKS)}, or FILE:CLASS in a file of your own, which is executed, and never "
@@ -107,7 +114,8 @@ def training_parser():
     flag(method, "--ramp", type=number(int, low=0), metavar="N",
          help="steps of linear ramp of that weight; 0: none (default: as --warmup)")
 
-    optimization = parser.add_argument_group("optimization")
+
+def add_optimization_flags(optimization):
     flag(optimization, "--total-steps", roles={RESUME}, default=400_000, type=COUNT, metavar="N",
          help="updates (default: %(default)s)")
     flag(optimization, "--batch-size", default=128, type=number(int, low=1, high=1_000_000), metavar="B",
@@ -146,7 +154,8 @@ def training_parser():
          help="compile the meta-gradient jvp, equal up to rounding: pays for small networks on the CPU "
               "(convsmall: 1.1 times the steps a second; convlarge: none more); unmeasured on CUDA")
 
-    run = parser.add_argument_group("bookkeeping")
+
+def add_bookkeeping_flags(run):
     flag(run, "--save-path", roles={COMMAND}, default=Path("./results/tmp"), type=folder, metavar="DIR",
          help="run folder (default: ./results/tmp)")
     flag(run, "--resume", roles={COMMAND}, nargs="?", const=LAST, metavar="PATH",
@@ -162,7 +171,6 @@ def training_parser():
               "network and data, a state dict takes --dataset and --arch from the command line")
     flag(run, "--predictions", roles={COMMAND, EVALUATE}, type=path, metavar="FILE.csv",
          help="--evaluate: write the prediction for each image; those in a --data-path without classes are predicted, too")
-    return parser
 
 
 @cache
