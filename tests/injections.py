@@ -673,7 +673,7 @@ def no_finite_check():
 
 
 def permuted(folder, tries, rng, patch=None):
-    """The hidden labels and the test set permuted: the training must not notice."""
+    """The labels of the unlabeled images and the test set permuted: the training must not notice."""
     flags = [*FLAGS, "--total-steps", "5", "--test-freq", "9"]
     run(folder, [*flags, "--save-path", folder / "plain"], patch)
     seen = [record.get("train/unlabel-acc") for record in records(folder / "plain")]
@@ -699,8 +699,8 @@ def other_labels(seed):
 
     def load_permuted(*args, **options):
         images = load(*args, **options)
-        hidden = np.setdiff1d(np.arange(len(labels)), labeled)
-        images.train_labels[hidden] = images.train_labels[rng.permutation(hidden)]
+        unlabeled = np.setdiff1d(np.arange(len(labels)), labeled)
+        images.train_labels[unlabeled] = images.train_labels[rng.permutation(unlabeled)]
         order = torch.from_numpy(rng.permutation(len(images.test_labels)))
         return images._replace(test_images=images.test_images[order])
     state.load_dataset = load_permuted

@@ -159,7 +159,7 @@ def test_a_network_that_cannot_be_trained_is_one_line_and_writes_nothing(train, 
         "x.flatten(1)", "(x.flatten(1)[:, 0] > 0).long()") + "logits\n", "gives head.weight a sparse gradient"),
     (LINEAR.replace("nn.Linear(768, num_classes)", "nn.utils.parametrizations.weight_norm(nn.Linear(768, num_classes))")
      + "logits\n", "does not support it because it has not been implemented yet.): take --meta-gradient finite-difference")])
-def test_a_network_that_would_train_wrong_or_fail_later_is_refused_in_its_rehearsal(net, body, message):
+def test_a_network_that_would_train_wrong_or_fail_later_is_refused_in_its_dry_run(net, body, message):
     with pytest.raises(NetworkError) as error:
         dry_run(net(body), 10, 16, torch.device("cpu"), meta_gradient=meta_gradient)
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -232,7 +232,7 @@ FAILING = """
 """
 
 
-def test_a_network_that_fails_in_use_is_one_line_with_place_and_step_and_an_infinite_buffer_is_none(
+def test_a_network_that_fails_in_use_is_one_line_with_place_and_step_and_an_infinite_buffer_is_no_failure(
         train, tmp_path, net, capsys):
     helper = tmp_path / "helper.py"
     helper.write_text(f"""from pathlib import Path
@@ -267,7 +267,7 @@ def check(net, x, logits):
     assert not (tmp_path / "figure").exists()
 
 
-def test_logits_of_an_own_network_that_are_no_numbers_are_called_so_with_the_step(train, tmp_path, net, capsys):
+def test_logits_of_a_custom_network_that_are_not_finite_are_one_line_with_the_step(train, tmp_path, net, capsys):
     name = net("""
     def __init__(self, num_classes):
         super().__init__()
@@ -306,7 +306,7 @@ def test_a_network_that_fails_on_its_labeled_images_at_the_end_is_one_line_with_
                                        f"ValueError: fifty; {tmp_path / 'a' / 'checkpoint.pth'} of step 7 is intact\n")
 
 
-def test_a_rehearsal_leaves_the_random_state_as_it_was(net):
+def test_a_dry_run_leaves_the_random_state_as_it_was(net):
     state = torch.get_rng_state()
     dry_run(net(NETWORKS["batch norm of its own, and dropout"]), 10, 16, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), state)

@@ -54,7 +54,7 @@ def test_all_images_can_be_labeled_whatever_their_balance(digits):
     assert len(labeled) == 1297 and len(unlabeled) == 0
 
 
-def test_validation_part_is_balanced_and_apart_from_the_labeled_one(digits):
+def test_the_validation_set_is_balanced_and_disjoint_from_the_labeled_one(digits):
     labeled, validation = split_training(digits.train_labels, 50, 100, 10, seed=0)
     assert torch.bincount(digits.train_labels[validation]).tolist() == [10] * 10
     assert torch.bincount(digits.train_labels[labeled]).tolist() == [5] * 10

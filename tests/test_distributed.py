@@ -368,7 +368,7 @@ def test_images_that_one_process_alone_skips_are_named_and_no_evaluation_counts_
     (["--resume", "none.pth"], "none.pth: no such checkpoint"),
     (["--num-label", "1297"], "1297 leaves no unlabeled image"),
     (["--evaluate", "x.pth"], "--evaluate: it takes one process")])
-def test_a_wrong_flag_ends_every_process_with_two_and_is_said_once(tmp_path, flags, message):
+def test_a_wrong_flag_ends_every_process_with_two_and_is_printed_once(tmp_path, flags, message):
     codes, errors = run(2, tmp_path, "--save-path", tmp_path / "a", *flags)
     assert codes == [2, 2] and errors.count("\n") == 1 and message in errors, errors
     assert not (tmp_path / "a").exists()
@@ -430,7 +430,7 @@ def test_an_environment_that_is_not_of_torchrun_is_one_line(train, tmp_path, cap
                                        "or unset it\n")
 
 
-def test_the_parts_of_the_processes_make_up_the_whole():
+def test_the_shards_of_the_processes_make_up_the_whole():
     world, whole = World(), list(range(12))
     for size in (1, 2, 3, 4):
         world.size, rows, parts = size, [], []

@@ -194,7 +194,7 @@ def test_many_classes_are_told_by_their_most_frequent_confusions():
     assert "confusion matrix" not in "".join(lines)
 
 
-def test_logits_that_are_no_numbers_end_the_training_at_its_last_good_checkpoint(train, tmp_path, monkeypatch, capsys):
+def test_logits_that_are_not_finite_end_the_training_at_its_last_good_checkpoint(train, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(metasemi, "training_step", metasemi.training_step)      # put back afterwards
     negative_variance(5)
     assert train("a", "--no-meta") == 1
@@ -204,7 +204,7 @@ def test_logits_that_are_no_numbers_end_the_training_at_its_last_good_checkpoint
     assert [line["step"] for line in records(tmp_path / "a") if "test/accuracy" in line] == [3]
 
 
-def test_logits_that_are_no_numbers_are_no_predictions(run, tmp_path, capsys):
+def test_logits_that_are_not_finite_are_no_predictions(run, tmp_path, capsys):
     saved = torch.load(run / "checkpoint.pth", weights_only=True)
     spoil(saved["model"])
     torch.save(saved, tmp_path / "x.pth")

@@ -110,7 +110,7 @@ def test_order_and_augmentation_are_the_same_for_0_2_and_4_workers_and_from_any_
     assert not torch.equal(drawn[0][0].x_u, drawn[0][1].x_u)
 
 
-def test_what_is_decoded_ahead_is_taken_back_when_the_steps_jump_or_end(tmp_path, monkeypatch):
+def test_what_is_decoded_ahead_is_canceled_when_the_steps_jump_or_end(tmp_path, monkeypatch):
     images, futures = load_dataset("folder", make_folder(tmp_path, count=17), 16, num_workers=1, memory=0), []
 
     def submit(paths, image_size, crops):

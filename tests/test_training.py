@@ -191,7 +191,7 @@ def test_a_terminal_shows_a_progress_bar_and_the_log_file_never(tmp_path):
     assert b"\r" not in log and b"step/s" not in log
 
 
-def test_records_after_the_checkpoint_are_taken_back_on_resume(train, tmp_path):
+def test_records_after_the_checkpoint_are_removed_on_resume(train, tmp_path):
     train("a", "--total-steps", "3")
     with open(tmp_path / "a" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "train/loss": 1.0}\n{"step": 5, "tra')
@@ -217,7 +217,7 @@ def test_every_choice_trains_to_finite_weights(train, tmp_path, flags):
     assert all(v.isfinite().all() for v in tensors(torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)).values())
 
 
-def test_the_users_own_folder_trains_with_a_validation_part_that_selects_the_best_model(train, tmp_path):
+def test_a_folder_of_images_trains_with_a_validation_set_that_selects_the_best_model(train, tmp_path):
     root = make_folder(tmp_path / "images", classes=("ant", "bee", "cow"), count=8)
     flags = ["--dataset", "folder", "--data-path", str(root), "--image-size", "16", "--flip", "--num-label", "6",
              "--num-val", "6", "--mix-up"]

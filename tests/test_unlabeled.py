@@ -113,7 +113,7 @@ def test_by_default_all_of_train_is_labeled_and_nothing_asks_for_the_classes_tha
     assert np.load(tmp_path / "figure" / "embedding.npz")["classes_0"].min() == 0
 
 
-def test_hidden_labels_join_them_and_alone_count_in_the_accuracy_and_validation(run, tmp_path):
+def test_training_images_without_a_label_join_them_and_alone_count_in_the_accuracy_and_validation(run, tmp_path):
     assert run("a", "--num-label", "4", "--num-val", "4", "--print-freq", "1") == 0
     assert "4 labeled, 9 unlabeled, 4 for validation" in (tmp_path / "a" / "log.txt").read_text()
     assert max(json.loads((tmp_path / "a" / "split.json").read_text())["validation"]) < 12
