@@ -104,7 +104,8 @@ def test_reproducing_as_the_documents_and_make_say(tmp_path, monkeypatch, capsys
     plan = [*commands("docs/usage.md", "The tables of the paper"), *make("demo", "reproduce-small")]
     plan = [flags for script, flags in plan if script == "reproduce.py"]
     assert [flags[0] for flags in plan] == ["main", "ablation", "figure3", "curves", "figure3", "ablation"]
-    (tmp_path / "README.md").write_text(TEXTS["README.md"])
+    for name in ("README.md", "REPRODUCTION.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
     del plan[4]                                             # that of `make demo`, shortened, is the one before
     monkeypatch.setattr(subprocess, "run", in_a_process_that_has_torch)
     for flags in plan:
@@ -114,7 +115,8 @@ def test_reproducing_as_the_documents_and_make_say(tmp_path, monkeypatch, capsys
     assert {path.name for path in folder.iterdir()} == {
         "both-1", "supervised-1", "neither-1", "meta-1", "mix-up-1", "beta-0-1", "features.png", "features.pdf",
         "embedding.npz", "embedding.json", "curves.png", "curves.pdf"}
-    assert "| seed 1 |" in (tmp_path / "README.md").read_text()
+    assert "Not run yet." in (tmp_path / "README.md").read_text()       # its table is of another cell
+    assert "| row | seed 1 | last |" in (tmp_path / "REPRODUCTION.md").read_text()
     assert {path.name for path in (tmp_path / "splits").iterdir()} == {"SHA256SUMS", "digits-50-seed1.txt"}
 
 
