@@ -190,7 +190,7 @@ def load_digits(row, root, **_):
     images = torch.nn.functional.interpolate(images, size=16, mode="bilinear").round().byte().expand(-1, 3, -1, -1).numpy()
     labels = digits.target.astype(np.int64)
     test = np.arange(len(labels)) % 18 < 5
-    return (images[~test], labels[~test]), (images[test], labels[test]), "0123456789"
+    return (images[~test], labels[~test]), (images[test], labels[test]), list("0123456789")
 
 
 def load_cifar(row, root, *, download, **_):
@@ -200,7 +200,7 @@ def load_cifar(row, root, *, download, **_):
 
 def load_svhn(row, root, *, download, **_):
     train, test = fetch(row, root, download, {"split": "train"}, {"split": "test"})
-    return *((data.data, data.labels) for data in (train, test)), "0123456789"
+    return *((data.data, data.labels) for data in (train, test)), list("0123456789")
 
 
 def load_stl10(row, root, *, download, image_size, **_):
