@@ -61,7 +61,7 @@ def main(argv=None):
             print_imagenet(args.seeds, args.scale)
             return 0
         runs = [Run(cell, row, CELLS[cell].seed + i, args.scale)
-                for cell in args.dataset for i in range(args.seeds) for row in TABLES[args.table]]
+                for cell in args.dataset for i in range(args.seeds) for row in dict.fromkeys(args.rows or TABLES[args.table])]
         if args.dry_run:
             for run in runs:
                 print(shlex.join(["python3", "train_meta.py", *run.command()]))
@@ -85,6 +85,8 @@ def parse(argv):
     parser.add_argument("table", choices=TABLES, help="; ".join(f"{name}: {' '.join(rows)}" for name, rows in TABLES.items()))
     parser.add_argument("--dataset", nargs="+", choices=CELLS, default=["svhn", "cifar10", "cifar100"],
                         help="cells of the table (default: svhn cifar10 cifar100)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, 
+                        help="main, ablation and curves: these rows instead")
     parser.add_argument("--seeds", type=number(int, low=1, high=1000), default=1, metavar="N",
                         help="runs of each row, with seeds one apart (default: 1)")
     parser.add_argument("--scale", type=number(float, low=1e-4, high=1), default=1.0, metavar="X",
@@ -105,7 +107,7 @@ def parse(argv):
     if args.table == "imagenet":
         refuse_idle(parser, args, "the table imagenet, which runs nothing", ("dataset", "gpus", "jobs"))
     if args.table not in ("main", "ablation"):
-        refuse_idle(parser, args, args.table, ("publish",))
+        refuse_idle(parser, args, args.table, ("publish",) if args.table == "curves" else ("publish", "rows"))
     return args
 
 

@@ -16,6 +16,7 @@ ROWS = {
     "mix-up": TableRow("mix-up only", ("--no-meta", "--mix-up"), 4),
     "both": TableRow("both (MetaSemi)", ("--mix-up",), 12),
     "beta-0": TableRow("both, meta learning rate 0", ("--mix-up", "--meta-lr", "0"), 12),
+    "finite-difference": TableRow("both, finite difference", ("--mix-up", "--meta-gradient", "finite-difference"), 12),
     "supervised": TableRow("fully supervised", ("--no-meta",), 3),
 }
 ABLATION = ("neither", "meta", "mix-up", "both")
@@ -64,6 +65,8 @@ CELLS = {
     "cifar10-jpeg-small": Cell("CIFAR-10 (JPEG), 4,000 labels, small network", JPEG, 4000, 50_000, 1, **SMALL),
     **{f"cifar10-jpeg-{count}": Cell(f"CIFAR-10 (JPEG) at 16x16, {count:,} labels", (*JPEG, "--image-size", "16"), count,
                                      50_000, 11, **FEW) for count in (250, 500, 1000)},
+    "cifar10-jpeg-long": Cell("CIFAR-10 (JPEG), 4,000 labels, 20,000 steps", (*JPEG, "--precision", "bfloat16"), 4000,
+                              50_000, 11, "convnarrow", 64, 20_000, (15_000, 17_500), 200, 1000, macs=46.4e6),
     "imagenet": Cell("ImageNet, 10 % of the labels, top-1", ("--dataset", "imagenet", "--data-path", "data/imagenet",
                                                              "--schedule", "cosine", "--sync-bn"), 128_000, 1_281_167, 1234,
                      "resnet18", 512, 1_351_200, (), 11_260, 2252, ramp=0, macs=1.82e9,
@@ -106,7 +109,9 @@ def row_of(flags):
     """The row of a run with these resolved flags."""
     row = {(False, False): "neither", (False, True): "meta", (True, False): "mix-up", (True, True): "both"}
     name = row[flags["mix_up"], not flags["no_meta"]]
-    return "beta-0" if name == "both" and flags.get("meta_lr") == 0 else name
+    if name == "both" and flags.get("meta_lr") == 0:
+        return "beta-0"
+    return "finite-difference" if name == "both" and flags.get("meta_gradient") == "finite-difference" else name
 
 
 def published_error(flags):

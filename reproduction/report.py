@@ -8,7 +8,8 @@ from reproduction.cells import ABLATION, CELLS, ROWS, cell_of, scaled, training_
 from utils.cli import UsageError
 from utils.run_folder import median_name
 
-PAIRS = ("both", "neither"), ("both", "mix-up"), ("both", "beta-0"), ("meta", "neither")     # rows whose errors are subtracted
+PAIRS = (("both", "neither"), ("both", "mix-up"), ("both", "beta-0"), ("meta", "neither"),
+         ("both", "finite-difference"))     # rows whose errors are subtracted
 MOMENTS = {"last": "at the end", "before_decay": "before the decay"}       # column -> when in a run its error is measured
 SELECTION_RULES = {"last": "last", "median_last_20": "median of the last 20 evaluations",
                    "best_validation": "best on validation", "best_test": "lowest (selected on the test set)"}

@@ -165,6 +165,8 @@ REPRODUCING = [
     (["main", "--scale", "0"], ["--scale", "0", "at least 0.0001"]),
     (["imagenet", "--gpus", "0"], ["--gpus", "imagenet", "leave it out"]),
     (["figure3", "--publish"], ["--publish", "figure3", "leave it out"]),
+    (["figure3", "--rows", "both"], ["--rows", "figure3", "leave it out"]),
+    (["curves", "--rows", "mixup"], ["--rows", "mixup", "mix-up"]),
 ]
 WRONG = [(script, *case) for script, cases in (("train_meta", TRAINING), ("plot_features", PLOTTING),
                                                ("reproduce", REPRODUCING)) for case in cases]

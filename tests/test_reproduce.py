@@ -21,7 +21,7 @@ import reproduce
 from datasets import load_dataset
 from datasets.splits import split_labels
 from reproduction import published
-from reproduction.cells import ABLATION, CELLS, ROWS
+from reproduction.cells import ABLATION, CELLS, ROWS, row_of
 from reproduction.report import filled, tables
 from reproduction.run import COLUMNS, Run, finished_runs
 from utils.flags import parse_training
@@ -48,6 +48,13 @@ def test_a_dry_run_prints_commands_that_are_accepted_and_does_nothing(table, tmp
     cifar = [flags for flags in plan if flags["dataset"] == "cifar10" and flags["arch"] == "convlarge"]
     assert all((flags["total_steps"], flags["warmup"], flags["test_freq"], flags["milestones"]) == (4000, 40, 4, [3000, 3500])
                for flags in cifar)
+
+
+def test_the_rows_of_a_table_may_be_chosen_and_a_run_tells_which_row_it_is(capsys):
+    assert reproduce.main(["curves", "--dataset", "digits", "--rows", *ROWS, *ROWS, "--dry-run"]) == 0
+    plan = [flags_of(line) for line in capsys.readouterr().out.splitlines()]
+    assert [flags["save_path"].name for flags in plan] == [f"{row}-1" for row in ROWS]
+    assert [row_of(flags) for flags in plan[:-1]] == [row for row in ROWS if row != "supervised"]
 
 
 def test_the_commands_of_the_tables_are_those_of_the_documents(tmp_path, monkeypatch, capsys):
