@@ -136,7 +136,7 @@ def test_another_user_trains_in_the_image_and_can_change_only_what_is_its_own(im
     environment = dict(word.split("=") for line in instructions("ENV") for word in shlex.split(line))
     environment = {key: value.replace("${COMMIT}", "c0ffee-dirty") for key, value in environment.items()}
     assert environment["HOME"] == "/tmp" and environment["USER"]   # for users that have neither
-    environment["HOME"] = str(image / "results")                    # here /tmp is everybody's
+    environment |= {"HOME": str(image / "results"), "OMP_NUM_THREADS": "1"}         # here /tmp is everybody's
     python, = json.loads(*instructions("ENTRYPOINT"))
     assert shutil.which(python, path=Path(sys.executable).parent), "the entry point is the interpreter that runs this"
 

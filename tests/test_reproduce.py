@@ -9,15 +9,18 @@ import shlex
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from threading import Event
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from injections import finished_run
 
 import reproduce
+import train_meta
 from datasets import load_dataset
 from datasets.splits import split_labels
 from reproduction import published
@@ -355,7 +358,9 @@ def test_the_paired_differences_of_one_cell_are_those_of_its_largest_scale():
     assert all(f"paired-{name}" in blocks for name in CELLS)
 
 
-def test_killed_at_random_it_continues_repeats_nothing_and_reports_the_same(tmp_path):
+def test_killed_at_random_it_continues_repeats_nothing_and_reports_the_same(tmp_path, monkeypatch, request):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(1)
     command = [sys.executable, ROOT / "reproduce.py", "main", "--dataset", "digits", "--scale", "0.02", "--jobs", "2",
                "--publish"]
     rng, environment = np.random.default_rng(int.from_bytes(os.urandom(4))), {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -363,14 +368,17 @@ def test_killed_at_random_it_continues_repeats_nothing_and_reports_the_same(tmp_
     for name in ("whole", "parts"):
         folder = tmp_path / name
         folder.mkdir()
+        monkeypatch.chdir(folder)
         (folder / "REPRODUCTION.md").write_text("<!-- cells -->\n<!-- end -->\n<!-- telemetry -->\n<!-- end -->\n")
-        done = {}
         for _ in range(2 if name == "parts" else 0):
             process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, env=environment)
             time.sleep(rng.uniform(0.5, 6))
             process.kill()
             process.wait()
-            done = {path: path.stat().st_mtime_ns for path in folder.rglob("results.json")}
+        if name == "whole":
+            for row in ("both", "supervised"):
+                train_meta.main(Run("digits", row, 1, 0.02).command())
+        done = {path: path.stat().st_mtime_ns for path in folder.rglob("results.json")}
         finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
         assert (finished.returncode, finished.stderr) == (0, "")
         assert all(path.stat().st_mtime_ns == moment for path, moment in done.items())

@@ -203,7 +203,8 @@ def test_the_command_that_users_know_runs_as_it_stands(command, tmp_path):
     flags = ["--dataset", "digits", "--num-label", "50", "-a", "convlarge", "--mix-up", "--alpha", "1.0",
              "--save-path", tmp_path / "run", "--weight", "1.0", "--total-steps", "1", "--milestones", "[300000, 350000]",
              "--lr", "0.1", "--seed", "7788", "--warmup", "4000", "--weight-decay", "1e-4", "--batch-size", "8"]
-    done = subprocess.run(command("train_meta.py", *flags), env={"CUDA_VISIBLE_DEVICES": "0"}, capture_output=True, text=True)
+    done = subprocess.run(command("train_meta.py", *flags), env={"CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "convlarge, 3,121,802 parameters" in done.stdout and "finished 1 steps" in done.stdout
 
