@@ -31,7 +31,6 @@ import subprocess
 import time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import suppress
 from pathlib import Path
 
 from reproduction.cells import ABLATION, CELLS, ROWS, training_flop
@@ -48,7 +47,6 @@ HERE = Path(__file__).parent
 TABLES = {"main": ("both", "supervised"), "ablation": (*ABLATION, "beta-0"), "figure3": ("neither", "both"), "curves": ABLATION,
           "imagenet": ("neither", "both", "supervised")}
 TORCHRUN, RATE = "torchrun --nproc-per-node=8", 0.35 * 790e12     # 35 % of a bfloat16 matrix product on an H200
-CGROUP = Path("/sys/fs/cgroup")
 LIBC = ctypes.CDLL(None)
 
 
@@ -209,19 +207,13 @@ class Progress:
 
 
 def cpu_environment(jobs):
-    """Environment variables that divide the CPUs among `jobs` runs, unless the user has set the threads of a run."""
-    return {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": str(max(1, available_cpus() // jobs))}
+    """Environment variables that divide the CPUs among `jobs` runs, unless the user has set the threads of a run.
 
+    The CPUs are those that the affinity of this process, and the quota of the container that it runs in, leave it.
+    """
+    from joblib import cpu_count
 
-def available_cpus():
-    """How many CPUs this process may use: by its affinity, and by the quota of the container that it runs in."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):          # cgroup version 2, version 1
-        with suppress(OSError, ValueError):                 # not this version; no quota, which version 2 calls "max"
-            quota, period = map(int, " ".join((CGROUP / name).read_text(encoding="utf-8") for name in names).split())
-            if quota > 0:                                   # -1 is none
-                count = min(count, max(1, quota // period))
-    return count
+    return {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": str(max(1, cpu_count() // jobs))}
 
 
 def end_with_parent():

@@ -76,19 +76,15 @@ def evaluations(line):
 
 
 def rows_table(groups):
-    """The rows of one cell at one scale, with every seed."""
+    """The rows of one cell at one scale."""
     if not groups:
         return "Not run yet."
     lines = [line for group in groups.values() for line in group]
-    seeds = sorted({line["seed"] for line in lines}, key=int)
     titles = SELECTION_RULES | {"median_last_20": median_name(evaluations(lines[0])), "labeled": "on its own labeled images"}
     measured = [column for column in titles if any(line[column] for line in lines)]
-    rows = []
-    for (*_, row), group in groups.items():
-        last = {line["seed"]: f"{float(line['last']):.2f}" for line in group}
-        rows.append([ROWS[row].title, *(last.get(seed, "") for seed in seeds),
-                     *(mean_and_std(group, column) for column in measured), f"{mean(group, 'seconds'):.0f}"])
-    return markdown(["row", *(f"seed {seed}" for seed in seeds), *map(titles.get, measured), "seconds a run"], rows)
+    rows = [[ROWS[row].title, str(len(group)), *(mean_and_std(group, column) for column in measured),
+             f"{mean(group, 'seconds'):.0f}"] for (*_, row), group in groups.items()]
+    return markdown(["row", "n", *map(titles.get, measured), "seconds a run"], rows)
 
 
 def cells_table(groups):

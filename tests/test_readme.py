@@ -116,7 +116,7 @@ def test_reproducing_as_the_documents_and_make_say(tmp_path, monkeypatch, capsys
         "both-1", "supervised-1", "neither-1", "meta-1", "mix-up-1", "beta-0-1", "features.png", "features.pdf",
         "embedding.npz", "embedding.json", "curves.png", "curves.pdf"}
     assert "Not run yet." in (tmp_path / "README.md").read_text()       # its table is of another cell
-    assert "| row | seed 1 | last |" in (tmp_path / "REPRODUCTION.md").read_text()
+    assert "| row | n | last |" in (tmp_path / "REPRODUCTION.md").read_text()
     assert {path.name for path in (tmp_path / "splits").iterdir()} == {"SHA256SUMS", "digits-50-seed1.txt"}
 
 

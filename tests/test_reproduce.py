@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -142,12 +143,12 @@ def test_only_publish_changes_a_file_outside_the_run_folders(checkout, capsys):
     command = ["main", "--dataset", "digits", "--scale", "0.01"]
     assert reproduce.main(command) == 0 and files(checkout) == before
     out = capsys.readouterr().out
-    assert "| both (MetaSemi) | 5.00 | 5.00 |" in out and "not published: --publish writes these runs to" in out
+    assert "| both (MetaSemi) | 1 | 5.00 |" in out and "not published: --publish writes these runs to" in out
     assert reproduce.main([*command, "--publish"]) == 0
     written = {path for path, content in files(checkout).items() if before.get(path) != content}
     assert written == {"README.md", "REPRODUCTION.md", "results/runs.csv", "splits/SHA256SUMS", "splits/digits-50-seed1.txt"}
     assert set(capsys.readouterr().out.splitlines()[-1].split()) == {"published", "in", *written}
-    assert "| both (MetaSemi) | 5.00 |" in (checkout / "README.md").read_text()
+    assert "| both (MetaSemi) | 1 | 5.00 |" in (checkout / "README.md").read_text()
 
 
 def test_what_is_published_are_the_runs_of_the_command_beside_those_published_before(checkout):
@@ -253,21 +254,10 @@ def test_a_run_in_hand_is_seen_while_it_goes_on_and_a_failed_one_says_why(tmp_pa
     assert set(error.splitlines()) == {f"reproduce.py: {run.folder}: exit code 1: train_meta.py: no luck" for run in runs}
 
 
-@pytest.mark.parametrize(("affinity", "limits", "available"), [
-    (6, {}, 6), (6, {"cpu.max": "max 100000\n"}, 6), (6, {"cpu.max": "350000 100000\n"}, 3),
-    (2, {"cpu.max": "350000 100000"}, 2), (6, {"cpu.max": "50000 100000"}, 1),
-    (6, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 6),
-    (6, {"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4)])
-def test_jobs_divide_the_cpus_that_the_affinity_and_the_container_leave(tmp_path, monkeypatch, affinity, limits, available):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(affinity)))
-    monkeypatch.setattr(reproduce, "CGROUP", tmp_path)
-    (tmp_path / "cpu").mkdir()
-    for name, text in limits.items():
-        (tmp_path / name).write_text(text)
+def test_jobs_divide_the_cpus_that_are_left_to_the_process(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert reproduce.available_cpus() == available
-    assert [reproduce.cpu_environment(jobs) for jobs in (1, 2, 99)] == [
-        {"OMP_NUM_THREADS": str(count)} for count in (available, max(1, available // 2), 1)]
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 5)
+    assert [reproduce.cpu_environment(jobs) for jobs in (1, 2, 99)] == [{"OMP_NUM_THREADS": n} for n in ("5", "2", "1")]
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert reproduce.cpu_environment(2) == {}
 
