@@ -87,11 +87,13 @@ def test_everything_printed_and_written_follows_from_the_logits(run, tmp_path, c
 
 
 def test_a_bare_state_dict_is_normalized_as_the_data_set_is_and_gives_the_same(run, tmp_path, capsys):
-    torch.save(torch.load(run / "checkpoint.pth", weights_only=True)["model"], tmp_path / "weights.pth")
+    weights = torch.load(run / "checkpoint.pth", weights_only=True)["model"]
     assert evaluate(run / "checkpoint.pth") == 0
     expected = capsys.readouterr().out.splitlines()[2:]
-    assert evaluate(tmp_path / "weights.pth", "--dataset", "digits", "-a", "convsmall") == 0
-    assert capsys.readouterr().out.splitlines()[2:] == expected
+    for content in (weights, {"step": 7, "state_dict": weights, "best_acc": 0.5}):      # the second of another program
+        torch.save(content, tmp_path / "weights.pth")
+        assert evaluate(tmp_path / "weights.pth", "--dataset", "digits", "-a", "convsmall") == 0
+        assert capsys.readouterr().out.splitlines()[2:] == expected
 
 
 def test_a_folder_of_the_users_own_names_its_files_and_classes(train, tmp_path, capsys):
@@ -218,6 +220,7 @@ def test_what_cannot_be_evaluated_is_one_line_and_writes_nothing(run, tmp_path, 
     state = torch.load(run / "checkpoint.pth", weights_only=True)
     spoiled = {k: v * float("nan") if v.is_floating_point() else v for k, v in state["model"].items()}
     for name, content in (("other", {"weights": [1]}), ("nan", spoiled), ("evil", Malicious()), ("empty", {}),
+                          ("odd", {"state_dict": {"a": 1}}),
                           ("unknown", {**state, "args": {**state["args"], "dataset": "mnist"}}),
                           ("code", {**state, "args": {**state["args"], "arch": f"{tmp_path}/net.py:Net"}})):
         torch.save(content, tmp_path / f"{name}.pth")
@@ -228,6 +231,7 @@ def test_what_cannot_be_evaluated_is_one_line_and_writes_nothing(run, tmp_path, 
     for flags, message in (
             ([tmp_path / "other.pth"], "neither a state dict nor a checkpoint of train_meta.py"),
             ([tmp_path / "empty.pth"], "neither a state dict nor a checkpoint of train_meta.py"),
+            ([tmp_path / "odd.pth"], "neither a state dict nor a checkpoint of train_meta.py"),
             ([tmp_path / "evil.pth"], "could run code"),
             ([tmp_path / "damaged.pth"], "damaged.pth is not a checkpoint that can be read safely"),
             ([tmp_path / "nan.pth", *digits, "convsmall"], "are not finite"),

@@ -26,7 +26,10 @@ def save(state, folder):
 
 
 def load(path, bare=False):
-    """The dict in a checkpoint file, on the CPU; with `bare` of a bare state dict, too, as a dict with nothing but "model".
+    """The dict in a checkpoint file, on the CPU.
+
+    bare: whether it may be a bare state dict, too, or another program's checkpoint with one under "state_dict", as a dict
+        with nothing but "model".
 
     Raises CheckpointError if the file is missing, damaged, or holds more than tensors and plain types; the message names a
     checkpoint beside it that is intact.
@@ -49,8 +52,9 @@ def intact_beside(path):
 def load_alone(path, bare=False):
     """As `load`, without a look beside the file."""
     state = read(path)
-    if bare and isinstance(state, dict) and state and all(isinstance(w, torch.Tensor) for w in state.values()):
-        return {"model": state}
+    weights = state.get("state_dict", state) if bare and isinstance(state, dict) else None
+    if isinstance(weights, dict) and weights and all(isinstance(w, torch.Tensor) for w in weights.values()):
+        return {"model": weights}
     if fault := find_fault(state):
         raise CheckpointError(f"{path} is {'neither a state dict nor' if bare else 'not'} a checkpoint of train_meta.py: "
                               + fault)

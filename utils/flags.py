@@ -168,7 +168,8 @@ def add_bookkeeping_flags(run):
          help="steps between evaluations, each followed by a checkpoint (default: %(default)s)")
     flag(run, "--evaluate", roles={COMMAND, EVALUATE}, type=path, metavar="PATH",
          help="train nothing: measure this checkpoint, or state dict, on the test set; a checkpoint knows its "
-              "network and data, a state dict takes --dataset and --arch from the command line")
+              "network and data, a state dict, also one under that key in a checkpoint of another program, takes --dataset and "
+              "--arch from the command line")
     flag(run, "--predictions", roles={COMMAND, EVALUATE}, type=path, metavar="FILE.csv",
          help="--evaluate: write the prediction for each image; those in a --data-path without classes are predicted, too")
 
