@@ -31,6 +31,7 @@ import subprocess
 import time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 
 from reproduction.cells import ABLATION, CELLS, ROWS, training_flop
@@ -47,6 +48,7 @@ HERE = Path(__file__).parent
 TABLES = {"main": ("both", "supervised"), "ablation": (*ABLATION, "beta-0"), "figure3": ("neither", "both"), "curves": ABLATION,
           "imagenet": ("neither", "both", "supervised")}
 TORCHRUN, RATE = "torchrun --nproc-per-node=8", 0.35 * 790e12     # 35 % of a bfloat16 matrix product on an H200
+CGROUP = Path("/sys/fs/cgroup")
 LIBC = ctypes.CDLL(None)
 
 
@@ -59,7 +61,7 @@ def main(argv=None):
             print_imagenet(args.seeds, args.scale)
             return 0
         runs = [Run(cell, row, CELLS[cell].seed + i, args.scale)
-                for cell in args.dataset for i in range(args.seeds) for row in dict.fromkeys(args.rows or TABLES[args.table])]
+                for cell in args.dataset for i in range(args.seeds) for row in args.rows]
         if args.dry_run:
             for run in runs:
                 print(shlex.join(["python3", "train_meta.py", *run.command()]))
@@ -83,7 +85,7 @@ def parse(argv):
     parser.add_argument("table", choices=TABLES, help="; ".join(f"{name}: {' '.join(rows)}" for name, rows in TABLES.items()))
     parser.add_argument("--dataset", nargs="+", choices=CELLS, default=["svhn", "cifar10", "cifar100"],
                         help="cells of the table (default: svhn cifar10 cifar100)")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, 
+    parser.add_argument("--rows", nargs="+", choices=ROWS,
                         help="main, ablation and curves: these rows instead")
     parser.add_argument("--seeds", type=number(int, low=1, high=1000), default=1, metavar="N",
                         help="runs of each row, with seeds one apart (default: 1)")
@@ -103,9 +105,12 @@ def parse(argv):
         refuse_idle(parser, args, "--gpus", ("jobs",))
     args.dataset = list(dict.fromkeys(args.dataset))
     if args.table == "imagenet":
-        refuse_idle(parser, args, "the table imagenet, which runs nothing", ("dataset", "gpus", "jobs"))
+        refuse_idle(parser, args, "the table imagenet, which runs nothing", ("dataset", "rows", "gpus", "jobs"))
+    if args.table == "figure3":
+        refuse_idle(parser, args, args.table, ("rows",))
     if args.table not in ("main", "ablation"):
-        refuse_idle(parser, args, args.table, ("publish",) if args.table == "curves" else ("publish", "rows"))
+        refuse_idle(parser, args, args.table, ("publish",))
+    args.rows = list(dict.fromkeys(args.rows or TABLES[args.table]))
     return args
 
 
@@ -207,13 +212,19 @@ class Progress:
 
 
 def cpu_environment(jobs):
-    """Environment variables that divide the CPUs among `jobs` runs, unless the user has set the threads of a run.
+    """Environment variables that divide the CPUs among `jobs` runs, unless the user has set the threads of a run."""
+    return {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": str(max(1, available_cpus() // jobs))}
 
-    The CPUs are those that the affinity of this process, and the quota of the container that it runs in, leave it.
-    """
-    from joblib import cpu_count
 
-    return {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": str(max(1, cpu_count() // jobs))}
+def available_cpus():
+    """How many CPUs this process may use: by its affinity, and by the quota of the container that it runs in."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):          # cgroup version 2, version 1
+        with suppress(OSError, ValueError):                 # not this version; no quota, which version 2 calls "max"
+            quota, period = map(int, " ".join((CGROUP / name).read_text(encoding="utf-8") for name in names).split())
+            if quota > 0:                                   # -1 is none
+                count = min(count, max(1, quota // period))
+    return count
 
 
 def end_with_parent():

@@ -4,8 +4,8 @@
 
 Three narrow networks train with the exact meta-gradient on scikit-learn's digits with 50 labels, row "both".  Every 20 steps
 the batch in hand is given to each of WAYS.  The error is ||d - e|| / ||e||, where e is the exact derivative in float64 at the
-same weights.  Prints the medians over three parts of the training, and draws every value above ||e||: where the network puts
-all images into one class with certainty, e is nearly zero, and an error relative to it says nothing.
+same weights.  Prints the medians over three parts of the training, and draws every error, with ||e|| in a row below.  Where the
+network puts all images into one class with certainty, e is nearly zero, and an error relative to it says nothing.
 """
 import argparse
 import copy
@@ -86,7 +86,7 @@ def errors_in_training(build, steps, batch_size):
             norms.append(exact.norm().item())
             for way, options in WAYS.items():
                 found = meta_gradient(model, x_l, y_l, x_u, **options)[1].double()
-                errors[way].append(((found - exact).norm() / exact.norm()).item())
+                errors[way].append(((found - exact).norm() / norms[-1]).item())
         alpha = learning_rate(step, 0.1, steps // 10, [steps * 3 // 4, steps * 7 // 8], 0.1)
         training_step(model, optimizer, x_l, y_l, x_u, alpha=alpha, beta=alpha, weight=ramp(step, steps // 10, 1.0), lam=lam)
     return errors, norms
