@@ -9,19 +9,15 @@ import shlex
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from threading import Event
 
-import joblib
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 from injections import finished_run
 
 import reproduce
-import train_meta
 from datasets import load_dataset
 from datasets.splits import split_labels
 from reproduction import published
@@ -84,8 +80,9 @@ def test_the_reports_are_what_runs_csv_says(monkeypatch):
         assert filled(path, blocks) == text, f"{path} is behind results/runs.csv: python3 reproduce.py ablation ... --publish"
         assert set(re.findall(r"^<!-- (\S+) -->$", text, re.MULTILINE)) - {"end"} == {
             "README.md": {"cifar10-jpeg-500", "paired-cifar10-jpeg-500"},
-            "REPRODUCTION.md": {"paired", "main", "ablation", "cells", "cifar10-jpeg-500", "cifar10-jpeg-250", "digits",
-                                "cifar10-jpeg-long", "cifar10-jpeg-small", "telemetry", "commands"}}[path.name]
+            "REPRODUCTION.md": {"paired", "main", "ablation", "cells", "cifar10-jpeg-500", "cifar10-jpeg-250",
+                                "cifar10-jpeg-1000", "digits", "cifar10-jpeg-long", "cifar10-jpeg-small", "telemetry",
+                                "commands"}}[path.name]
 
 
 @pytest.mark.parametrize(("errors", "verdict"), [
@@ -254,10 +251,21 @@ def test_a_run_in_hand_is_seen_while_it_goes_on_and_a_failed_one_says_why(tmp_pa
     assert set(error.splitlines()) == {f"reproduce.py: {run.folder}: exit code 1: train_meta.py: no luck" for run in runs}
 
 
-def test_jobs_divide_the_cpus_that_are_left_to_the_process(monkeypatch):
+@pytest.mark.parametrize(("affinity", "limits", "available"), [
+    (6, {}, 6), (6, {"cpu.max": "max 100000\n"}, 6), (6, {"cpu.max": "350000 100000\n"}, 3),
+    (2, {"cpu.max": "350000 100000"}, 2), (6, {"cpu.max": "50000 100000"}, 1),
+    (6, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 6),
+    (6, {"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4)])
+def test_jobs_divide_the_cpus_that_the_affinity_and_the_container_leave(tmp_path, monkeypatch, affinity, limits, available):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(affinity)))
+    monkeypatch.setattr(reproduce, "CGROUP", tmp_path)
+    (tmp_path / "cpu").mkdir()
+    for name, text in limits.items():
+        (tmp_path / name).write_text(text)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(joblib, "cpu_count", lambda: 5)
-    assert [reproduce.cpu_environment(jobs) for jobs in (1, 2, 99)] == [{"OMP_NUM_THREADS": n} for n in ("5", "2", "1")]
+    assert reproduce.available_cpus() == available
+    assert [reproduce.cpu_environment(jobs) for jobs in (1, 2, 99)] == [
+        {"OMP_NUM_THREADS": str(count)} for count in (available, max(1, available // 2), 1)]
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert reproduce.cpu_environment(2) == {}
 
@@ -348,9 +356,7 @@ def test_the_paired_differences_of_one_cell_are_those_of_its_largest_scale():
     assert all(f"paired-{name}" in blocks for name in CELLS)
 
 
-def test_killed_at_random_it_continues_repeats_nothing_and_reports_the_same(tmp_path, monkeypatch, request):
-    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
-    torch.set_num_threads(1)
+def test_killed_at_random_it_continues_repeats_nothing_and_reports_the_same(tmp_path):
     command = [sys.executable, ROOT / "reproduce.py", "main", "--dataset", "digits", "--scale", "0.02", "--jobs", "2",
                "--publish"]
     rng, environment = np.random.default_rng(int.from_bytes(os.urandom(4))), {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -358,17 +364,14 @@ def test_killed_at_random_it_continues_repeats_nothing_and_reports_the_same(tmp_
     for name in ("whole", "parts"):
         folder = tmp_path / name
         folder.mkdir()
-        monkeypatch.chdir(folder)
         (folder / "REPRODUCTION.md").write_text("<!-- cells -->\n<!-- end -->\n<!-- telemetry -->\n<!-- end -->\n")
+        done = {}
         for _ in range(2 if name == "parts" else 0):
             process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, env=environment)
             time.sleep(rng.uniform(0.5, 6))
             process.kill()
             process.wait()
-        if name == "whole":
-            for row in ("both", "supervised"):
-                train_meta.main(Run("digits", row, 1, 0.02).command())
-        done = {path: path.stat().st_mtime_ns for path in folder.rglob("results.json")}
+            done = {path: path.stat().st_mtime_ns for path in folder.rglob("results.json")}
         finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
         assert (finished.returncode, finished.stderr) == (0, "")
         assert all(path.stat().st_mtime_ns == moment for path, moment in done.items())
