@@ -35,6 +35,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import get_total_norm
 
@@ -115,15 +116,8 @@ def without_compiled_code(function):
     return run
 
 
-def by_jvp(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, average, derivative=None):
-    g, logits_l = labeled_gradient(model, theta, x_l, y_l, dtype, average)
-    derivative = derivative or without_compiled_code(derivative_along)
-    y_tilde, gradient = derivative(model, detached(theta), g, x_u, consistency, dtype)
-    return y_tilde, gradient, logits_l, norm(g)
-
-
 @torch.no_grad()
-def derivative_along(model, theta, g, x_u, consistency, dtype):
+def by_jvp(model, theta, g, x_u, epsilon, consistency, dtype):
     # Dual numbers w + g dt, rather than torch.func.jvp: bit for bit the same, without its cost per operation.
     with forward_ad.dual_level():
         dual = {k: forward_ad.make_dual(w, g[k]) for k, w in theta.items()}
@@ -132,14 +126,8 @@ def derivative_along(model, theta, g, x_u, consistency, dtype):
         return consistency.inverse(linked), gradient                                    # line 3
 
 
-def compiled_jvp():
-    """A method that is "jvp" with its derivative compiled: equal up to rounding."""
-    return partial(by_jvp, derivative=torch.compile(derivative_along, fullgraph=True))
-
-
-def by_finite_difference(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, average):
-    g, logits_l = labeled_gradient(model, theta, x_l, y_l, dtype, average)
-    theta, g_norm = detached(theta), norm(g)
+def by_finite_difference(model, theta, g, x_u, epsilon, consistency, dtype):
+    g_norm = get_total_norm(list(g.values()))
     half_step = epsilon / g_norm.clamp_min(torch.finfo(g_norm.dtype).tiny)          # line 6; g = 0 moves nothing
 
     def at(sign):
@@ -149,7 +137,17 @@ def by_finite_difference(model, theta, x_l, y_l, x_u, epsilon, consistency, dtyp
 
     y_tilde = logits(model, theta, x_u, dtype).softmax(dim=1)                       # line 3
     difference = (at(+1) - at(-1)) / 2                                              # line 7
-    return y_tilde, difference * (g_norm / epsilon), logits_l, g_norm
+    return y_tilde, difference * (g_norm / epsilon)
+
+
+def along_g(derivative, model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, average):
+    """A method that takes a derivative of the predictions along g, `by_jvp` or `by_finite_difference`."""
+    logits_l = logits(model, theta, x_l, dtype)                                         # line 4
+    g = torch.autograd.grad(cross_entropy(logits_l, y_l), list(theta.values()), materialize_grads=True)     # line 5
+    g = average(g) if average else g
+    theta = {k: w.detach() for k, w in theta.items()}
+    y_tilde, gradient = derivative(model, theta, dict(zip(theta, g)), x_u, epsilon, consistency, dtype)
+    return y_tilde, gradient, logits_l, get_total_norm(g)
 
 
 @without_compiled_code
@@ -167,14 +165,13 @@ def by_unrolling(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, avera
     return y_tilde, len(x_u) * gradient, logits_l, get_total_norm(g)
 
 
-METHODS = {"jvp": by_jvp, "finite-difference": by_finite_difference, "unrolled": by_unrolling}
+METHODS = {"jvp": partial(along_g, without_compiled_code(by_jvp)), "finite-difference": partial(along_g, by_finite_difference),
+           "unrolled": by_unrolling}
 
 
-def labeled_gradient(model, theta, x_l, y_l, dtype, average):
-    """g as a dict like theta, and the labeled logits (lines 4, 5).  `.grad` stays untouched."""
-    logits_l = logits(model, theta, x_l, dtype)
-    g = torch.autograd.grad(cross_entropy(logits_l, y_l), list(theta.values()), materialize_grads=True)
-    return dict(zip(theta, average(g) if average else g)), logits_l
+def compiled_jvp():
+    """A method that is "jvp" with its derivative compiled: equal up to rounding."""
+    return partial(along_g, torch.compile(by_jvp, fullgraph=True))
 
 
 def logits(model, theta, x, dtype):
@@ -213,30 +210,16 @@ def evaluation_mode(model):
             module.training = True
 
 
-FAST_ATTENTION = tuple((getattr(torch.backends.cuda, f"{kind}_sdp_enabled"), getattr(torch.backends.cuda, f"enable_{kind}_sdp"))
-                       for kind in ("flash", "mem_efficient", "cudnn")) + (
-    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),)
-
-
 @contextmanager
 def differentiable_attention():
     """Attention by its formula, since the fused kernels have no forward-mode and no second derivative; afterwards as before."""
-    before = [enabled() for enabled, _ in FAST_ATTENTION]
-    for _, enable in FAST_ATTENTION:
-        enable(False)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
-        for (_, enable), value in zip(FAST_ATTENTION, before):
-            enable(value)
-
-
-def detached(theta):
-    return {k: w.detach() for k, w in theta.items()}
-
-
-def norm(g):
-    return get_total_norm(list(g.values()))
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 class CallableModule(ModuleType):
