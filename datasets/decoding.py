@@ -59,8 +59,7 @@ def decode_file(path, image_size, crop=None):
             elif crop is not None:
                 top, left, height, width = random_box(image.height, image.width, crop)
                 image = image.crop((left, top, left + width, top + height))
-            if image.size != (image_size, image_size):
-                image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+            image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
             return np.asarray(image).transpose(2, 0, 1)
     except Exception as error:          # damaged files make Pillow's readers raise errors of any type
         raise DataError(f"{path} cannot be read as an image ({str(error) or type(error).__name__})") from None
