@@ -85,7 +85,7 @@ def comparison(args):
         variants["plain recipe"].step()
     oracle = Variant("ours", args)
     x_l, y_l, x_u, *_ = oracle.batch
-    exact = meta_gradient_with_telemetry(oracle.model.double(), x_l.double(), y_l, x_u.double(), "unrolled").gradient
+    exact = meta_gradient_with_telemetry(oracle.model.double(), x_l.double(), y_l, x_u.double(), "unrolled")[1]
 
     size = 8192 if args.device.type == "cuda" else 2048
     kinds = {precision(options) for name, options in asked.items() if name not in failures}

@@ -27,10 +27,9 @@ size 2 beta.  As in Algorithm 2 the factor alpha / B_u is left to beta; the fact
 """
 import sys
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import partial
 from inspect import signature
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -40,13 +39,6 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import get_total_norm
 
 from metasemi.losses import CONSISTENCY, Consistency
-
-
-class MetaGradient(NamedTuple):
-    y_tilde: torch.Tensor       # (B_u, K)
-    gradient: torch.Tensor      # (B_u, K)
-    logits_l: torch.Tensor      # (B_l, K), for telemetry
-    g_norm: torch.Tensor        # (), for telemetry
 
 
 def meta_gradient(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency="mse", dtype=None, average=None):
@@ -83,7 +75,7 @@ def meta_gradient(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency=
 
 def meta_gradient_with_telemetry(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency="mse", dtype=None,
                                  average=None):
-    """As `meta_gradient`, with the labeled logits and ||g|| that it meets on its way."""
+    """As `meta_gradient`, with what it meets on its way: the labeled logits (B_l, K), and ||g||, ()."""
     if method not in METHODS and not callable(method):
         raise ValueError(f"no method is named {method!r}; choose from {', '.join(METHODS)}")
     if consistency not in CONSISTENCY:
@@ -94,7 +86,7 @@ def meta_gradient_with_telemetry(model, x_l, y_l, x_u, method="jvp", epsilon=1e-
     theta = {k: w for k, w in model.named_parameters() if w.requires_grad}
     with evaluation_mode(model), differentiable_attention(), torch.enable_grad():
         result = METHODS.get(method, method)(model, theta, x_l, y_l, x_u, epsilon, CONSISTENCY[consistency], dtype, average)
-    return MetaGradient(*(tensor.detach() for tensor in result))
+    return tuple(tensor.detach() for tensor in result)
 
 
 def check_batch(x_l, y_l, x_u):
@@ -106,14 +98,12 @@ def check_batch(x_l, y_l, x_u):
                          f"x_l, torch.int64 of the shape ({len(x_l)},)")
 
 
-def without_compiled_code(function):
-    """The function, in which compiled models run their original: compiled code has no forward-mode derivative, which some
-    versions of torch drop silently, and no second one."""
-    @wraps(function)
-    def run(*args):
-        with torch.compiler.set_stance("force_eager"):
-            return function(*args)
-    return run
+@contextmanager
+def without_compiled_code():
+    """Inside, compiled models run their original: compiled code has no forward-mode derivative, which some versions of torch
+    drop silently, and no second one."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @torch.no_grad()
@@ -150,7 +140,7 @@ def along_g(derivative, model, theta, x_l, y_l, x_u, epsilon, consistency, dtype
     return y_tilde, gradient, logits_l, get_total_norm(g)
 
 
-@without_compiled_code
+@without_compiled_code()
 def by_unrolling(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, average):
     logits_u = logits(model, theta, x_u, dtype)
     y_tilde = logits_u.softmax(dim=1).detach().requires_grad_()                     # eq. 2
@@ -165,8 +155,8 @@ def by_unrolling(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, avera
     return y_tilde, len(x_u) * gradient, logits_l, get_total_norm(g)
 
 
-METHODS = {"jvp": partial(along_g, without_compiled_code(by_jvp)), "finite-difference": partial(along_g, by_finite_difference),
-           "unrolled": by_unrolling}
+METHODS = {"jvp": partial(along_g, without_compiled_code()(by_jvp)),
+           "finite-difference": partial(along_g, by_finite_difference), "unrolled": by_unrolling}
 
 
 def compiled_jvp():
@@ -179,7 +169,9 @@ def logits(model, theta, x, dtype):
 
     Explicit copies rather than autocast: under it, forward-mode differentiation fails.
     """
-    state = tensors(model)
+    # Parameters and buffers: a shared tensor under a name in each module that has it, each module under one name.
+    state = {k: v for prefix, module in model.named_modules() for named in (module.named_parameters, module.named_buffers)
+             for k, v in named(prefix, recurse=False, remove_duplicate=False)}
     values = {w: theta[k] for k, w in state.items() if k in theta}
     if dtype is not None:
         values = {v: values.get(v, v).to(dtype) for v in state.values() if v.is_floating_point()}
@@ -190,12 +182,6 @@ def logits(model, theta, x, dtype):
         got = f"the shape {tuple(y.shape)}" if isinstance(y, torch.Tensor) else f"a {type(y).__name__}"
         raise ValueError(f"the model gives {got} for {len(x)} examples: expected logits of the shape ({len(x)}, K)")
     return y if dtype is None else y.float()
-
-
-def tensors(model):
-    """name -> parameter or buffer: a shared tensor under a name in each module that has it, each module under one name."""
-    return {k: v for prefix, module in model.named_modules() for named in (module.named_parameters, module.named_buffers)
-            for k, v in named(prefix, recurse=False, remove_duplicate=False)}
 
 
 @contextmanager
