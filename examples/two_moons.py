@@ -7,7 +7,6 @@ under noise works alone.
 """
 import argparse
 import sys
-from copy import deepcopy
 from pathlib import Path
 
 import matplotlib
@@ -28,22 +27,18 @@ COLORS, INK = ["#1f5f99", "#d1603d"], "#1a1a1a"             # of the upper and t
 SHADES = LinearSegmentedColormap.from_list("moons", [COLORS[0], "#ffffff", COLORS[1]])
 
 
-def train(x_l, y_l, x_u, seed, steps, meta=True, beta=BETA):
-    """The trained network, and of an early moment the network and the pseudo-labels of x_u before and after the meta step."""
+def train(x_l, y_l, x_u, seed, steps, meta=True, beta=BETA, share=1.0):
+    """The network after a share of the steps."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    early = None
-    for step in range(1, steps + 1):
+    for step in range(1, max(1, round(share * steps)) + 1):
         strong = x_u + NOISE * torch.randn_like(x_u) if meta else None
         training_step(model, optimizer, x_l, y_l, x_u, x_u_strong=strong, beta=beta, weight=ramp(step, steps // 4, WEIGHT),
                       meta=meta)
         scheduler.step()
-        if step == max(1, round(EARLY * steps)):
-            y_tilde, gradient = meta_gradient(model, x_l, y_l, x_u)
-            early = deepcopy(model), y_tilde, update_pseudo_labels(y_tilde, gradient, BETA)
-    return model, early
+    return model
 
 
 @torch.no_grad()
@@ -61,16 +56,16 @@ def draw_regions(ax, model, x):
     ax.contour(u.numpy(), v.numpy(), p.numpy(), levels=[0.5], colors=INK, linewidths=1.4)
 
 
-def draw(baseline, metasemi, early, x_l, y_l, x_u, y_u, picture):
+def draw(baseline, early, metasemi, x_l, y_l, x_u, y_u, picture):
     fig, axes = plt.subplots(1, 3, figsize=(15, 3.85), facecolor="white", layout="constrained")
-    network, y_tilde, y_hat = early
     for ax, model, title in ((axes[0], baseline, f"supervised: {accuracy(baseline, x_u, y_u):.1%} right"),
-                             (axes[1], network, "early on: the meta step moves the pseudo-labels"),
+                             (axes[1], early, "early on: the meta step moves the pseudo-labels"),
                              (axes[2], metasemi, f"MetaSemi: {accuracy(metasemi, x_u, y_u):.1%} right")):
         draw_regions(ax, model, torch.cat([x_l, x_u]))
-        ax.scatter(*x_u.T.numpy(), s=9, c=[COLORS[k] for k in y_u], linewidths=0, alpha=0.35 if model is network else 0.85)
+        ax.scatter(*x_u.T.numpy(), s=9, c=[COLORS[k] for k in y_u], linewidths=0, alpha=0.35 if model is early else 0.85)
         ax.set_title(title, fontsize=14, color=INK)
-    moved = (y_hat - y_tilde)[:, 0].numpy()               # towards the upper moon
+    y_tilde, gradient = meta_gradient(early, x_l, y_l, x_u)
+    moved = (update_pseudo_labels(y_tilde, gradient, BETA) - y_tilde)[:, 0].numpy()         # towards the upper moon
     length = 0.5 * moved / max(abs(moved).max(), 1e-12)
     axes[1].quiver(*x_u.T.numpy(), 0 * length, length, color=[COLORS[int(m < 0)] for m in moved], angles="xy",
                    scale_units="xy", scale=1, width=0.003, headwidth=4, headlength=5, headaxislength=4.5, minlength=0, zorder=2)
@@ -95,12 +90,13 @@ def main(argv=None):
     labeled = torch.cat([torch.nonzero(y == k)[torch.randperm(250, generator=generator)[:3], 0] for k in (0, 1)])
     unlabeled = ~torch.isin(torch.arange(len(x)), labeled)
     data = x[labeled], y[labeled], x[unlabeled]
-    baseline, _ = train(*data, args.seed, args.steps, meta=False)
-    consistency, _ = train(*data, args.seed, args.steps, beta=0.0)
-    metasemi, early = train(*data, args.seed, args.steps)
+    baseline = train(*data, args.seed, args.steps, meta=False)
+    consistency = train(*data, args.seed, args.steps, beta=0.0)
+    early = train(*data, args.seed, args.steps, share=EARLY)
+    metasemi = train(*data, args.seed, args.steps)
     for name, model in (("supervised", baseline), ("MetaSemi", metasemi), ("MetaSemi, beta = 0", consistency)):
         print(f"{name}: {accuracy(model, x[unlabeled], y[unlabeled]):.1%}")
-    draw(baseline, metasemi, early, *data, y[unlabeled], args.picture)
+    draw(baseline, early, metasemi, *data, y[unlabeled], args.picture)
 
 
 if __name__ == "__main__":
