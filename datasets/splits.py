@@ -25,15 +25,12 @@ def split_labels(train_labels, num_label, num_classes, seed, stream="split"):
     check_num_label(num_label, num_classes, len(labels))
     per_class = num_label // num_classes
     rng = generator(seed, stream)
-    labeled = []
-    for k in range(num_classes):
-        members = rng.permutation(np.flatnonzero(labels == k))
-        if len(members) < per_class:
-            left = np.bincount(labels, minlength=num_classes)
-            raise DataError(f"{num_label} labels need {per_class} images of class {k}, which has {len(members)}: "
-                             f"use at most {num_classes * left.min()}")
-        labeled.append(members[:per_class])
-    labeled = np.sort(np.concatenate(labeled))
+    members = [rng.permutation(np.flatnonzero(labels == k)) for k in range(num_classes)]
+    for k, images in enumerate(members):
+        if len(images) < per_class:
+            raise DataError(f"{num_label} labels need {per_class} images of class {k}, which has {len(images)}: "
+                            f"use at most {num_classes * min(map(len, members))}")
+    labeled = np.sort(np.concatenate([images[:per_class] for images in members]))
     return labeled, np.setdiff1d(np.arange(len(labels)), labeled)
 
 
