@@ -13,11 +13,8 @@ import sys
 import warnings
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
+import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets import Batches, load_dataset, split_labels  # noqa: E402
@@ -51,8 +48,8 @@ def main(argv=None):
     third = max(1, args.steps // EVERY // 3)
     print(f"medians of the relative error, {args.batch_size} + {args.batch_size} digits a step, {args.steps} steps\n")
     print("| network | way | first third | second third | last third |\n|---|---|---|---|---|")
-    figure, axes = plt.subplots(2, len(NETWORKS), figsize=(12, 5), sharex=True, sharey="row", height_ratios=(3, 1),
-                                layout="constrained")
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    axes = figure.subplots(2, len(NETWORKS), sharex=True, sharey="row", height_ratios=(3, 1))
     for (axis, below), (name, build) in zip(axes.T, NETWORKS.items()):
         errors, norms = errors_in_training(build, args.steps, args.batch_size)
         for way, values in errors.items():
