@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from measuring import relative_error
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets import Batches, load_dataset, split_labels  # noqa: E402
@@ -83,7 +84,7 @@ def errors_in_training(build, steps, batch_size):
             norms.append(exact.norm().item())
             for way, options in WAYS.items():
                 found = meta_gradient(model, x_l, y_l, x_u, **options)[1].double()
-                errors[way].append(((found - exact).norm() / norms[-1]).item())
+                errors[way].append(relative_error(found, exact))
         alpha = learning_rate(step, 0.1, steps // 10, [steps * 3 // 4, steps * 7 // 8], 0.1)
         training_step(model, optimizer, x_l, y_l, x_u, alpha=alpha, beta=alpha, weight=ramp(step, steps // 10, 1.0), lam=lam)
     return errors, norms
