@@ -89,8 +89,8 @@ def comparison(args):
     size = 8192 if args.device.type == "cuda" else 2048
     kinds = {precision(options) for name, options in asked.items() if name not in failures}
     products = {kind: product(size, kind, args.device) for kind in sorted(kinds)}
-    work = {name: variant.step for name, variant in variants.items()} | {("product", kind): f for kind, f in products.items()}
-    assert len(work) == len(variants) + len(products)           # "bfloat16" names a row and a product
+    work = {name: variant.step for name, variant in variants.items()}
+    work |= {("product", kind): f for kind, f in products.items()}              # a pair, as "bfloat16" names a row, too
     times = take_turns(work, args.repeats, args.device)
     median = {name: statistics.median(values) for name, values in times.items()}
     flop, peak = counter.get_total_flops(), {kind: 2 * size ** 3 / median["product", kind] for kind in products}

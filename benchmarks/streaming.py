@@ -35,13 +35,13 @@ def main(argv=None):
         compare(args, args.data_path or make_tree(Path(folder)))
 
 
-def make_tree(root, classes=10, images=40):
+def make_tree(root, images=40):
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
     photos, rng = load_sample_images().images, np.random.default_rng(0)
-    for k in range(classes):
+    for k in range(10):
         for part, number in (("train", images), ("val", 1)):
             folder = root / part / f"n{k:08d}"
             folder.mkdir(parents=True)
