@@ -40,7 +40,7 @@ from reproduction.report import tables
 from reproduction.run import Run, finished_runs
 from utils.cli import Parser, UsageError, fail, number, open_standard_streams, refuse_idle
 from utils.failure import one_line_errors
-from utils.files import open_lock, printable
+from utils.files import LOCK, open_lock, printable
 from utils.run_folder import RunFolder
 
 PROG = "reproduce.py"
@@ -155,7 +155,7 @@ def run_all(runs, gpus, jobs):
         environment = environments.popleft()                # there is one for each thread of the pool
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            with open_lock(run.folder / ".lock") as lock:   # a run of a program that was killed is still saving
+            with open_lock(run.folder / LOCK) as lock:   # a run of a program that was killed is still saving
                 fcntl.flock(lock, fcntl.LOCK_EX)
             running[run] = Progress(run)
             return subprocess.run([sys.executable, HERE / "train_meta.py", *flags], env={**os.environ, **environment},

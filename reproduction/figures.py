@@ -11,9 +11,8 @@ from utils.cli import UsageError
 from utils.files import printable, replacing
 from utils.records import read_flags, read_metrics, read_split_sums
 
-# Petroff's ten colors, made to be told apart by color-blind readers; further classes change the marker.
-COLORS = matplotlib.color_sequences["petroff10"]
-MARKERS = "o^s"
+COLORS = matplotlib.color_sequences["petroff10"]        # made to be told apart by color-blind readers
+LOOKS = [(color, marker) for marker in "o^s" for color in COLORS]       # of classes
 PLAIN = {"text.parse_math": False}      # a name may hold any number of $
 SUBSET_COLORS = {"labeled": "#d62728", "unlabeled": "#1f77b4", "test": "#999999"}      # red, blue, gray: the paper's
 
@@ -55,7 +54,7 @@ def draw_features(rows, class_names, folder, title, mark_errors=False):
     for ax, name in zip(axes[0], ("Labeled", "Unlabeled", "Test", "All")):
         ax.set_title(name, fontsize=12)
     handles = []
-    if len(class_names) <= len(COLORS) * len(MARKERS):
+    if len(class_names) <= len(LOOKS):
         handles = [handle(name, *style(k, len(class_names))) for k, name in enumerate(class_names)]
     if mark_errors:
         handles.append(handle("misclassified", "black", "x"))
@@ -75,9 +74,7 @@ def handle(label, color, marker):
 
 def style(k, num_classes):
     """Color and marker of class k; beyond thirty classes a color map, without a legend."""
-    if num_classes > len(COLORS) * len(MARKERS):
-        return matplotlib.colormaps["viridis"](k / (num_classes - 1)), "o"
-    return COLORS[k % len(COLORS)], MARKERS[k // len(COLORS)]
+    return LOOKS[k] if num_classes <= len(LOOKS) else (matplotlib.colormaps["viridis"](k / (num_classes - 1)), "o")
 
 
 @matplotlib.rc_context(PLAIN)
