@@ -101,15 +101,14 @@ def parse(argv):
                              "README.md and splits/; without it no file under version control changes")
     parser.add_argument("--dry-run", action="store_true", help="print the command of each run, and do nothing")
     args = parser.parse_args(argv)
-    if args.gpus:
-        refuse_idle(parser, args, "--gpus", ("jobs",))
     args.dataset = list(dict.fromkeys(args.dataset))
-    if args.table == "imagenet":
-        refuse_idle(parser, args, "the table imagenet, which runs nothing", ("dataset", "rows", "gpus", "jobs"))
-    if args.table == "figure3":
-        refuse_idle(parser, args, args.table, ("rows",))
-    if args.table not in ("main", "ablation"):
-        refuse_idle(parser, args, args.table, ("publish",))
+    for applies, choice, names in (
+            (args.gpus, "--gpus", ("jobs",)),
+            (args.table == "imagenet", "the table imagenet, which runs nothing", ("dataset", "rows", "gpus", "jobs")),
+            (args.table == "figure3", "figure3", ("rows",)),
+            (args.table not in ("main", "ablation"), args.table, ("publish",))):
+        if applies:
+            refuse_idle(parser, args, choice, names)
     args.rows = list(dict.fromkeys(args.rows or TABLES[args.table]))
     return args
 

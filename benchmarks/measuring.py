@@ -4,8 +4,10 @@ from pathlib import Path
 
 
 def take_turns(work, repeats, device="cpu"):
-    """name -> seconds, as many as `repeats`, of functions that take turns; work: name -> function, of which each is called
-    once more before, to start."""
+    """How long functions take that are called in turn: name -> seconds of each of `repeats` turns.
+
+    work: name -> function.  A turn before these, in which everything starts, does not count.
+    """
     times = {name: [] for name in work}
     for _ in range(repeats + 1):
         for name, function in work.items():

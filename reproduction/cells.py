@@ -110,11 +110,11 @@ def training_flop(name, row, scale):
 
 def row_of(flags):
     """The row of a run with these resolved flags: of those whose flags it has, the one with the most of them."""
-    rows = {}
+    own = {}                            # row -> its own flags, resolved
     for name, row in ROWS.items():
         _, given = parse_given(row.flags, fail)
-        rows[name] = {key: value for key, value in vars(given).items() if value is not None}
-    return max((name for name in rows if rows[name].items() <= flags.items()), key=lambda name: len(rows[name]))
+        own[name] = {key: value for key, value in vars(given).items() if value is not None}
+    return max((name for name in ROWS if own[name].items() <= flags.items()), key=lambda name: len(own[name]))
 
 
 def published_error(flags):
