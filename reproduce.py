@@ -40,7 +40,7 @@ from reproduction.report import tables
 from reproduction.run import Run, finished_runs
 from utils.cli import Parser, UsageError, fail, number, open_standard_streams, refuse_idle
 from utils.failure import one_line_errors
-from utils.files import open_lock, printable
+from utils.files import LOCK, open_lock, printable
 from utils.run_folder import RunFolder
 
 PROG = "reproduce.py"
@@ -101,15 +101,14 @@ def parse(argv):
                              "README.md and splits/; without it no file under version control changes")
     parser.add_argument("--dry-run", action="store_true", help="print the command of each run, and do nothing")
     args = parser.parse_args(argv)
-    if args.gpus:
-        refuse_idle(parser, args, "--gpus", ("jobs",))
     args.dataset = list(dict.fromkeys(args.dataset))
-    if args.table == "imagenet":
-        refuse_idle(parser, args, "the table imagenet, which runs nothing", ("dataset", "rows", "gpus", "jobs"))
-    if args.table == "figure3":
-        refuse_idle(parser, args, args.table, ("rows",))
-    if args.table not in ("main", "ablation"):
-        refuse_idle(parser, args, args.table, ("publish",))
+    for applies, choice, names in (
+            (args.gpus, "--gpus", ("jobs",)),
+            (args.table == "imagenet", "the table imagenet, which runs nothing", ("dataset", "rows", "gpus", "jobs")),
+            (args.table == "figure3", "figure3", ("rows",)),
+            (args.table not in ("main", "ablation"), args.table, ("publish",))):
+        if applies:
+            refuse_idle(parser, args, choice, names)
     args.rows = list(dict.fromkeys(args.rows or TABLES[args.table]))
     return args
 
@@ -155,7 +154,7 @@ def run_all(runs, gpus, jobs):
         environment = environments.popleft()                # there is one for each thread of the pool
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            with open_lock(run.folder / ".lock") as lock:   # a run of a program that was killed is still saving
+            with open_lock(run.folder / LOCK) as lock:   # a run of a program that was killed is still saving
                 fcntl.flock(lock, fcntl.LOCK_EX)
             running[run] = Progress(run)
             return subprocess.run([sys.executable, HERE / "train_meta.py", *flags], env={**os.environ, **environment},

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from memory import peak_memory
+from measuring import peak_memory
 
 ROOT = Path(__file__).parent.parent
 

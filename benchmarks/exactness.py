@@ -13,11 +13,9 @@ import sys
 import warnings
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
+import torch
+from matplotlib.figure import Figure
+from measuring import relative_error
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets import Batches, load_dataset, split_labels  # noqa: E402
@@ -51,8 +49,8 @@ def main(argv=None):
     third = max(1, args.steps // EVERY // 3)
     print(f"medians of the relative error, {args.batch_size} + {args.batch_size} digits a step, {args.steps} steps\n")
     print("| network | way | first third | second third | last third |\n|---|---|---|---|---|")
-    figure, axes = plt.subplots(2, len(NETWORKS), figsize=(12, 5), sharex=True, sharey="row", height_ratios=(3, 1),
-                                layout="constrained")
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    axes = figure.subplots(2, len(NETWORKS), sharex=True, sharey="row", height_ratios=(3, 1))
     for (axis, below), (name, build) in zip(axes.T, NETWORKS.items()):
         errors, norms = errors_in_training(build, args.steps, args.batch_size)
         for way, values in errors.items():
@@ -86,7 +84,7 @@ def errors_in_training(build, steps, batch_size):
             norms.append(exact.norm().item())
             for way, options in WAYS.items():
                 found = meta_gradient(model, x_l, y_l, x_u, **options)[1].double()
-                errors[way].append(((found - exact).norm() / norms[-1]).item())
+                errors[way].append(relative_error(found, exact))
         alpha = learning_rate(step, 0.1, steps // 10, [steps * 3 // 4, steps * 7 // 8], 0.1)
         training_step(model, optimizer, x_l, y_l, x_u, alpha=alpha, beta=alpha, weight=ramp(step, steps // 10, 1.0), lam=lam)
     return errors, norms

@@ -8,12 +8,12 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from measuring import take_turns
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from metasemi import training_step  # noqa: E402
@@ -73,15 +73,9 @@ def unguarded(step, steps):
 
 
 def compare(name, without, with_, turns):
-    times = [(seconds(without), seconds(with_)) for _ in range(turns + 1)][1:]
-    a, b = (1000 * statistics.median(side) for side in zip(*times))
-    print(f"| {name} | {a:.4g} | {b:.4g} | {statistics.median(y / x for x, y in times):.3f} |", flush=True)
-
-
-def seconds(work):
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    times = take_turns({"without": without, "with": with_}, turns).values()
+    a, b = (1000 * statistics.median(side) for side in times)
+    print(f"| {name} | {a:.4g} | {b:.4g} | {statistics.median(y / x for x, y in zip(*times)):.3f} |", flush=True)
 
 
 if __name__ == "__main__":

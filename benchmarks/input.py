@@ -9,10 +9,11 @@ DataLoader with 4 worker processes that decode nothing.  The two take turns in o
 import argparse
 import statistics
 import sys
-import time
 import warnings
 from itertools import count, islice
 from pathlib import Path
+
+from measuring import take_turns
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 IMAGES, LABELED, WORKERS, SAMPLES = 50_000, 4_000, 4, 20_000
@@ -45,22 +46,14 @@ def main(argv=None):
     def whole_batches():
         for step in islice(steps, 400):
             batches(step)
-        return 400 * 2 * args.batch_size
 
     def per_image_transforms():
         for x, _ in loader:
             x.to(args.device, non_blocking=True)
-        return SAMPLES
 
-    rates = {whole_batches: [], per_image_transforms: []}
-    for _ in range(args.repeats + 1):                                           # the first turn starts the workers
-        for work, values in rates.items():
-            start = time.perf_counter()
-            done = work()
-            if args.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            values.append(done / (time.perf_counter() - start))
-    ours, theirs = (values[1:] for values in rates.values())
+    times = take_turns({"ours": whole_batches, "theirs": per_image_transforms}, args.repeats, args.device)
+    ours = [400 * 2 * args.batch_size / seconds for seconds in times["ours"]]
+    theirs = [SAMPLES / seconds for seconds in times["theirs"]]
     ratios = [a / b for a, b in zip(ours, theirs)]
     print(f"{args.batch_size} + {args.batch_size} images of 32x32 a step, {args.device}, {torch.get_num_threads()} threads; "
           f"median of {args.repeats} turns; ratio {min(ratios):.1f} to {max(ratios):.1f}\n")

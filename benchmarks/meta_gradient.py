@@ -10,11 +10,11 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
 import warnings
+from functools import partial
 from pathlib import Path
 
-from memory import peak_memory
+from measuring import peak_memory, relative_error, take_turns
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 ROADS = {
@@ -61,26 +61,21 @@ def main(argv=None):
         print(peak_memory() - before)
         return
 
-    times = {name: [] for name in ["forward", *ROADS]}
-    gradients = {}
-    for _ in range(args.repeats + 1):
-        for name in times:
-            start = time.perf_counter()
-            if name == "forward":
-                with torch.no_grad():
-                    model(x_u)
-            else:
-                gradients[name] = road(name)
-            times[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(values[1:]) for name, values in times.items()}
+    @torch.no_grad()
+    def forward():
+        model(x_u)
 
+    times = take_turns({"forward": forward, **{name: partial(road, name) for name in ROADS}}, args.repeats)
+    median = {name: statistics.median(values) for name, values in times.items()}
+
+    gradients = {name: road(name) for name in ROADS}
     model = model.double()
     exact = meta_gradient(model, x_l.double(), y_l, x_u.double(), method="unrolled")[1]
     print(f"{args.arch}, {args.batch_size} + {args.batch_size} images of 32x32, {torch.get_num_threads()} threads; "
           f"one forward pass {median['forward'] * 1000:.0f} ms\n")
     print("| road | relative error | time, forward passes | peak memory, MiB |\n|---|---|---|---|")
     for name in ROADS:
-        error = ((gradients[name] - exact).norm() / exact.norm()).item()
+        error = relative_error(gradients[name], exact)
         memory = float(subprocess.run([sys.executable, __file__, "--arch", args.arch, "--batch-size", str(args.batch_size),
                                        "--memory-of", name], check=True, capture_output=True, text=True).stdout)
         print(f"| {name} | {error:.1e} | {median[name] / median['forward']:.1f} | {memory:.0f} |")

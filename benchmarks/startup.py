@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from memory import peak_memory
+from measuring import peak_memory
 
 SCRIPT = Path(__file__).parent.parent / "train_meta.py"
 DEFAULT = "--dataset digits --num-label 50 -a convsmall --mix-up --batch-size 64".split()

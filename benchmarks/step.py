@@ -18,12 +18,11 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
 import torch
-from memory import peak_memory
+from measuring import peak_memory, relative_error, take_turns
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -90,10 +89,10 @@ def comparison(args):
     size = 8192 if args.device.type == "cuda" else 2048
     kinds = {precision(options) for name, options in asked.items() if name not in failures}
     products = {kind: product(size, kind, args.device) for kind in sorted(kinds)}
-    work = {name: variant.step for name, variant in variants.items()} | {("product", kind): f for kind, f in products.items()}
-    assert len(work) == len(variants) + len(products)           # "bfloat16" names a row and a product
-    turns = [{name: seconds(step, args.device) for name, step in work.items()} for _ in range(args.repeats + 1)][1:]
-    median = {name: statistics.median(turn[name] for turn in turns) for name in work}
+    work = {name: variant.step for name, variant in variants.items()}
+    work |= {("product", kind): f for kind, f in products.items()}              # a pair, as "bfloat16" names a row, too
+    times = take_turns(work, args.repeats, args.device)
+    median = {name: statistics.median(values) for name, values in times.items()}
     flop, peak = counter.get_total_flops(), {kind: 2 * size ** 3 / median["product", kind] for kind in products}
 
     lines = [f"{flop / 1e12:.3g} TFLOP a step; matrix product of {size}x{size}: "
@@ -104,13 +103,14 @@ def comparison(args):
         if name in failures:
             lines.append(f"| {name} | {failures[name]} | | | | | | | |")
             continue
-        faster = statistics.median(turn["plain recipe"] / turn[name] for turn in turns)
+        faster = statistics.median(plain / own for plain, own in zip(times["plain recipe"], times[name]))
         share = flop / median[name] / peak[precision(options)]
         # On the CPU the compiler's memory would be measured, not the step's.
         memory = "-" if "compiled" in options and args.device.type == "cpu" else f"{alone(args, name, repeats=1)[1]:.0f}"
         lines.append(f"| {name} | {median[name] * 1000:.4g} | {faster:.2f} | {2 * args.batch_size / median[name]:.4g} "
                      f"| {flop / median[name] / 1e12:.3g} | {share:.0%} | {memory} "
-                     f"| {relative(gradients[name], exact):.1e} | {relative(updates[name], updates['plain recipe']):.1e} |")
+                     f"| {relative_error(gradients[name], exact):.1e} "
+                     f"| {relative_error(updates[name], updates['plain recipe']):.1e} |")
     return "\n".join(lines)
 
 
@@ -138,7 +138,7 @@ def one(args):
     Variant("folded", args)                                                         # what the libraries take to start
     before = peak_memory()
     variant = Variant(VARIANTS[args.one], args)
-    times = [seconds(variant.step, args.device) for _ in range(args.repeats + 1)][1:]
+    times, = take_turns({args.one: variant.step}, args.repeats, args.device).values()
     cuda = args.device.type == "cuda"
     return f"{statistics.median(times)} {torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else peak_memory() - before}"
 
@@ -258,19 +258,6 @@ def product(size, options, device):
 
 def precision(options):
     return next((name for name in ("bfloat16", "tf32") if name in options), "float32")
-
-
-def seconds(work, device):
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - start
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from itertools import count
 from pathlib import Path
+
+from measuring import take_turns
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -34,13 +35,13 @@ def main(argv=None):
         compare(args, args.data_path or make_tree(Path(folder)))
 
 
-def make_tree(root, classes=10, images=40):
+def make_tree(root, images=40):
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
     photos, rng = load_sample_images().images, np.random.default_rng(0)
-    for k in range(classes):
+    for k in range(10):
         for part, number in (("train", images), ("val", 1)):
             folder = root / part / f"n{k:08d}"
             folder.mkdir(parents=True)
@@ -54,7 +55,6 @@ def make_tree(root, classes=10, images=40):
 
 def compare(args, root):
     import numpy as np
-    import torch
     from torch.utils.data import DataLoader, RandomSampler
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
@@ -81,30 +81,23 @@ def compare(args, root):
         for x, _ in loader:
             x.to(args.device, non_blocking=True)
 
-    rates, first = {theirs: [], ours: []}, {}
-    for _ in range(args.repeats + 1):                                           # the first turn starts the workers
-        for work, values in rates.items():
-            start = time.perf_counter()
-            work()
-            if args.device != "cpu":
-                torch.cuda.synchronize()
-            values.append(total / (time.perf_counter() - start))
-            first.setdefault(work, time.perf_counter() - start)
-    workers = {theirs: [process.pid for process in getattr(loader._iterator, "_workers", [])],
-               ours: [process.pid for process in images.train_images.workers.processes()]}
-    ratios = [a / b for a, b in zip(rates[ours][1:], rates[theirs][1:])]
+    times = take_turns({"theirs": theirs, "ours": ours}, args.repeats, args.device)
+    rates = {name: [total / seconds for seconds in values] for name, values in times.items()}
+    workers = {"theirs": getattr(loader._iterator, "_workers", []), "ours": images.train_images.workers.processes()}
+    ratios = [a / b for a, b in zip(rates["ours"], rates["theirs"])]
     print(f"{args.batch_size} + {args.batch_size} images of {args.image_size}x{args.image_size} a step, {args.num_workers} "
           f"workers, {args.device}; median of {args.repeats} turns; ratio {min(ratios):.2f} to {max(ratios):.2f}\n")
     print("| input | images per second | ratio | memory of a worker, MiB |\n|---|---|---|---|")
-    for name, work, ratio in (("torchvision's ImageFolder in a DataLoader", theirs, 1.0),
-                              ("datasets.Batches from disk", ours, statistics.median(ratios))):
-        print(f"| {name} | {statistics.median(rates[work][1:]):,.0f} | {ratio:.2f} | {memory(workers[work])} |")
+    for name, work, ratio in (("torchvision's ImageFolder in a DataLoader", "theirs", 1.0),
+                              ("datasets.Batches from disk", "ours", statistics.median(ratios))):
+        print(f"| {name} | {statistics.median(rates[work]):,.0f} | {ratio:.2f} | {memory(workers[work])} |")
     images.train_images.workers.close()
 
 
-def memory(pids):
+def memory(processes):
     """Of a process, what it shares divided by those that share it: the mean of some."""
-    lines = [line for pid in pids for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()]
+    lines = [line for process in processes
+             for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()]
     sizes = [int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:")]
     return f"{statistics.mean(sizes):.0f}" if sizes else "-"
 

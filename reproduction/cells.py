@@ -1,6 +1,9 @@
 """The paper's tables as data: the rows of the ablation, the settings of each cell, the published error rates."""
 from typing import NamedTuple
 
+from utils.cli import fail
+from utils.flags import parse_given
+
 
 class TableRow(NamedTuple):
     """One training method that the tables compare."""
@@ -106,12 +109,12 @@ def training_flop(name, row, scale):
 
 
 def row_of(flags):
-    """The row of a run with these resolved flags."""
-    row = {(False, False): "neither", (False, True): "meta", (True, False): "mix-up", (True, True): "both"}
-    name = row[flags["mix_up"], not flags["no_meta"]]
-    if name == "both" and flags.get("meta_lr") == 0:
-        return "beta-0"
-    return "finite-difference" if name == "both" and flags.get("meta_gradient") == "finite-difference" else name
+    """The row of a run with these resolved flags: of those whose flags it has, the one with the most of them."""
+    own = {}                            # row -> its own flags, resolved
+    for name, row in ROWS.items():
+        _, given = parse_given(row.flags, fail)
+        own[name] = {key: value for key, value in vars(given).items() if value is not None}
+    return max((name for name in ROWS if own[name].items() <= flags.items()), key=lambda name: len(own[name]))
 
 
 def published_error(flags):

@@ -193,10 +193,8 @@ def measure(features, part, classes):
     labeled = part == "labeled"
     vote = KNeighborsClassifier(min(NEIGHBORS, labeled.sum() - 1)).fit(features[labeled], classes[labeled])
     accuracy, silhouette = {}, {}
-    for name in ("labeled", "unlabeled", "test"):
+    for name in dict.fromkeys(part.tolist()):           # in this order; with all labels nothing is unlabeled
         own = part == name
-        if not own.any():
-            continue                                                    # all labels: nothing is unlabeled
         votes = vote.predict(None if name == "labeled" else features[own])
         accuracy[name] = float((votes == classes[own]).mean())
         count = int(own.sum())

@@ -1,22 +1,18 @@
 """The figures: Figure 3 of the paper from embedded features, and the curves of runs from their metrics.jsonl."""
-import statistics
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+from matplotlib.figure import Figure  # unlike pyplot's, it needs no display and no closing
+from matplotlib.lines import Line2D
 
-matplotlib.use("Agg")       # no display is needed
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.lines import Line2D  # noqa: E402
+from reproduction.cells import ROWS, published_error, row_of
+from utils.cli import UsageError
+from utils.files import printable, replacing
+from utils.records import read_flags, read_metrics, read_split_sums
 
-from reproduction.cells import ROWS, published_error, row_of  # noqa: E402
-from utils.cli import UsageError  # noqa: E402
-from utils.files import printable, replacing  # noqa: E402
-from utils.records import read_flags, read_metrics, read_split_sums  # noqa: E402
-
-# Petroff's ten colors, made to be told apart by color-blind readers; further classes change the marker.
-COLORS = matplotlib.color_sequences["petroff10"]
-MARKERS = "o^s"
+COLORS = matplotlib.color_sequences["petroff10"]        # made to be told apart by color-blind readers
+LOOKS = [(color, marker) for marker in "o^s" for color in COLORS]       # of classes
 PLAIN = {"text.parse_math": False}      # a name may hold any number of $
 SUBSET_COLORS = {"labeled": "#d62728", "unlabeled": "#1f77b4", "test": "#999999"}      # red, blue, gray: the paper's
 
@@ -26,14 +22,15 @@ def data_name(flags):
     return printable(Path(flags["data_path"]).name if flags["dataset"] == "folder" else flags["dataset"])
 
 
-@plt.rc_context(PLAIN)
+@matplotlib.rc_context(PLAIN)
 def draw_features(rows, class_names, folder, title, mark_errors=False):
     """Writes features.png and features.pdf, with four panels for each of `rows`; returns their paths.
 
     rows: dicts with "label", "knn_accuracy", and arrays: "coordinates" (N, 2); "part" (N,), names of SUBSET_COLORS; "classes"
     and "predictions" (N,), class indices; "drawn" (N,) bool.
     """
-    fig, axes = plt.subplots(len(rows), 4, figsize=(12, 2.95 * len(rows) + 0.95), squeeze=False, layout="constrained")
+    fig = Figure(figsize=(12, 2.95 * len(rows) + 0.95), layout="constrained")
+    axes = fig.subplots(len(rows), 4, squeeze=False)
     for row, panels in zip(rows, axes):
         xy, subset, classes, predictions = (row[key][row["drawn"]] for key in ("coordinates", "part", "classes", "predictions"))
         size = float(np.clip(12000 / len(xy), 1.5, 16))
@@ -57,7 +54,7 @@ def draw_features(rows, class_names, folder, title, mark_errors=False):
     for ax, name in zip(axes[0], ("Labeled", "Unlabeled", "Test", "All")):
         ax.set_title(name, fontsize=12)
     handles = []
-    if len(class_names) <= len(COLORS) * len(MARKERS):
+    if len(class_names) <= len(LOOKS):
         handles = [handle(name, *style(k, len(class_names))) for k, name in enumerate(class_names)]
     if mark_errors:
         handles.append(handle("misclassified", "black", "x"))
@@ -77,12 +74,10 @@ def handle(label, color, marker):
 
 def style(k, num_classes):
     """Color and marker of class k; beyond thirty classes a color map, without a legend."""
-    if num_classes > len(COLORS) * len(MARKERS):
-        return plt.get_cmap("viridis")(k / (num_classes - 1)), "o"
-    return COLORS[k % len(COLORS)], MARKERS[k // len(COLORS)]
+    return LOOKS[k] if num_classes <= len(LOOKS) else (matplotlib.colormaps["viridis"](k / (num_classes - 1)), "o")
 
 
-@plt.rc_context(PLAIN)
+@matplotlib.rc_context(PLAIN)
 def draw_curves(folders, save_path):
     """curves.png and curves.pdf: test error and training loss over the steps; returns their paths.
 
@@ -105,7 +100,8 @@ def draw_curves(folders, save_path):
                              "labeled images: give each run once")
         groups.setdefault(key, (flags, folder, []))[2].append(lines)
 
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    fig = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = fig.subplots(1, 2)
     for i, (flags, folder, runs) in enumerate(groups.values()):
         row = ROWS[row_of(flags)].title
         label = printable(f"{row}, {data_name(flags)}, {flags['num_label']} labels, {flags['arch']}, n = {len(runs)}")
@@ -115,15 +111,13 @@ def draw_curves(folders, save_path):
             print(f"{label}: the runs differ in length, and are drawn as far as the shortest")
         color = COLORS[i % len(COLORS)]
         for ax, tag, value in ((left, "test/accuracy", lambda a: 100 * (1 - a)), (right, "train/loss", lambda a: a)):
-            values = {}
-            for line in (line for lines in runs for line in lines if tag in line):
-                values.setdefault(line["step"], []).append(value(line[tag]))
-            steps = sorted(step for step in values if len(values[step]) == len(runs))
+            courses = [{line["step"]: value(line[tag]) for line in lines if tag in line} for lines in runs]
+            steps = sorted(set.intersection(*map(set, courses)))
             if not steps:
                 raise UsageError(f"argument --curves: {folder} has no {tag} at a step that all its {len(runs)} seeds share")
-            ax.plot(steps, [statistics.mean(values[s]) for s in steps], color=color, label=label)
-            ax.fill_between(steps, [min(values[s]) for s in steps], [max(values[s]) for s in steps], color=color, alpha=0.2,
-                            linewidth=0)
+            values = np.array([[course[step] for step in steps] for course in courses])
+            ax.plot(steps, values.mean(axis=0), color=color, label=label)
+            ax.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0)
         if (published := published_error(flags)) is not None:
             left.axhline(published, color=color, linestyle="--", linewidth=1, label=f"paper: {row}, {published} %")
     left.set(xlabel="step", ylabel="test error in percent", ylim=(0, None))
@@ -142,5 +136,4 @@ def save(fig, folder, name):
         fig.savefig(file, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     with replacing(paths[1]) as file:
         fig.savefig(file, format="pdf", metadata={"CreationDate": None})
-    plt.close(fig)
     return paths
