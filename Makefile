@@ -11,7 +11,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/ruff check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 # The ablation on real images at small scale, on the CPU: those of data/cifar10-images if they are there, else CIFAR-10 itself.
 reproduce-small: .venv/installed
