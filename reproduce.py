@@ -154,7 +154,7 @@ def run_all(runs, gpus, jobs):
         environment = environments.popleft()                # there is one for each thread of the pool
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            with open_lock(run.folder / LOCK) as lock:   # a run of a program that was killed is still saving
+            with open_lock(run.folder / LOCK) as lock:     # a run of a program that was killed is still saving
                 fcntl.flock(lock, fcntl.LOCK_EX)
             running[run] = Progress(run)
             return subprocess.run([sys.executable, HERE / "train_meta.py", *flags], env={**os.environ, **environment},

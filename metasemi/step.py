@@ -79,17 +79,20 @@ def training_step(model, optimizer, x_l, y_l, x_u=None, *, x_u_strong=None, alph
         if lam is not None:
             y_l_one_hot = one_hot(y_l, y_hat.shape[1]).to(y_hat.dtype)
             x_in, y_in = cross_domain_mixup(x_l, y_l_one_hot, x_u, y_hat, lam)               # lines 10, 11
-            loss = kl_divergence(full_precision(model(x_in)), y_in).mean()                   # line 12
-            telemetry["interp-loss"] = loss.detach()
+            logits_in = model(x_in)
         else:
             logits_in = model(x_l)
-            loss = cross_entropy(full_precision(logits_in), y_l)
-            telemetry = {"label-loss": loss.detach(), "label-acc": accuracy(logits_in, y_l)} | telemetry
-        if meta:
-            logits_u = model(x_u if x_u_strong is None else x_u_strong)
-            loss_cons = CONSISTENCY[consistency].loss(full_precision(logits_u), y_hat).mean()   # line 13
-            telemetry["unlabel-loss"] = loss_cons.detach()
-            loss = loss + weight * loss_cons
+        logits_u = model(x_u if x_u_strong is None else x_u_strong) if meta else None
+    if lam is not None:
+        loss = kl_divergence(full_precision(logits_in), y_in).mean()                         # line 12
+        telemetry["interp-loss"] = loss.detach()
+    else:
+        loss = cross_entropy(full_precision(logits_in), y_l)
+        telemetry = {"label-loss": loss.detach(), "label-acc": accuracy(logits_in, y_l)} | telemetry
+    if meta:
+        loss_cons = CONSISTENCY[consistency].loss(full_precision(logits_u), y_hat).mean()    # line 13
+        telemetry["unlabel-loss"] = loss_cons.detach()
+        loss = loss + weight * loss_cons
 
     optimizer.zero_grad(set_to_none=True)
     loss.backward()                                                                          # line 14
