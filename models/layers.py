@@ -18,6 +18,10 @@ class ConvBN(nn.Module):
     def forward(self, x):
         if self.training:
             return self.bn(self.conv(x))
-        scale = self.bn.weight * (self.bn.running_var + self.bn.eps).rsqrt()
-        shift = self.bn.bias - self.bn.running_mean * scale
+        # Copied into clones of a parameter, the statistics have a zero tangent in forward mode.  Without one, a product costs
+        # 110 microseconds there instead of 3: torch looks for the shape of the zero in Python.
+        mean, inverse_std = (self.bn.weight.clone().copy_(values) for values in
+                             (self.bn.running_mean, (self.bn.running_var + self.bn.eps).rsqrt()))
+        scale = self.bn.weight * inverse_std
+        shift = self.bn.bias - mean * scale
         return conv2d(x, self.conv.weight * scale.view(-1, 1, 1, 1), shift, self.conv.stride, self.conv.padding)
