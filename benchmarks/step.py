@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from metasemi import cross_domain_mixup, kl_divergence, squared_error, training_step, update_pseudo_labels  # noqa: E402
-from metasemi.meta_gradient import compiled_jvp, meta_gradient_with_telemetry  # noqa: E402
+from metasemi.meta_gradient import compiled_jvp, meta_gradient, meta_gradient_with_telemetry  # noqa: E402
 from models import NETWORKS, build_model  # noqa: E402
 from models.layers import ConvBN  # noqa: E402
 from utils.device import set_precision  # noqa: E402
@@ -84,7 +84,7 @@ def comparison(args):
         variants["plain recipe"].step()
     oracle = Variant("ours", args)
     x_l, y_l, x_u, *_ = oracle.batch
-    exact = meta_gradient_with_telemetry(oracle.model.double(), x_l.double(), y_l, x_u.double(), "unrolled")[1]
+    exact = meta_gradient(oracle.model.double(), x_l.double(), y_l, x_u.double(), "unrolled")[1]
 
     size = 8192 if args.device.type == "cuda" else 2048
     kinds = {precision(options) for name, options in asked.items() if name not in failures}
