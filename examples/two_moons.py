@@ -9,14 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
 from sklearn.datasets import make_moons
 from torch import nn
-
-matplotlib.use("Agg")       # no display is needed
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.colors import LinearSegmentedColormap  # noqa: E402
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))        # the checkout: found there if metasemi is not installed
 from metasemi import meta_gradient, ramp, training_step, update_pseudo_labels  # noqa: E402
@@ -57,7 +54,8 @@ def draw_regions(ax, model, x):
 
 
 def draw(baseline, early, metasemi, x_l, y_l, x_u, y_u, picture):
-    fig, axes = plt.subplots(1, 3, figsize=(15, 3.85), facecolor="white", layout="constrained")
+    fig = Figure(figsize=(15, 3.85), facecolor="white", layout="constrained")
+    axes = fig.subplots(1, 3)
     for ax, model, title in ((axes[0], baseline, f"supervised: {accuracy(baseline, x_u, y_u):.1%} right"),
                              (axes[1], early, "early on: the meta step moves the pseudo-labels"),
                              (axes[2], metasemi, f"MetaSemi: {accuracy(metasemi, x_u, y_u):.1%} right")):
@@ -75,7 +73,6 @@ def draw(baseline, early, metasemi, x_l, y_l, x_u, y_u, picture):
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
     fig.savefig(picture, dpi=130, metadata={"Software": None} if str(picture).endswith(".png") else None)
-    plt.close(fig)
 
 
 def main(argv=None):

@@ -5,13 +5,10 @@
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")       # no display is needed
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.patches import FancyBboxPatch  # noqa: E402
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 
 HERE = Path(__file__).parent
-plt.rcParams.update({"mathtext.fontset": "cm", "font.size": 13})
 INK, BLUE, RED = "#1a1a1a", "#1f5f99", "#b3261e"
 
 
@@ -66,16 +63,16 @@ def draw_step(ax):
     arrow((10.42, 1.6), (10.88, 2.2), RED)
 
 
+@matplotlib.rc_context({"mathtext.fontset": "cm", "font.size": 13})
 def main():
     for draw, name, width, height in ((draw_formulation, "formulation", 9.6, 3.7), (draw_step, "step", 12.4, 5.0)):
         # A blank page measured in inches, which is white also where the reader's page is dark.
-        fig = plt.figure(figsize=(width + 0.6, height + 0.4), facecolor="white")
+        fig = Figure(figsize=(width + 0.6, height + 0.4), facecolor="white")
         ax = fig.add_axes((0.3 / (width + 0.6), 0.2 / (height + 0.4), width / (width + 0.6), height / (height + 0.4)))
         ax.set(xlim=(0, width), ylim=(0, height))
         ax.axis("off")
         draw(ax)
         fig.savefig(HERE / f"{name}.png", dpi=130, bbox_inches="tight", pad_inches=0.2, metadata={"Software": None})
-        plt.close(fig)
 
 
 if __name__ == "__main__":
