@@ -151,8 +151,8 @@ def add_optimization_flags(optimization):
               "(default: %(default)s)")
     flag(optimization, "--gpu", roles={COMMAND}, type=no_gpu, help=argparse.SUPPRESS)
     flag(optimization, "--compile", roles={RESUME}, action="store_true",
-         help="compile the meta-gradient jvp, equal up to rounding: pays for small networks on the CPU "
-              "(convsmall: 1.1 times the steps a second; convlarge: none more); unmeasured on CUDA")
+         help="compile the meta-gradient jvp, equal up to rounding: pays a little for small networks on the CPU "
+              "(convsmall: 1.04 times the steps a second; convlarge: none more); unmeasured on CUDA")
 
 
 def add_bookkeeping_flags(run):
