@@ -23,6 +23,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_evaluations():
+    """Runs on the digits evaluate few of them, in this process as in those that the injections start."""
+    from injections import few_digits
+
+    from datasets import loading
+
+    loading.LOADERS["digits"] = few_digits
+
+
 @pytest.fixture
 def train(tmp_path):
     """train(folder, *flags): a run of a few steps in this process; flags override. Returns the exit code."""

@@ -262,7 +262,7 @@ def check(net, x, logits):
         plot_features.main(["--checkpoint-path", str(tmp_path / "a" / "checkpoint.pth"), "-a", name, "--method", "pca",
                             "--save-path", str(tmp_path / "figure"), "--num-point", "40"])
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and "fails: ValueError: 499 rows of logits for 500 images" in lines[0], lines
+    assert len(lines) == 2 and "fails: ValueError: 99 rows of logits for 100 images" in lines[0], lines
     assert f"fails: {tmp_path / 'net.py'}, line 18: AttributeError" in lines[1], lines
     assert not (tmp_path / "figure").exists()
 
@@ -281,13 +281,13 @@ def test_logits_of_a_custom_network_that_are_not_finite_are_one_line_with_the_st
     assert train("a", "-a", name, "--no-meta") == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "NetworkFailure" not in error and f"{name} fails" not in error
-    assert "the logits of 500 of 500 images are not finite in evaluation mode at step 6; " in error
+    assert "the logits of 100 of 100 images are not finite in evaluation mode at step 6; " in error
     saved = torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)
     assert saved["step"] == 3
     saved["model"]["steps"].fill_(9)
     torch.save(saved, tmp_path / "spoiled.pth")
     assert evaluate(tmp_path / "spoiled.pth", "-a", name) == 2
-    assert "spoiled.pth: the logits of 500 of 500 images are not finite" in capsys.readouterr().err
+    assert "spoiled.pth: the logits of 100 of 100 images are not finite" in capsys.readouterr().err
 
 
 def test_a_network_that_fails_on_its_labeled_images_at_the_end_is_one_line_with_the_step(train, tmp_path, net, capsys):

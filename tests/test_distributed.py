@@ -186,7 +186,7 @@ def network(tmp_path):
             "--test-freq", "8", "--num-label", "100"]
 
 
-IMAGES = {"train": 16, "validation": 30, "test": 500}          # behind each accuracy of a run of `network`
+IMAGES = {"train": 16, "validation": 30, "test": 100}          # behind each accuracy of a run of `network`
 
 
 def test_a_run_of_two_processes_equals_a_run_of_one_and_leaves_the_same_files(train, tmp_path, network):

@@ -55,8 +55,8 @@ def test_the_accuracy_is_exactly_what_the_run_recorded_at_that_step(run, capsys,
     step = torch.load(run / name, weights_only=True)["step"]
     recorded = [line["test/accuracy"] for line in records(run) if line["step"] == step and "test/accuracy" in line]
     right, count = map(int, re.search(r"\((\d+) of (\d+) are right\)", out).groups())
-    assert [right / count] == recorded and count == 500
-    assert f"of step {step}: convsmall on cpu, float32" in out and "test set of digits: 500 images, 10 classes" in out
+    assert [right / count] == recorded and count == 100
+    assert f"of step {step}: convsmall on cpu, float32" in out and "test set of digits: 100 images, 10 classes" in out
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.iterdir()} == before
 
 
@@ -73,7 +73,7 @@ def test_everything_printed_and_written_follows_from_the_logits(run, tmp_path, c
     predicted = torch.tensor([int(row["predicted"]) for row in rows])
     confidence = p.gather(1, predicted[:, None])[:, 0]
     assert close(confidence, p.max(dim=1).values)               # no other class is likelier, up to rounding
-    assert [int(row["index"]) for row in rows] == list(range(500))
+    assert [int(row["index"]) for row in rows] == list(range(100))
     assert [int(row["label"]) for row in rows] == images.test_labels.tolist()
     assert [float(row["confidence"]) for row in rows] == pytest.approx(confidence.tolist(), abs=1e-5)
     assert all(row["label_name"] == row["label"] and row["file"] == "" for row in rows)
@@ -201,7 +201,7 @@ def test_logits_that_are_not_finite_end_the_training_at_its_last_good_checkpoint
     negative_variance(5)
     assert train("a", "--no-meta") == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "the logits of 500 of 500 images are not finite in evaluation mode at step 6" in error
+    assert error.count("\n") == 1 and "the logits of 100 of 100 images are not finite in evaluation mode at step 6" in error
     assert "checkpoint.pth of step 3 is intact" in error
     assert [line["step"] for line in records(tmp_path / "a") if "test/accuracy" in line] == [3]
 
@@ -213,7 +213,7 @@ def test_logits_that_are_not_finite_are_no_predictions(run, tmp_path, capsys):
     assert evaluate(tmp_path / "x.pth", "--predictions", tmp_path / "p.csv") == 2
     out, error = capsys.readouterr()
     assert out == "" and error.count("\n") == 1 and not (tmp_path / "p.csv").exists()
-    assert f"argument --evaluate: {tmp_path / 'x.pth'}: the logits of 500 of 500 images are not finite" in error
+    assert f"argument --evaluate: {tmp_path / 'x.pth'}: the logits of 100 of 100 images are not finite" in error
 
 
 def test_what_cannot_be_evaluated_is_one_line_and_writes_nothing(run, tmp_path, capsys):

@@ -98,7 +98,7 @@ def test_same_seed_gives_the_same_coordinates_whatever_the_number_of_threads(run
         checkpoint.write_bytes((runs / "metasemi" / "model_best.pth").read_bytes())
         torch.set_num_threads(threads)
         try:
-            assert plot("--checkpoint-path", checkpoint, "--save-path", tmp_path / f"out{threads}", "--num-point", "150",
+            assert plot("--checkpoint-path", checkpoint, "--save-path", tmp_path / f"out{threads}", "--num-point", "100",
                         "--perplexity", "10") == 0
         finally:
             torch.set_num_threads(before)
@@ -121,9 +121,9 @@ def test_one_labeled_image_a_class_has_no_silhouette_and_still_makes_the_figure(
 
 def test_embed_all_embeds_every_image_and_draws_the_sample(runs, tmp_path):
     assert plot("--checkpoint-path", runs / "baseline" / "model_best.pth", "--save-path", tmp_path, "--method", "pca",
-                "--num-point", 100, "--embed-all") == 0
+                "--num-point", 60, "--embed-all") == 0
     data = np.load(tmp_path / "embedding.npz")
-    assert len(data["coordinates_0"]) == 1297 + 500 and data["drawn_0"].sum() == 250
+    assert len(data["coordinates_0"]) == 1297 + 100 and data["drawn_0"].sum() == 50 + 60 + 60
 
 
 def test_features_are_reused_until_the_checkpoint_or_the_sample_changes(runs, tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ def test_bad_input_is_one_line_and_writes_nothing(runs, tmp_path, capsys):
         (["--checkpoint-path", good, "--index-path", tmp_path / "other"], "is not the split that the checkpoint was"),
         (["--checkpoint-path", good, "--index-path", tmp_path / "none"], "none does not exist"),
         (["--checkpoint-path", good, "--dataset", "svhn"], "--dataset: svhn, but"),
-        (["--checkpoint-path", good, "--num-point", "501"], "--num-point: 501, but there are 500 test images"),
+        (["--checkpoint-path", good, "--num-point", "101"], "--num-point: 101, but there are 100 test images"),
         (["--checkpoint-path", good, "--num-point", "20", "--perplexity", "30"], "--perplexity: 30 is too large for 90 points"),
         (["--checkpoint-path", good, "--row-label", "a", "b"], "--row-label: 2 values for 1 checkpoints"),
         (["--checkpoint-path", good, "--method", "lda"], "--method"),
@@ -212,10 +212,10 @@ def test_bad_input_is_one_line_and_writes_nothing(runs, tmp_path, capsys):
     (lambda f: torch.ones_like(f) * torch.arange(f.shape[1]), "differ by 0: nothing can be shown"),
     (lambda f: f * 1e30, "nothing can be shown unless that is between"),
     (lambda f: f * 1e-30, "nothing can be shown unless that is between"),
-    (lambda f: f[:, 0], "gives a Tensor of shape (190,) for 190 images: expected a tensor (B, D), D at least 2"),
-    (lambda f: f[:, :1], "gives a Tensor of shape (190, 1) for 190 images"),
-    (lambda f: f[1:], "gives a Tensor of shape (189, 16) for 190 images"),
-    (lambda f: [f], "gives a list of shape () for 190 images"),
+    (lambda f: f[:, 0], "gives a Tensor of shape (120,) for 120 images: expected a tensor (B, D), D at least 2"),
+    (lambda f: f[:, :1], "gives a Tensor of shape (120, 1) for 120 images"),
+    (lambda f: f[1:], "gives a Tensor of shape (119, 16) for 120 images"),
+    (lambda f: [f], "gives a list of shape () for 120 images"),
     (lambda f: f / 0, "the features or the logits of")])
 def test_features_that_make_no_figure_are_one_line(runs, tmp_path, monkeypatch, capsys, features, message):
     def build(*args):
@@ -226,7 +226,7 @@ def test_features_that_make_no_figure_are_one_line(runs, tmp_path, monkeypatch, 
 
     monkeypatch.setattr("utils.state.build_model", build)
     (tmp_path / "a.pth").write_bytes((runs / "baseline" / "model_best.pth").read_bytes())
-    assert plot("--checkpoint-path", tmp_path / "a.pth", "--save-path", tmp_path / "out", "--num-point", "140") == 2
+    assert plot("--checkpoint-path", tmp_path / "a.pth", "--save-path", tmp_path / "out", "--num-point", "70") == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
