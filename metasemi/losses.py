@@ -7,12 +7,20 @@ import torch
 
 def kl_divergence(logits, y):
     """Phi^KL: KL(y || softmax(logits)), one value a sample.  logits, y: (B, K), rows of y on the simplex."""
+    check_shapes(logits, y)
     return (torch.xlogy(y, y) - y * logits.log_softmax(dim=1)).sum(dim=1)
 
 
 def squared_error(logits, y):
     """Phi^MSE: ||softmax(logits) - y||_2^2, one value a sample, in [0, 2].  logits, y: (B, K)."""
+    check_shapes(logits, y)
     return (logits.softmax(dim=1) - y).square().sum(dim=1)
+
+
+def check_shapes(logits, y):
+    """Raises ValueError for targets, such as class indices, that would be broadcast."""
+    if logits.dim() != 2 or logits.shape != y.shape:
+        raise ValueError(f"logits have the shape {tuple(logits.shape)} and targets {tuple(y.shape)}: expected (B, K) twice")
 
 
 class Consistency(NamedTuple):

@@ -46,7 +46,7 @@ def meta_gradient(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency=
 
     Everything is evaluated in evaluation mode: dropout and batch statistics would make theta and its neighbors
     different functions.  The model is read, never written: parameters, buffers, `.grad`, training flags and random
-    number generators are afterwards what they were, bit for bit.
+    number generators are afterwards what they were, bit for bit, unless the model itself changes them in evaluation mode.
 
     Args:
         model: maps (B, ...) to logits (B, K).  It may be compiled; "jvp" and "unrolled" then run the original where
@@ -57,9 +57,10 @@ def meta_gradient(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency=
         method: "jvp", forward-mode differentiation, exact and the cheapest; "finite-difference", the central
             difference of the paper (eqs. 15, 16), also for operations without a forward-mode derivative; "unrolled",
             double backward through the virtual step (eqs. 2-5); or what `compiled_jvp` returns.
-        epsilon: > 0, the length in parameter space of each half-step of the finite difference.
+        epsilon: > 0, the length in parameter space of each half-step of the finite difference.  In a half type that is
+            often less than the resolution of the weights, and the difference mostly rounding.
         consistency: "mse" or "kl", the Phi of the consistency loss, or another key of `metasemi.losses.CONSISTENCY`.
-        dtype: computing type of the network, e.g. torch.bfloat16; default: that of the parameters.
+        dtype: computing type of the network, e.g. torch.bfloat16; default: that of the parameters, also inside autocast.
         average: where x_l and x_u are one of several equal parts of a batch, each with a process: a function from a list of
             tensors to the list of their means over the processes.  g is then that of the whole batch.
 
@@ -68,7 +69,8 @@ def meta_gradient(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency=
         gradient: (B_u, K), 2 J g for "mse" (rows sum to zero), J_log g for "kl".  Zero where g is zero.
 
     Raises:
-        ValueError: for an unknown method or consistency, a consistency that is not a `Consistency`, or a wrong shape.
+        ValueError: for an unknown method or consistency, a consistency that is not a `Consistency`, a wrong shape, an
+            epsilon that is not above 0, or a model without a parameter that requires a gradient.
     """
     return meta_gradient_with_telemetry(model, x_l, y_l, x_u, method, epsilon, consistency, dtype, average)[:2]
 
@@ -83,8 +85,13 @@ def meta_gradient_with_telemetry(model, x_l, y_l, x_u, method="jvp", epsilon=1e-
     if not isinstance(CONSISTENCY[consistency], Consistency):
         raise ValueError(f"the consistency {consistency!r} is a loss without its derivative: register a Consistency")
     check_batch(x_l, y_l, x_u)
+    if not epsilon > 0:
+        raise ValueError(f"epsilon is {epsilon}: expected a length above 0")
     theta = {k: w for k, w in model.named_parameters() if w.requires_grad}
-    with evaluation_mode(model), differentiable_attention(), torch.enable_grad():
+    if not theta:
+        raise ValueError("no parameter of the model requires a gradient, so nothing answers to the pseudo-labels")
+    with (evaluation_mode(model), differentiable_attention(), torch.enable_grad(),
+          torch.autocast(x_l.device.type, enabled=False)):      # under it, forward-mode differentiation fails
         result = METHODS.get(method, method)(model, theta, x_l, y_l, x_u, epsilon, CONSISTENCY[consistency], dtype, average)
     return tuple(tensor.detach() for tensor in result)
 
@@ -167,7 +174,7 @@ def compiled_jvp():
 def logits(model, theta, x, dtype):
     """Logits at the parameters theta; with a dtype, from copies of the whole network in it, as float32.
 
-    Explicit copies rather than autocast: under it, forward-mode differentiation fails.
+    Explicit copies rather than autocast, which has no forward-mode derivative.
     """
     # Parameters and buffers: a shared tensor under a name in each module that has it, each module under one name.
     state = {k: v for prefix, module in model.named_modules() for named in (module.named_parameters, module.named_buffers)

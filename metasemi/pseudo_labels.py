@@ -18,12 +18,14 @@ def cross_domain_mixup(x_l, y_l_one_hot, x_u, y_hat, lam):
     batches is smaller, it is repeated.
 
     x_l, x_u: (B_l, ...) and (B_u, ...) float; y_l_one_hot, y_hat: (B_l, K) and (B_u, K); lam: (B,) in [0, 1], the share of
-    the labeled example.  Returns x_in (B, ...) and y_in (B, K).  Raises ValueError for what cannot be blended.
+    the labeled example; it takes the type of x_l.  Returns x_in (B, ...) and y_in (B, K).  Raises ValueError for what cannot
+    be blended.
     """
     pairs = max(len(x_l), len(x_u))
     if x_l.shape[1:] != x_u.shape[1:] or not (x_l.is_floating_point() and x_u.is_floating_point()):
         raise ValueError(f"mix-up cannot blend x_l, {x_l.dtype} {tuple(x_l.shape)}, with x_u, {x_u.dtype} {tuple(x_u.shape)}: "
                          "expected floats of one shape, or no mix-up (lam=None)")
+    lam = torch.as_tensor(lam, dtype=x_l.dtype, device=x_l.device)
     if lam.shape != (pairs,):
         raise ValueError(f"lam has the shape {tuple(lam.shape)}: expected ({pairs},), since {len(x_l)} labeled and {len(x_u)} "
                          f"unlabeled examples make {pairs} pairs")

@@ -29,9 +29,10 @@ class Step(NamedTuple):
 
 def training_step(model, optimizer, x_l, y_l, x_u=None, *, x_u_strong=None, alpha=None, beta=0.0, weight=1.0, lam=None,
                   meta=True, method="jvp", epsilon=1e-2, consistency="mse", dtype=None, average=None):
-    """One optimizer step; the model ends in training mode.  With a fused optimizer nothing in here waits for the device.
+    """One optimizer step; the model ends in training mode.  With a fused optimizer only the first waits for the device.
 
-    An update whose loss or gradient is not finite is left out: weights and momenta stay as they are.
+    An update whose loss or gradient is not finite is left out: weights and momenta stay as they are.  The statistics of
+    batch normalization have seen the batch by then; where it held a NaN, they do not recover.
 
     Args:
         model, optimizer: of the same parameters.  The model maps (B, ...) to logits (B, K); the optimizer is any whose
@@ -46,7 +47,7 @@ def training_step(model, optimizer, x_l, y_l, x_u=None, *, x_u_strong=None, alph
         lam: (max(B_l, B_u),) mix-up weights, or None for no mix-up; `cross_domain_mixup` says what is blended with what.
         meta: whether pseudo-labels are improved by the meta-gradient and the consistency loss is used.
         method, epsilon, consistency, dtype: as in `meta_gradient`; with a dtype the training-mode passes run
-            under autocast; weights and losses stay float32.
+            under autocast, and without one they do not, even inside autocast; weights and losses stay float32.
         average: as in `meta_gradient`; the update and `Step.loss` are then those of the whole batch, equal in every process,
             `finite` too.  The rest is that of this process.
 
@@ -70,7 +71,7 @@ def training_step(model, optimizer, x_l, y_l, x_u=None, *, x_u_strong=None, alph
                      "meta-clipped": (y_tilde < beta * gradient).float().mean(), "meta-g-norm": g_norm}
     elif lam is not None:
         theta = dict(model.named_parameters())
-        with evaluation_mode(model), torch.no_grad():
+        with evaluation_mode(model), torch.no_grad(), torch.autocast(x_l.device.type, enabled=False):
             y_tilde = y_hat = logits(model, theta, x_u, dtype).softmax(dim=1)                # line 3
 
     model.train()
@@ -122,11 +123,21 @@ def set_learning_rate(optimizer, alpha):
 def update_if(finite, optimizer):
     """`optimizer.step()` if finite, a () bool tensor, is true.  A fused optimizer decides that on the device; for another
     the host waits."""
-    if optimizer.defaults.get("fused"):
+    if optimizer.defaults.get("fused") and not lacks_momenta(optimizer):
         optimizer.found_inf = (~finite).float()
-        optimizer.step()
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf         # or it would hold back the steps of others
     elif finite:
         optimizer.step()
+
+
+def lacks_momenta(optimizer):
+    """Whether a weight has a gradient and no momentum yet: torch's fused SGD makes one of uninitialized memory, which an
+    update that is left out would not fill."""
+    return any(w.grad is not None and optimizer.state.get(w, {}).get("momentum_buffer") is None
+               for group in optimizer.param_groups if group.get("momentum") for w in group["params"])
 
 
 def accuracy(predictions, y):

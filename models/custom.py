@@ -218,7 +218,7 @@ def dry_run(name, num_classes, image_size, device, dtype=None, meta_gradient=Non
                     meta_gradient(model, images, y, images)
             except Exception as error:
                 raise NetworkError(f"argument --arch: the meta-gradient of {name} fails ({where(error, name)}): take "
-                                   "--meta-gradient finite-difference, which needs no forward-mode differentiation"
+                                   "--meta-gradient finite-difference or unrolled, which need no forward-mode differentiation"
                                    + (", or --precision float32" if dtype else "")) from None
     return warnings
 

@@ -127,6 +127,11 @@ def test_the_compiled_jvp_equals_double_backward_and_leaves_the_model_as_it_was(
     assert close(y_tilde, y, 10_000) and relative_error(gradient, exact) < 1e-9
 
 
+def test_a_model_without_a_parameter_to_train_is_refused_by_a_sentence():
+    with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
+        meta_gradient(smooth_network().requires_grad_(False), *random_case())
+
+
 def test_rows_of_the_gradient_sum_to_zero():
     model, case = smooth_network().eval(), random_case()
     for method in METHODS:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from oracle import close
@@ -41,6 +42,14 @@ def test_mixup_of_weight_one_is_the_labeled_batch():
     assert torch.equal(x_in, x_l) and torch.equal(y_in, y_l)
 
 
+@pytest.mark.parametrize("lam", [np.array([0.25, 1.0]), torch.tensor([0.25, 1.0], dtype=torch.float64), [0.25, 1.0]])
+def test_mixup_weights_take_the_type_of_the_examples(lam):
+    batch = torch.randn(2, 3), torch.eye(5)[:2], torch.randn(2, 3), torch.rand(2, 5)
+    expected = cross_domain_mixup(*batch, torch.tensor([0.25, 1.0]))
+    for value, other in zip(cross_domain_mixup(*batch, lam), expected):
+        assert value.dtype == torch.float32 and torch.equal(value, other)
+
+
 @pytest.mark.parametrize(("x_l", "x_u", "lam", "message"), [
     (torch.ones(2, 3), torch.ones(4, 3), torch.ones(2), r"lam has the shape \(2,\): expected \(4,\), since 2 labeled and 4"),
     (torch.ones(2, 3), torch.ones(2, 3), torch.tensor(0.5), r"lam has the shape \(\): expected \(2,\)"),
@@ -56,6 +65,9 @@ def test_losses_by_hand():
     y = torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
     assert close(squared_error(logits, y), torch.tensor([0.5, 0.0], dtype=torch.float64))
     assert close(kl_divergence(logits, y), torch.tensor([2.0, 1.0], dtype=torch.float64).log())
+    for loss in (squared_error, kl_divergence):
+        with pytest.raises(ValueError, match=r"the shape \(2, 2\) and targets \(2,\): expected \(B, K\) twice"):
+            loss(logits, torch.tensor([0, 1]))          # class indices, which would be broadcast
 
 
 @pytest.mark.parametrize(("step", "rate"), [

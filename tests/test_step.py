@@ -1,5 +1,6 @@
 """One whole step against a plain implementation: loops over samples, classes and weights, nothing shared with the code."""
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -214,7 +215,45 @@ def test_a_compiled_model_and_one_with_activation_checkpointing_make_the_same_st
         assert all(close(a, b, 10_000) for a, b in zip(*(model.parameters() for model in models)))
 
 
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, momentum=MOMENTUM), torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("spoiled", [0, 1, 3])
+def test_an_update_that_is_left_out_leaves_a_fused_optimizer_as_if_it_had_not_been_tried(optimizer, spoiled):
+    torch.manual_seed(0)
+    x, y_l = torch.randn(3, 4, 3, 5, 5), torch.tensor([0, 1, 2, 0])
+    weights = []
+    for without in (False, True):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(75, 3))
+        nn.init.ones_(model[1].weight), nn.init.zeros_(model[1].bias)
+        fused = optimizer(model.parameters(), lr=0.1, fused=True)
+        for step in range(4):
+            if step == spoiled and not without:
+                assert not training_step(model, fused, x[0] / 0, y_l, x[1], beta=0.1).finite
+            if step < 3:
+                assert training_step(model, fused, x[step], y_l, x[1], beta=0.1).finite
+        fused.zero_grad()
+        cross_entropy(model(x[0]), y_l).backward()
+        fused.step()                        # one of the caller's own, which nothing holds back
+        weights.append(model[1].weight.detach())
+    assert torch.equal(*weights) and weights[0].isfinite().all()
+
+
+def test_an_autocast_around_a_step_changes_nothing_before_the_callers_own_operations():
+    torch.manual_seed(0)
+    x_l, x_u, y_l, lam = *torch.randn(2, 4, 3, 5, 5), torch.tensor([0, 1, 2, 0]), torch.rand(4)
+    for options in ({"method": "jvp"}, {"method": "finite-difference"}, {"method": "unrolled"}, {"meta": False}):
+        results = []
+        for enabled in (False, True):
+            model = make_model().float()
+            model.dropout.p = 0.0
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                results.append(training_step(model, torch.optim.SGD(model.parameters(), lr=0.1), x_l, y_l, x_u, beta=0.5,
+                                             lam=lam, **options))
+        for a, b in zip(*([r.y_tilde, r.y_hat, r.loss] for r in results)):
+            assert a.dtype == b.dtype == torch.float32 and torch.equal(a, b)
+
+
 @pytest.mark.parametrize(("options", "message"), [
+    ({"epsilon": 0.0, "method": "finite-difference"}, "epsilon is 0.0: expected a length above 0"),
     ({"x_u": None}, "x_u is None: only the supervised baseline, meta=False and lam=None, needs no unlabeled examples"),
     ({"x_u": None, "meta": False, "lam": torch.rand(4)}, "x_u is None"),
     ({"y_l": torch.tensor([0, 1, 2]), "meta": False}, r"y_l is torch.int64 of the shape \(3,\)"),
