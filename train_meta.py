@@ -74,10 +74,13 @@ def train(args, interrupt, world):
     if saved is not None:
         check_same_experiment(args, saved["args"], saved["step"])
         check_same_split(args, saved)
-        if saved["step"] > args.total_steps or saved["step"] == args.total_steps and has_results:
+        if saved["step"] > args.total_steps and not has_results:
+            raise cli.UsageError(f"argument --total-steps: {args.total_steps}, but the run that --resume continues is at step "
+                                 f"{saved['step']} already: give more")
+        if saved["step"] >= args.total_steps and has_results:
             if world.rank == 0:
-                print(printable(f"{args.save_path}: finished at step {saved['step']}; a larger --total-steps would continue "
-                                "it"))
+                more = "" if args.schedule == "cosine" else "; a larger --total-steps would continue it"
+                print(printable(f"{args.save_path}: finished at step {saved['step']}{more}"))
             world.leave()
             return 0
 
@@ -105,15 +108,15 @@ def train(args, interrupt, world):
     interrupt.defer()
     with batches, folder.progress(state.step, args.total_steps):
         stopping = take_steps(args, state, batches, evaluator, folder, interrupt, world)
-        labeled_error = None if stopping else evaluator.labeled_error(interrupt)
+        labeled = None if stopping else evaluator.measure_labeled(interrupt)
         evaluator.raise_fault()
-        if labeled_error is None:
+        if labeled is None:
             stopping = stopping or world.all_reduce_max(interrupt.received)
     if stopping:
         folder.print(f"stopped by a signal at step {state.step}/{args.total_steps}; --resume continues")
         folder.close()
     else:
-        folder.finish(state, labeled_error, evaluator.counts)
+        folder.finish(state, labeled, evaluator.counts)
     world.leave()
     return exit_code(stopping) if stopping else 0
 

@@ -1,4 +1,6 @@
 """Which training images keep their labels."""
+from contextlib import contextmanager
+
 import numpy as np
 
 from datasets.sampling import generator
@@ -49,15 +51,26 @@ def split_training(train_labels, num_label, num_val, num_classes, seed, given=No
     named = np.arange(len(labels)) if given is None else np.sort(given)
     validation, rest = np.arange(0), named
     if num_val:
-        validation, rest = (named[part] for part in split_labels(labels[named], num_val, num_classes, seed, "validation"))
+        with errors_of("--num-val"):
+            validation, rest = (named[part] for part in split_labels(labels[named], num_val, num_classes, seed, "validation"))
     if given is not None:
         empty = np.flatnonzero(np.bincount(labels[rest], minlength=num_classes) == 0)
         if len(empty):
             raise DataError(f"argument --split: it names no image of class {empty[0]}"
                             + f" beside the {num_val} of --num-val" * bool(num_val) + ": add one")
         return rest, validation
-    labeled, _ = split_labels(labels[rest], num_label or len(rest), num_classes, seed)
+    with errors_of("--num-label"):
+        labeled, _ = split_labels(labels[rest], num_label or len(rest), num_classes, seed)
     return rest[labeled], validation
+
+
+@contextmanager
+def errors_of(flag):
+    """Inside, a DataError names the flag."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"argument {flag}: {error}") from None
 
 
 def check_num_label(num_label, num_classes, num_train):

@@ -1,7 +1,7 @@
 """The paper's tables as data: the rows of the ablation, the settings of each cell, the published error rates."""
 from typing import NamedTuple
 
-from utils.cli import fail
+from utils.cli import UsageError, fail
 from utils.flags import parse_given
 
 
@@ -93,10 +93,12 @@ def cell_of(name, row):
 def training_flags(name, row, seed, scale):
     """The flags of train_meta.py for one run of a cell; scale multiplies steps, milestones, warm-up and --test-freq."""
     cell = cell_of(name, row)
-    steps = scaled(cell.total_steps, scale)
+    steps, milestones = scaled(cell.total_steps, scale), [scaled(m, scale) for m in cell.milestones]
+    if len(set(milestones)) < len(milestones):
+        raise UsageError(f"argument --scale: {scale:g} leaves no step between the milestones of {name}: give more")
     return [*cell.flags, "--num-label", str(cell.num_train if row == "supervised" else cell.num_label), "-a", cell.arch,
             *ROWS[row].flags, "--batch-size", str(cell.batch_size), "--total-steps", str(steps),
-            *(["--milestones", ",".join(str(scaled(m, scale)) for m in cell.milestones)] if cell.milestones else []),
+            *(["--milestones", ",".join(map(str, milestones))] if milestones else []),
             *(["--ramp", str(cell.ramp)] if cell.ramp is not None and "--no-meta" not in ROWS[row].flags else []),
             "--warmup", str(scaled(cell.warmup, scale)), "--test-freq", str(scaled(cell.test_freq, scale)),
             "--print-freq", str(min(100, scaled(steps, 0.05))), "--seed", str(seed)]

@@ -102,9 +102,11 @@ def draw_curves(folders, save_path):
 
     fig = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = fig.subplots(1, 2)
-    for i, (flags, folder, runs) in enumerate(groups.values()):
-        row = ROWS[row_of(flags)].title
-        label = printable(f"{row}, {data_name(flags)}, {flags['num_label']} labels, {flags['arch']}, n = {len(runs)}")
+    titles = [f"{ROWS[row_of(flags)].title}, {data_name(flags)}, {flags['num_label']} labels, {flags['arch']}"
+              for flags, *_ in groups.values()]
+    for i, (title, (flags, folder, runs)) in enumerate(zip(titles, groups.values())):
+        apart = f", {folder}" if titles.count(title) > 1 else ""        # they differ in another flag
+        label = printable(f"{title}{apart}, n = {len(runs)}")
         ends = sorted({lines[-1]["step"] for lines in runs if lines})
         if len(ends) > 1:
             label += f", to step {ends[0]} (the longest: {ends[-1]})"
@@ -116,10 +118,11 @@ def draw_curves(folders, save_path):
             if not steps:
                 raise UsageError(f"argument --curves: {folder} has no {tag} at a step that all its {len(runs)} seeds share")
             values = np.array([[course[step] for step in steps] for course in courses])
-            ax.plot(steps, values.mean(axis=0), color=color, label=label)
+            ax.plot(steps, values.mean(axis=0), color=color, label=label, marker="" if steps[1:] else "o")
             ax.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0)
         if (published := published_error(flags)) is not None:
-            left.axhline(published, color=color, linestyle="--", linewidth=1, label=f"paper: {row}, {published} %")
+            left.axhline(published, color=color, linestyle="--", linewidth=1,
+                         label=f"paper: {ROWS[row_of(flags)].title}, {published} %")
     left.set(xlabel="step", ylabel="test error in percent", ylim=(0, None))
     right.set(xlabel="step", ylabel="training loss", ylim=(0, None))
     for ax in (left, right):

@@ -1,6 +1,7 @@
 """Wrong command lines: exit code 2, one line that names flag, value and remedy, nothing written, torch never loaded."""
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -88,6 +89,9 @@ TRAINING = [       # (flags, what the line must contain)
     (["--mix-up=yes"], ["--mix-up", "yes"]),
     (["--resume", "missing.pth"], ["--resume", "missing.pth", "a missing file never means a fresh start"]),
     (["--resume", "--overwrite"], ["--overwrite", "--resume", "give one of them"]),
+    (["--resume", ""], ["--resume", "the path is empty"]),
+    (["--resume", "a" * 300], ["--resume", "is too long"]),
+    (["--resume", "empty"], ["--resume", "empty holds no run", "--save-path for a new run"]),
     (["--save-path", "file"], ["--save-path", "file", "give a folder"]),
     (["--save-path", "run"], ["--save-path", "run", "add --resume to continue it or --overwrite to start afresh"]),
     (["--dataset", "folder", "--data-path", "nowhere"], ["--data-path", "nowhere/train is not a folder"]),
@@ -178,6 +182,7 @@ def make_files(folder):
     for name, text in (("file", ""), ("net.py", "open('pwned', 'w')\nclass Net: pass\n"), ("pairs.txt", "1,2\nx y\n"),
                        ("twice.txt", "1\n2\n1\n"), ("three.txt", "1\n2\n3\n"), ("names.txt", "a/b.png\n")):
         (folder / name).write_text(text)
+    (folder / "empty").mkdir()
     (folder / "other").mkdir()
     (folder / "other" / "label_indices.txt").write_text("1\n")
     (folder / "other" / "split.json").write_text('{"sha256": ""}')
@@ -228,7 +233,8 @@ def test_a_wrong_flag_exits_with_two_and_one_line_that_names_it(answers, i):
     (["--device", "cuda"], "--device: cuda: no CUDA device is visible; use --device cpu"),
     (["--precision", "tf32"], "--precision: tf32 exists on CUDA only"),
     (["--num-label", "1297"], "--num-label: 1297 leaves no unlabeled image: add --include-labeled"),
-    (["--num-label", "1290"], "class 0, which has 127: use at most 1220"),
+    (["--num-label", "1290"], "argument --num-label: 1290 labels need 129 images of class 0, which has 127: use at most 1220"),
+    (["--num-label", "10", "--num-val", "1280"], "argument --num-val: 1280 labels need 128 images of class 0"),
 ])
 def test_what_only_the_data_or_the_machine_can_refuse_writes_nothing_either(train, tmp_path, capsys, flags, message):
     if "cuda" in message.lower() and torch.cuda.is_available():
@@ -244,7 +250,8 @@ def test_what_only_the_data_or_the_machine_can_refuse_writes_nothing_either(trai
     (["--resume", "--seed", "2"], "--seed: 2 now, 1 in the run that --resume continues: give 1"),
     (["--resume", "--num-label", "60"], "--num-label: 60 now, 50 in the run"),
     (["--resume", "-a", "convlarge"], "--arch: convlarge now, convsmall in the run"),
-    (["--resume", "--mix-up"], "--mix-up: True now, False in the run"),
+    (["--resume", "--mix-up"], "--mix-up: True now, False in the run that --resume continues: leave it out, or give another"),
+    (["--resume", "--meta-lr", "0.1"], "--meta-lr: 0.1 now, None in the run that --resume continues: leave it out, or"),
     (["--resume", "--milestones", "1", "5"], "--milestones: [1] now, [] in the run"),
 ])
 def test_a_run_is_neither_overwritten_nor_continued_as_another_experiment(train, tmp_path, capsys, flags, message):
@@ -270,6 +277,9 @@ def test_a_run_folder_is_resumed_with_its_own_flags_and_only_the_free_ones_can_c
     assert resume(tmp_path / "a") == 0                                          # those of the run: it is finished
     assert "finished at step 3" in capsys.readouterr().out
     assert resume(tmp_path / "a", "--total-steps", "5", "--architecture", "convsmall") == 0
+    (tmp_path / "a" / "results.json").unlink()                                  # as if a signal had ended it
+    assert resume(tmp_path / "a", "--total-steps", "4") == 2
+    assert "--total-steps: 4, but the run that --resume continues is at step 5 already" in capsys.readouterr().err
     assert resume(tmp_path / "a", "--lr", "0.2") == resume(tmp_path / "a", "--save-path", str(tmp_path / "b")) == 2
     refused, folder = capsys.readouterr().err.splitlines()
     assert "--lr: 0.2 now, 0.1 in the run" in refused and f"--resume: {tmp_path / 'a'} is a folder" in folder
@@ -277,6 +287,29 @@ def test_a_run_folder_is_resumed_with_its_own_flags_and_only_the_free_ones_can_c
     assert differing(whole(*flags), tmp_path / "a") == []
     ours, theirs = (json.loads((path / "args.json").read_text())["args"] for path in (tmp_path / "a", whole(*flags)))
     assert ours == theirs
+
+
+def test_a_finished_run_says_what_would_continue_it_unless_nothing_does(train, tmp_path, capsys):
+    flags = ["--no-meta", "--total-steps", "1", "--milestones", "[300000, 350000]"]
+    for schedule, more in (("step", "; a larger --total-steps would continue it"), ("cosine", "")):
+        assert train(schedule, *flags, "--schedule", schedule) == 0
+        capsys.readouterr()
+        assert resume(tmp_path / schedule) == 0
+        assert capsys.readouterr().out == f"{tmp_path / schedule}: finished at step 1{more}\n"
+
+
+def test_a_run_that_has_lost_its_checkpoints_goes_on_from_its_best_as_it_says(train, tmp_path, capsys):
+    assert train("a", "--no-meta", "--total-steps", "3") == 0
+    for name in ("checkpoint.pth", "checkpoint.prev.pth"):
+        (tmp_path / "a" / name).unlink(missing_ok=True)
+    capsys.readouterr()
+    assert resume(tmp_path / "a") == 2
+    advice = re.search(r"give (--resume \S+ --save-path \S+), or", capsys.readouterr().err)[1].split()
+    assert train_meta.main([*advice, "--total-steps", "5"]) == 0
+    assert torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"] == 5
+    assert train("b", "--no-meta", "--total-steps", "1") == 0
+    assert train("b", "--no-meta", "--resume", advice[1]) == 2
+    assert "b holds a run: give another or --overwrite to start afresh" in capsys.readouterr().err
 
 
 def test_a_run_that_is_older_than_a_flag_is_resumed_with_the_default_of_the_flag(train, whole, tmp_path, capsys):

@@ -330,9 +330,12 @@ def test_a_checkpoint_never_runs_a_file_and_a_changed_file_is_refused(train, tmp
         return stop.value.code
 
     assert (evaluate(path), plot(), train("a", "--resume")) == (2, 2, 2)
+    with pytest.raises(SystemExit, match="2"):
+        train_meta.main(["--resume", str(tmp_path / "a"), "--total-steps", "4"])       # the folder knows its flags
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 3 and all(name in line for line in errors)
+    assert len(errors) == 4 and all(name in line for line in errors)
     assert f"it runs only if you say -a {name}" in errors[0] and errors[0].partition(": ")[2] == errors[1].partition(": ")[2]
+    assert f"{tmp_path / 'a'} was trained with {name}, which is code: it runs only if you say -a {name}" in errors[3]
     assert not (tmp_path / "executed").exists()
     assert plot("-a", name) == 2
     assert "has no features(x)" in capsys.readouterr().err

@@ -282,6 +282,13 @@ def test_curves_of_other_data_are_other_lines_and_a_run_counts_once(curves):
         curves((1, [0.5], {}, "x"), (1, [0.5], {"data_path": "elsewhere"}, "x"))
 
 
+def test_curves_of_runs_that_only_another_flag_tells_apart_are_named_by_their_folders_and_one_evaluation_is_a_point(curves):
+    ax = curves((1, [0.5], {"lr": 0.1}, "x"), (1, [0.6, 0.7], {"lr": 0.2}, "x"), (1, [0.5], {"arch": "convsmall"}, "x"))
+    first, _, second, _, third, _ = ax.lines                 # each with the published value behind it
+    assert "run0, n = 1" in first.get_label() and "run1, n = 1" in second.get_label() and "run" not in third.get_label()
+    assert [line.get_marker() for line in (first, second, third)] == ["o", "", "o"]
+
+
 def test_curves_say_when_their_runs_differ_in_length(curves, capsys):
     ax = curves((1, [0.5, 0.6, 0.7], {}, "x"), (2, [0.5], {}, "x"))
     assert ax.lines[0].get_xdata().tolist() == [400]

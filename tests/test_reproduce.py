@@ -134,6 +134,12 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_a_scale_that_leaves_no_step_between_milestones_is_one_line(checkout, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        reproduce.main(["ablation", "--dataset", "digits", "--rows", "both", "--scale", "0.001", "--dry-run"])
+    assert "argument --scale: 0.001 leaves no step between the milestones of digits: give more" in capsys.readouterr().err
+
+
 def test_only_publish_changes_a_file_outside_the_run_folders(checkout, capsys):
     finished_run("both"), finished_run("supervised")
     before = files(checkout)
@@ -396,7 +402,8 @@ def test_the_shipped_lists_are_those_that_the_seeds_give_and_a_changed_one_is_re
         assert len(set(text.split())) == int(count)
         assert any((cell.data_name, cell.num_label) == (data, int(count)) for cell in CELLS.values())
         if data == "digits":
-            assert [int(index) for index in text.split()] == split_labels(digits.train_labels, 50, 10, int(seed))[0].tolist()
+            labeled, _ = split_labels(digits.train_labels, int(count), 10, int(seed))
+            assert [int(index) for index in text.split()] == labeled.tolist()
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "splits").mkdir()

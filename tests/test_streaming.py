@@ -390,6 +390,8 @@ def test_every_evaluation_of_fewer_images_says_so_and_the_run_can_be_evaluated_a
 
     def damage(images):
         (from_disk.root / "test/bee/07.png").write_bytes(b"")
+        kind, number = divmod(int((tmp_path / "a" / "label_indices.txt").read_text().split()[0]), 8)
+        (from_disk.root / "train" / ("ant", "bee")[kind] / f"0{number}.png").write_bytes(b"")
 
     assert from_disk("a", "--skip-corrupt", "--num-val", "2", actions=[(4, damage)]) == 0
     log = (tmp_path / "a" / "log.txt").read_text()
@@ -399,7 +401,7 @@ def test_every_evaluation_of_fewer_images_says_so_and_the_run_can_be_evaluated_a
     assert [record["test/images"] for record in tests] == [15, 14]
     assert "over 15 of 16 test images" in log and "over 14 of 16 test images: the others cannot be read" in log
     results = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert results["images_covered"]["test"] == [14, 16]
+    assert results["images_covered"] == {"test": [14, 16], "labeled": [3, 4]} and "; over 3 of 4 labeled images" in log
 
     capsys.readouterr()
     path = str(tmp_path / "a" / "checkpoint.pth")

@@ -120,7 +120,7 @@ def test_a_checkpoint_of_another_folder_continues_in_a_new_one(train, whole, tmp
     train("d", "--seed", "3", "--total-steps", "2")
     assert train("d", "--mix-up", "--overwrite", "--resume", str(tmp_path / "a" / "checkpoint.pth")) == 0
     assert records(tmp_path / "d") == records(tmp_path / "b")                   # nothing of the run that was there
-    assert train("c", "--mix-up", "--total-steps", "2", "--resume", str(tmp_path / "a" / "checkpoint.pth")) == 0
+    assert train("c", "--mix-up", "--total-steps", "2", "--resume", str(tmp_path / "a" / "checkpoint.pth")) == 2
     assert not (tmp_path / "c").exists()                                        # already past its last step
 
 

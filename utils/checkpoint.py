@@ -13,6 +13,7 @@ import torch
 
 from utils.cli import UsageError, first_line
 from utils.files import BEST, CHECKPOINT, PREVIOUS, replacing
+from utils.flags import unnamed_code
 from utils.state import CheckpointError, find_fault
 
 
@@ -119,7 +120,7 @@ def check_arch(saved, path, given):
     """
     name = saved["arch"]
     if ":" in name and not given:
-        raise UsageError(f"argument --arch: {path} was trained with {name}, which is code: it runs only if you say -a {name}")
+        raise unnamed_code(path, name)
     if given and name not in given:
         raise UsageError(f"argument --arch: {', '.join(given)}, but {path} was trained with {name}")
     if given and given[name] != saved.get("arch_sha256"):

@@ -78,10 +78,9 @@ class Evaluator:
             scalars |= {f"{name}/{key}": value for key, value in measured.items()}
         return scalars
 
-    def labeled_error(self, stop):
-        """Error in percent on the labeled images, without augmentation; None as in `measure`."""
-        measured = self.measure(*self.training_images(self.state.labeled), stop)
-        return measured and round(100 * (1 - measured["accuracy"]), 4)
+    def measure_labeled(self, stop):
+        """As `measure`, of the labeled images, without augmentation."""
+        return self.measure(*self.training_images(self.state.labeled), stop)
 
     def describe(self, scalars):
         """What `evaluate` returned, in words."""

@@ -9,7 +9,8 @@ TEMPORARY = ".tmp"
 ARGS, LOG, METRICS, RESULTS = "args.json", "log.txt", "metrics.jsonl", "results.json"
 INDICES, SPLIT, LOCK = "label_indices.txt", "split.json", ".lock"
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.prev.pth", "model_best.pth"
-LAST = "last"               # --resume without a path: from the last checkpoint
+OURS = (ARGS, LOG, METRICS, RESULTS, INDICES, SPLIT, CHECKPOINT, PREVIOUS, BEST)
+LAST = True                 # --resume without a path: from the last checkpoint
 
 
 def printable(text):
@@ -18,6 +19,11 @@ def printable(text):
     What is not printable, a line break or an escape sequence for example, becomes what Python would write for it.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def holds_run(folder):
+    """Whether a folder has a file of a run."""
+    return any((folder / name).exists() for name in OURS)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from datasets.splits import check_num_label
 from models import NETWORKS, check_network
 from utils import cli
 from utils.cli import Parser, UsageError, folder, number, option, parse_milestones, path, refuse_idle
-from utils.files import ARGS, LAST
+from utils.files import ARGS, LAST, holds_run
 from utils.records import read_flags, read_given_split
 
 COMMAND = "belongs to one command, not to the run"
@@ -158,7 +158,7 @@ def add_optimization_flags(optimization):
 def add_bookkeeping_flags(run):
     flag(run, "--save-path", roles={COMMAND}, default=Path("./results/tmp"), type=folder, metavar="DIR",
          help="run folder (default: ./results/tmp)")
-    flag(run, "--resume", roles={COMMAND}, nargs="?", const=LAST, metavar="PATH",
+    flag(run, "--resume", roles={COMMAND}, nargs="?", const=LAST, type=folder, metavar="PATH",
          help="continue from this checkpoint, or the run in this folder; without PATH the run in --save-path, if there is one; "
               "flags that are not given are those of the run")
     flag(run, "--overwrite", roles={COMMAND}, action="store_true", help="start afresh in a folder that holds a run")
@@ -213,7 +213,7 @@ def parse_training(argv, fail=cli.fail):
         args.image_size = args.image_size or DATASETS[args.dataset].image_size
         if earlier:
             check_same_experiment(args, experiment(argparse.Namespace(**defaults | earlier)))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(parser.prog, error, 2)
     return args
 
@@ -261,18 +261,21 @@ def flags_to_resume(given):
     """The flags in the args.json of the run that --resume continues; {} without one.
 
     --resume with a run folder stands for --save-path with that folder and --resume.  A flag that is newer than the run
-    has its default.  Raises UsageError for a damaged args.json.
+    has its default.  Raises UsageError for a damaged args.json, and for a folder or a network that the command line must name.
     """
     if given.resume is None:
         return {}
-    if given.resume != LAST and Path(given.resume).is_dir():
-        if given.save_path not in (None, Path(given.resume)):
+    if given.resume != LAST and given.resume.is_dir():
+        if given.save_path not in (None, given.resume):
             raise UsageError(f"argument --resume: {given.resume} is a folder: give a checkpoint in it, or leave --save-path "
                              "out")
-        given.save_path, given.resume = Path(given.resume), LAST
+        if not holds_run(given.resume):
+            raise UsageError(f"argument --resume: {given.resume} holds no run: give the folder of one, or --save-path for a "
+                             "new run")
+        given.save_path, given.resume = given.resume, LAST
     folder = given.save_path or declared()["save_path"].default
     if given.resume != LAST:
-        folder = Path(given.resume).parent
+        folder = given.resume.parent
     if not (folder / ARGS).exists():
         return {}
 
@@ -282,7 +285,14 @@ def flags_to_resume(given):
     words = [option(name) if value is True else f"{option(name)}={value}" for name, value in read_flags(folder).items()
              if name in declared() and value is not None and value is not False]
     _, flags = parse_given(words, fail)
+    if ":" in (flags.arch or "") and given.arch is None:
+        raise unnamed_code(folder, flags.arch)
     return {name: value for name, value in vars(flags).items() if value is not None and name not in with_role(COMMAND)}
+
+
+def unnamed_code(path, name):
+    """The error of a run or checkpoint whose network is code that the command line does not name."""
+    return UsageError(f"argument --arch: {path} was trained with {name}, which is code: it runs only if you say -a {name}")
 
 
 def check_effect(parser, given, args):
@@ -358,8 +368,9 @@ def check_same_experiment(args, then, step=0):
                          "--resume")
     if name:
         value = then.get(name, declared()[name].default)
-        raise UsageError(f"argument {option(name)}: {now[name]} now, {value} in the run that --resume continues: give {value}, "
-                         "or another --save-path without --resume")
+        remedy = "leave it out" if value is None or value is False else f"give {value}"
+        raise UsageError(f"argument {option(name)}: {now[name]} now, {value} in the run that --resume continues: {remedy}, "
+                         "or give another --save-path without --resume")
 
 
 def plotting_parser():

@@ -24,11 +24,13 @@ from utils.files import (
     LOCK,
     LOG,
     METRICS,
+    OURS,
     PREVIOUS,
     RESULTS,
     SPLIT,
     TEMPORARY,
     Appender,
+    holds_run,
     is_at,
     link,
     open_lock,
@@ -40,7 +42,6 @@ from utils.flags import RESUME, difference, with_role
 from utils.records import read_results, read_split
 
 EVENTS = ".metasemi"        # how the names of our TensorBoard files end: other programs keep theirs in the same folder
-OURS = (ARGS, LOG, METRICS, RESULTS, INDICES, SPLIT, CHECKPOINT, PREVIOUS, BEST)
 
 
 def check_paths(path, resume, overwrite):
@@ -48,24 +49,20 @@ def check_paths(path, resume, overwrite):
 
     resume: None, LAST or the path of a checkpoint.
     """
-    if resume not in (None, LAST) and not os.path.exists(resume):
+    if resume not in (None, LAST) and not resume.exists():
         raise UsageError(f"argument --resume: {resume}: no such checkpoint (a missing file never means a fresh start)")
     if path.exists() and not path.is_dir():
         raise UsageError(f"argument --save-path: {path} is a file: give a folder")
-    if resume == LAST or resume is not None and Path(resume).parent.resolve() == path.resolve():     # the run in the folder
+    if resume == LAST or resume is not None and resume.parent.resolve() == path.resolve():     # the run in the folder
         if overwrite:
             raise UsageError("argument --overwrite: it removes what --resume continues: give one of them")
-        if has_lost_checkpoints(path):
-            best = f", give --resume {path / BEST}," if (path / BEST).exists() else ""
+        if resume == LAST and has_lost_checkpoints(path):
+            best = f", give --resume {path / BEST} --save-path {path}," if (path / BEST).exists() else ""
             raise UsageError(f"argument --resume: {path} holds a run that has lost its {CHECKPOINT} and {PREVIOUS}: restore one"
                              f"{best} or add --overwrite instead to start afresh")
     elif holds_run(path) and not overwrite:
-        raise UsageError(f"argument --save-path: {path} holds a run: "
-                         "add --resume to continue it or --overwrite to start afresh")
-
-
-def holds_run(path):
-    return any((path / name).exists() for name in OURS)
+        remedy = "give another" if resume else "add --resume to continue it"
+        raise UsageError(f"argument --save-path: {path} holds a run: {remedy} or --overwrite to start afresh")
 
 
 def has_lost_checkpoints(path):
@@ -244,9 +241,12 @@ class RunFolder:
         if lost := self.lost():
             raise OSError(f"{self.path / lost} was removed or replaced under this run: {RESULTS} was not written")
         count, covered = len(state.evaluations), coverage(state.evaluations, counts)
+        labeled_error = round(100 * (1 - labeled["accuracy"]), 4)
+        if labeled["images"] < len(state.labeled):
+            covered["labeled"] = [int(labeled["images"]), len(state.labeled)]
         rates, top5 = error_rates(state.evaluations), error_rates(state.evaluations, "test_top5")
         self.write_json(RESULTS, {"error_rate": rates, **({"top5_error_rate": top5} if top5 else {}),
-                                  "labeled_error_rate": labeled, **({"images_covered": covered} if covered else {}),
+                                  "labeled_error_rate": labeled_error, **({"images_covered": covered} if covered else {}),
                                   "evaluations": count, "median_of": min(20, count), "steps": state.step,
                                   "seconds": round(state.seconds, 1), "args": state.args, "sessions": state.sessions})
         validated = rates["best_validation"]
@@ -255,7 +255,7 @@ class RunFolder:
                    + (f"{validated:.2f} % (best on validation), " if validated is not None else "")
                    + f"{rates['best_test']:.2f} % (lowest, so selected on the test set)"
                    + (f"; top-5 error {top5['last']:.2f} % (last)" if top5 else "")
-                   + f"; error on its own labeled images {labeled:.2f} %"
+                   + f"; error on its own labeled images {labeled_error:.2f} %"
                    + "".join(f"; over {fewest:,} of {n:,} {name} images" for name, (fewest, n) in covered.items()))
         self.close()
 

@@ -86,6 +86,9 @@ def describe_run(args, state, images, unlabeled, device, warned):
         yield f"images {images.source}"
     if images.ignored:
         yield f"ignored: {images.ignored}"
+    if args.meta_gradient == "finite-difference" and args.precision == "bfloat16" and not args.no_meta:
+        yield ("warning: with --precision bfloat16 a half-step of the finite difference can be less than the resolution of the "
+               "weights, and the meta-gradient mostly rounding: take --meta-gradient jvp, or float32")
     yield from filter(None, (cut_short(args), slow_precision(args.precision, device), *warned))
 
 
