@@ -102,9 +102,10 @@ def draw_curves(folders, save_path):
 
     fig = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = fig.subplots(1, 2)
-    titles = [f"{ROWS[row_of(flags)].title}, {data_name(flags)}, {flags['num_label']} labels, {flags['arch']}"
-              for flags, *_ in groups.values()]
-    for i, (title, (flags, folder, runs)) in enumerate(zip(titles, groups.values())):
+    rows = [ROWS[row_of(flags)].title for flags, *_ in groups.values()]
+    titles = [f"{row}, {data_name(flags)}, {flags['num_label']} labels, {flags['arch']}"
+              for row, (flags, *_) in zip(rows, groups.values())]
+    for i, (row, title, (flags, folder, runs)) in enumerate(zip(rows, titles, groups.values())):
         apart = f", {folder}" if titles.count(title) > 1 else ""        # they differ in another flag
         label = printable(f"{title}{apart}, n = {len(runs)}")
         ends = sorted({lines[-1]["step"] for lines in runs if lines})
@@ -121,8 +122,7 @@ def draw_curves(folders, save_path):
             ax.plot(steps, values.mean(axis=0), color=color, label=label, marker="" if steps[1:] else "o")
             ax.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0)
         if (published := published_error(flags)) is not None:
-            left.axhline(published, color=color, linestyle="--", linewidth=1,
-                         label=f"paper: {ROWS[row_of(flags)].title}, {published} %")
+            left.axhline(published, color=color, linestyle="--", linewidth=1, label=f"paper: {row}, {published} %")
     left.set(xlabel="step", ylabel="test error in percent", ylim=(0, None))
     right.set(xlabel="step", ylabel="training loss", ylim=(0, None))
     for ax in (left, right):

@@ -52,7 +52,7 @@ DIGITS = loading.load_digits(None, None)         # read once, by the server for 
 # Runs
 
 def few_digits(row, root, **options):
-    """The digits with the first 100 of their 500 test images: those of a run of seven steps spend most of its time."""
+    """The digits with the first 100 of their 500 test images: evaluating all takes a third of a run of seven steps."""
     train, test, names = DIGITS
     return tuple(map(np.copy, train)), tuple(array[:100].copy() for array in test), names
 
@@ -620,7 +620,7 @@ def orphans(group, seconds=600):
 
 
 def folder_of_digits(root):
-    """The digits as image files, 1,797 of them, for --dataset folder."""
+    """The digits as image files, for --dataset folder."""
     from PIL import Image
 
     from datasets import load_dataset
