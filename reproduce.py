@@ -60,7 +60,7 @@ def main(argv=None):
         if args.table == "imagenet":
             print_imagenet(args.seeds, args.scale)
             return 0
-        runs = [Run(cell, row, CELLS[cell].seed + i, args.scale)
+        runs = [Run(cell, row, (args.first_seed or CELLS[cell].seed) + i, args.scale)
                 for cell in args.dataset for i in range(args.seeds) for row in args.rows]
         if args.dry_run:
             for run in runs:
@@ -89,6 +89,8 @@ def parse(argv):
                         help="main, ablation and curves: these rows instead")
     parser.add_argument("--seeds", type=number(int, low=1, high=1000), default=1, metavar="N",
                         help="runs of each row, with seeds one apart (default: 1)")
+    parser.add_argument("--first-seed", type=number(int, low=1, high=2 ** 62), metavar="N",
+                        help="the first of these seeds, to add to those that are published (default: that of the cell)")
     parser.add_argument("--scale", type=number(float, low=1e-4, high=1), default=1.0, metavar="X",
                         help="multiplies the steps, milestones, warm-up and evaluation interval (default: 1)")
     parser.add_argument("--gpus", nargs="+", type=number(int, low=0, high=1023), metavar="N",

@@ -1,4 +1,5 @@
 """The paper's tables as data: the rows of the ablation, the settings of each cell, the published error rates."""
+from pathlib import Path
 from typing import NamedTuple
 
 from utils.cli import UsageError, fail
@@ -40,6 +41,8 @@ class Cell(NamedTuple):
     warmup: int = 4000
     test_freq: int = 400
     ramp: int | None = None         # steps of ramp of the consistency loss; None: as many as of warm-up
+    lr: float = 0.1
+    start: tuple = ()               # (cell, row) whose weights it starts from; empty: random ones
     macs: float = 731.4e6           # multiply-accumulate operations of one forward pass of one image
     baseline: dict = {}             # the fields that differ for the row "neither": name -> value
     published: dict = {}            # row -> error rate in percent
@@ -56,6 +59,9 @@ JPEG = ("--dataset", "folder", "--data-path", "data/cifar10-images", "--flip")
 # This network fits its few labels completely, as the networks of the paper do.
 FEW = {"arch": "convnarrow", "batch_size": 64, "total_steps": 2000, "milestones": (1500, 1750), "warmup": 80, "test_freq": 250,
        "macs": 11.2e6}
+LONG = {"arch": "convnarrow", "batch_size": 64, "total_steps": 8000, "milestones": (6000, 7000), "warmup": 80, "test_freq": 250,
+        "macs": 11.2e6}
+AT_16 = (*JPEG, "--image-size", "16")
 CELLS = {
     "svhn": Cell("SVHN, 1,000 labels", ("--dataset", "svhn", "--alpha", "0.1", "--weight-decay", "5e-5"), 1000, 73_257, 7788,
                  published={"neither": 9.76, "meta": 3.68, "mix-up": 5.60, "both": 3.15, "supervised": 2.67}),
@@ -66,8 +72,17 @@ CELLS = {
     "cifar10-jpeg": Cell("CIFAR-10 (JPEG), 4,000 labels", JPEG, 4000, 50_000, 8469),
     "cifar10-small": Cell("CIFAR-10, 4,000 labels, small network", ("--dataset", "cifar10"), 4000, 50_000, 1, **SMALL),
     "cifar10-jpeg-small": Cell("CIFAR-10 (JPEG), 4,000 labels, small network", JPEG, 4000, 50_000, 1, **SMALL),
-    **{f"cifar10-jpeg-{count}": Cell(f"CIFAR-10 (JPEG) at 16x16, {count:,} labels", (*JPEG, "--image-size", "16"), count,
-                                     50_000, 11, **FEW) for count in (250, 500, 1000)},
+    **{f"cifar10-jpeg-{count}": Cell(f"CIFAR-10 (JPEG) at 16x16, {count:,} labels", AT_16, count, 50_000, 11, **FEW)
+       for count in (250, 500, 1000)},
+    "cifar10-jpeg-500-long": Cell("CIFAR-10 (JPEG) at 16x16, 500 labels, 8,000 steps", AT_16, 500, 50_000, 11, **LONG),
+    # The long cell until its decay, and what comes after from the weights of either row.
+    "cifar10-jpeg-500-start": Cell("CIFAR-10 (JPEG) at 16x16, 500 labels, 8,000 steps: the first 6,000", AT_16, 500, 50_000, 11,
+                                   **LONG | {"total_steps": 6000}),
+    **{f"cifar10-jpeg-500-from-{row}": Cell(f"CIFAR-10 (JPEG) at 16x16, 500 labels: 2,000 steps from the weights of "
+                                            f"{ROWS[row].title} at step 6,000", AT_16, 500, 50_000, 11, lr=0.01,
+                                            start=("cifar10-jpeg-500-start", row),
+                                            **LONG | {"total_steps": 2000, "milestones": (1000,), "warmup": 0})
+       for row in ("both", "mix-up")},
     "cifar10-jpeg-long": Cell("CIFAR-10 (JPEG), 4,000 labels, 20,000 steps", (*JPEG, "--precision", "bfloat16"), 4000,
                               50_000, 11, "convnarrow", 64, 20_000, (15_000, 17_500), 200, 1000, macs=46.4e6),
     "imagenet": Cell("ImageNet, 10 % of the labels, top-1", ("--dataset", "imagenet", "--data-path", "data/imagenet",
@@ -90,6 +105,11 @@ def cell_of(name, row):
     return cell._replace(**cell.baseline) if row == "neither" else cell
 
 
+def folder_of(cell, row, seed, scale):
+    """The folder of one run."""
+    return Path("results", "reproduce", f"{cell}-{scale:g}", f"{row}-{seed}")
+
+
 def training_flags(name, row, seed, scale):
     """The flags of train_meta.py for one run of a cell; scale multiplies steps, milestones, warm-up and --test-freq."""
     cell = cell_of(name, row)
@@ -100,7 +120,10 @@ def training_flags(name, row, seed, scale):
             *ROWS[row].flags, "--batch-size", str(cell.batch_size), "--total-steps", str(steps),
             *(["--milestones", ",".join(map(str, milestones))] if milestones else []),
             *(["--ramp", str(cell.ramp)] if cell.ramp is not None and "--no-meta" not in ROWS[row].flags else []),
-            "--warmup", str(scaled(cell.warmup, scale)), "--test-freq", str(scaled(cell.test_freq, scale)),
+            *(["--lr", str(cell.lr)] if cell.lr != 0.1 else []),
+            *(["--init", str(folder_of(*cell.start, seed, scale) / "checkpoint.pth")] if cell.start else []),
+            "--warmup", str(scaled(cell.warmup, scale) if cell.warmup else 0),
+            "--test-freq", str(scaled(cell.test_freq, scale)),
             "--print-freq", str(min(100, scaled(steps, 0.05))), "--seed", str(seed)]
 
 

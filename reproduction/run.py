@@ -5,7 +5,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from reproduction.cells import CELLS, ROWS, scaled, training_flags
+from reproduction.cells import CELLS, ROWS, folder_of, scaled, training_flags
 from reproduction.report import QUARTERS, SELECTION_RULES
 from utils import flags
 from utils.cli import UsageError, option
@@ -24,7 +24,7 @@ class Run:
     def __init__(self, cell, row, seed, scale):
         self.cell, self.row, self.seed, self.scale = cell, row, seed, scale
         self.flags = training_flags(cell, row, seed, scale)
-        self.folder = FOLDERS / f"{cell}-{scale:g}" / f"{row}-{seed}"
+        self.folder = folder_of(cell, row, seed, scale)
         self.split = None                   # where the list of its labeled images is published
         if row != "supervised":
             self.split = SPLITS / f"{CELLS[cell].data_name}-{CELLS[cell].num_label}-seed{seed}.txt"
