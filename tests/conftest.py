@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def short_evaluations():
     """Runs on the digits evaluate few of them, in this process as in those that the injections start."""
-    from injections import few_digits
+    from helpers import few_digits
 
     from datasets import loading
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from helpers import differing
 from hypothesis import given
 from hypothesis import strategies as st
-from injections import differing
 
 import reproduce
 import train_meta

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, SHORT
-from injections import differing, tensors
+from helpers import differing, tensors
 from test_datasets import make_folder
 
 import plot_features

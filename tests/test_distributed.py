@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHORT
-from injections import (
+from helpers import (
     FEW,
     SERVER,
     Processes,
@@ -24,10 +24,10 @@ from injections import (
     make_store,
     records,
     run_processes,
-    stand,
     start,
     tensors,
 )
+from injections import stand
 from oracle import close
 from torch import nn
 

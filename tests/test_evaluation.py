@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from injections import FEW, Malicious, few_images, negative_variance, records, spoil
+from helpers import FEW, Malicious, few_images, negative_variance, records, spoil
 from oracle import close
 from test_datasets import make_folder
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHORT
-from injections import FEW, Malicious, few_images
+from helpers import FEW, Malicious, few_images
 from oracle import close
 from PIL import Image
 

@@ -13,7 +13,8 @@ from threading import Lock
 import pytest
 import torch
 from conftest import ROOT
-from injections import INJECTIONS, run
+from helpers import run
+from injections import INJECTIONS
 from oracle import close
 
 import plot_features

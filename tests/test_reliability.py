@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHORT
+from helpers import FEW, FLAGS, differing, few_images, finish, on_terminal, one_line, run, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from injections import FEW, FLAGS, INJECTIONS, differing, few_images, finish, on_terminal, one_line, run, start
+from injections import INJECTIONS
 from test_datasets import make_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 

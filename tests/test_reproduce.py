@@ -15,7 +15,7 @@ from threading import Event
 import numpy as np
 import pytest
 from conftest import ROOT
-from injections import finished_run
+from helpers import finished_run
 
 import reproduce
 from datasets import load_dataset

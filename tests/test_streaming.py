@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from injections import differing, finish, orphans, records, start, wait_for
+from helpers import differing, finish, orphans, records, start, wait_for
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from test_datasets import make_folder

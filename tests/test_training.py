@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import SHORT
-from injections import FEW, differing, few_images, finish, on_terminal, one_line, records, run, start, tensors, wait_for
+from helpers import FEW, differing, few_images, finish, on_terminal, one_line, records, run, start, tensors, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_datasets import make_folder
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHORT
-from injections import differing, records
+from helpers import differing, records
 from PIL import Image
 from test_custom_network import section
 from test_datasets import make_folder, no_network
