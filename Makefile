@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 SHELL := bash -o pipefail
 
-.PHONY: demo test reproduce-small torture benchmark-gpu
+.PHONY: demo test reproduce-small torture gpu-check
 
 # Trains the supervised baseline and MetaSemi on real handwritten digits, 50 of them labeled, on the CPU, and draws Figure 3.
 demo: .venv/installed
@@ -11,6 +11,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/ruff check
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 # The ablation on real images at small scale, on the CPU: those of data/cifar10-images if they are there, else CIFAR-10 itself.
@@ -22,17 +23,14 @@ reproduce-small: .venv/installed
 torture: .venv/installed
 	$(BIN)/python benchmarks/torture.py
 
-# All figures of benchmarks/README.md that need a GPU, into results/benchmark-gpu.
-benchmark-gpu: .venv/installed
-	mkdir -p results/benchmark-gpu
-	for arch in convlarge wideresnet shakeshake; do \
-		$(BIN)/python benchmarks/step.py --device cuda --arch $$arch | tee results/benchmark-gpu/$$arch.md || exit 1; done
-	$(BIN)/python benchmarks/step.py --device cuda --growth | tee results/benchmark-gpu/growth.md
-	$(BIN)/python benchmarks/input.py --device cuda | tee results/benchmark-gpu/input.md
-	$(BIN)/python benchmarks/streaming.py --device cuda | tee results/benchmark-gpu/streaming.md
+# What a first GPU is to answer, in ten minutes, into results/gpu-check.md.
+gpu-check: .venv/installed
+	@mkdir -p results
+	$(BIN)/python benchmarks/gpu_check.py | tee results/gpu-check.md
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt requirements-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt -r requirements-dev.txt \
+		-c constraints.txt
 	touch $@

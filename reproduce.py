@@ -3,88 +3,104 @@
     python3 reproduce.py main --seeds 3                             # MetaSemi and fully supervised
     python3 reproduce.py ablation --dataset cifar10 --gpus 0 1      # its rows, on two GPUs
     python3 reproduce.py ablation --dataset digits --seeds 5        # on a CPU
+    python3 reproduce.py ablation --flags="--dataset folder --data-path photos --num-label 400 --total-steps 20000"
     python3 reproduce.py figure3 --dataset svhn
     python3 reproduce.py curves --dataset cifar10 --scale 0.05
-    python3 reproduce.py imagenet                                   # only prints the plan and its cost
+    python3 reproduce.py differences --dataset cifar10-jpeg-500-long       # over the steps, of the runs that are published
+    python3 reproduce.py table results/a results/b --format latex          # of any run folders
+    python3 reproduce.py main --dataset imagenet --dry-run          # the commands and their cost
 
 Each run is one command of train_meta.py with a folder of its own under results/reproduce; --dry-run prints them.  A run that
 is finished is not repeated, one that was begun is continued.  Everything is written to results/, which git ignores, and nothing
-else is changed.  With --publish, `main` and `ablation` also write their runs to results/runs.csv, from it REPRODUCTION.md and
-the tables of README.md, and their labeled images to splits/.
+else is changed, but by `differences` images/.  With --publish, `main` and `ablation` also write their runs to results/runs.csv
+and results/evaluations.csv, from them the tables of REPRODUCTION.md, README.md and results/runs.md, and their labeled images
+to splits/.
 """
+import hashlib
 import os
-import sys
-
-sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))        # python -P leaves it out
-
-from utils.interrupt import end_at_once
-
-if __name__ == "__main__":
-    end_at_once("reproduce.py")      # first of all: the other imports take a while
-
-import ctypes
-import fcntl
 import shlex
-import signal
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
-from collections import deque
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import suppress
 from pathlib import Path
 
-from reproduction.cells import ABLATION, CELLS, ROWS, training_flop
-from reproduction.published import RUNS, check_split, order, publish
-from reproduction.report import tables
-from reproduction.run import Run, finished_runs
-from utils.cli import Parser, UsageError, fail, number, open_standard_streams, refuse_idle
-from utils.failure import one_line_errors
-from utils.files import LOCK, open_lock, printable
-from utils.run_folder import RunFolder
+import joblib
+from tqdm import tqdm
 
-PROG = "reproduce.py"
-HERE = Path(__file__).parent
+import plot_features
+from reproduction.cells import ABLATION, CELLS, ROWS, own_flags, training_flop
+from reproduction.published import RUNS, check_split, order, publish, read_evaluations, read_runs
+from reproduction.report import tables
+from reproduction.run import Run
+from reproduction.sweep import FORMS, sweep_table
+from utils.cli import Parser, escape_output, number, path, refuse_without_effect
+from utils.errors import UsageError, fail, one_line_errors, printable
+from utils.files import lock
+from utils.interrupt import Interrupt, Stopped, exit_code
+
+PROG, HERE = "reproduce.py", Path(__file__).parent
 TABLES = {"main": ("both", "supervised"), "ablation": (*ABLATION, "beta-0"), "figure3": ("neither", "both"), "curves": ABLATION,
-          "imagenet": ("neither", "both", "supervised")}
-TORCHRUN, RATE = "torchrun --nproc-per-node=8", 0.35 * 790e12     # 35 % of a bfloat16 matrix product on an H200
-CGROUP = Path("/sys/fs/cgroup")
-LIBC = ctypes.CDLL(None)
+          "differences": (), "table": ()}
+RUNNING = ("rows", "seeds", "first_seed", "gpus", "jobs", "dry_run", "publish", "flags")
+WITHOUT_EFFECT = {      # table -> flags that it does not use
+    "main": ("flags", "format"), "ablation": ("format",), "figure3": ("rows", "publish", "flags", "format"),
+    "curves": ("publish", "flags", "format"),
+    "differences": (*RUNNING, "format"), "table": (*RUNNING, "dataset", "scale")}
+RATE, RATE_NAME = 0.35 * 790e12, "35 % of a large bfloat16 matrix product on one H200: an assumption, not a measurement"
 
 
 def main(argv=None):
-    open_standard_streams()
+    escape_output()
     args = parse(argv)
-    end_at_once(PROG)                                       # and the runs with this program, see `end_with_parent`
-    with one_line_errors(PROG, fail):
-        if args.table == "imagenet":
-            print_imagenet(args.seeds, args.scale)
-            return 0
-        runs = [Run(cell, row, (args.first_seed or CELLS[cell].seed) + i, args.scale)
-                for cell in args.dataset for i in range(args.seeds) for row in args.rows]
-        if args.dry_run:
-            for run in runs:
-                print(shlex.join(["python3", "train_meta.py", *run.command()]))
-            return 0
-        results = RunFolder(RUNS.parent)
-        results.lock()                                      # against a second program that starts the same runs
-        for run in runs:
-            check_split(run)
-        print_plan(runs)
-        failed = run_all([run for run in runs if not run.results()], args.gpus, args.jobs)
-        if args.table in ("main", "ablation"):
-            report([run for run in runs if run not in failed], args.publish)
-        elif not failed:
-            failed = draw(args.table, runs)
-        results.close()
-        return 1 if failed else 0
+    with Interrupt() as interrupt, one_line_errors(PROG):
+        try:
+            interrupt.listen()
+            return make(args)
+        except Stopped:
+            fail(PROG, "interrupted", exit_code(interrupt.received))
+
+
+def make(args):
+    """Makes what a command line asks for; returns the exit code."""
+    if args.table == "table":
+        print(sweep_table(args.runs, FORMS[args.format]))
+        return 0
+    if args.table == "differences":
+        draw_all_differences(args)
+        return 0
+    runs = planned_runs(args)
+    if args.dry_run:
+        commands = [shlex.join(["train_meta.py", *run.command()]) for run in runs]
+        print(*(f"# {line}" for line in costs(runs)), *(f"python3 {command}" for command in commands), sep="\n")
+        return 0
+    locked = lock(RUNS.parent)                                   # against a second program that starts the same runs
+    for run in runs:
+        check_split(run)
+    print(*costs(runs), sep="\n")
+    for run in runs:
+        print(f"{run.folder}: {'finished' if run.results() else 'begun' if run.folder.exists() else 'to do'}", flush=True)
+    failed = run_all([run for run in runs if not run.results()], args.gpus, args.jobs)
+    if args.flags is not None and not failed:
+        print("\n" + sweep_table([run.folder for run in runs], FORMS["markdown"]))
+    elif args.table in ("main", "ablation") and args.flags is None:
+        report([run for run in runs if run not in failed], args.publish)
+    elif not failed:
+        draw(args.table, runs)
+    locked.close()
+    return 1 if failed else 0
 
 
 def parse(argv):
     parser = Parser(prog=PROG, description=__doc__)
     parser.add_argument("table", choices=TABLES, help="; ".join(f"{name}: {' '.join(rows)}" for name, rows in TABLES.items()))
+    parser.add_argument("runs", nargs="*", type=path, metavar="RUN", help="table: folders of finished runs")
     parser.add_argument("--dataset", nargs="+", choices=CELLS, default=["svhn", "cifar10", "cifar100"],
                         help="cells of the table (default: svhn cifar10 cifar100)")
+    parser.add_argument("--flags", metavar="TEXT",
+                        help="ablation: flags of train_meta.py, as in --flags=\"--dataset folder --data-path photos\", for an "
+                             "experiment of your own in the place of a cell")
     parser.add_argument("--rows", nargs="+", choices=ROWS,
                         help="main, ablation and curves: these rows instead")
     parser.add_argument("--seeds", type=number(int, low=1, high=1000), default=1, metavar="N",
@@ -99,139 +115,111 @@ def parse(argv):
                         help="without --gpus: runs at a time, which divide the CPUs that are available to this program among "
                              "them; OMP_NUM_THREADS in the environment sets the threads of each instead (default: 1)")
     parser.add_argument("--publish", action="store_true",
-                        help="main and ablation: write the runs of this command to results/runs.csv, REPRODUCTION.md, "
-                             "README.md and splits/; without it no file under version control changes")
-    parser.add_argument("--dry-run", action="store_true", help="print the command of each run, and do nothing")
-    args = parser.parse_args(argv)
+                        help="main and ablation: write the runs of this command to results/runs.csv, results/evaluations.csv, "
+                             "REPRODUCTION.md, README.md and splits/; without it no file under version control changes")
+    parser.add_argument("--dry-run", action="store_true", help="print the command of each run and the cost, and do nothing")
+    parser.add_argument("--format", choices=FORMS, default="markdown", help="table: how it is written (default: markdown)")
+    args = parser.parse_intermixed_args(argv)
     args.dataset = list(dict.fromkeys(args.dataset))
-    for applies, choice, names in (
-            (args.gpus, "--gpus", ("jobs",)),
-            (args.table == "imagenet", "the table imagenet, which runs nothing", ("dataset", "rows", "gpus", "jobs")),
-            (args.table == "figure3", "figure3", ("rows",)),
-            (args.table not in ("main", "ablation"), args.table, ("publish",))):
-        if applies:
-            refuse_idle(parser, args, choice, names)
+    refuse_without_effect(parser, args, args.table, WITHOUT_EFFECT[args.table])
+    if args.gpus:
+        refuse_without_effect(parser, args, "--gpus", ("jobs",))
+    if args.flags is not None:
+        refuse_without_effect(parser, args, "--flags", ("dataset", "scale", "publish"))
+        if "supervised" in (args.rows or ()):
+            parser.error("argument --rows: supervised: with --flags give --num-label for all images, and the row neither")
+    if bool(args.runs) != (args.table == "table"):
+        parser.error("argument RUN: folders of runs belong to `table`, and it needs them")
     args.rows = list(dict.fromkeys(args.rows or TABLES[args.table]))
     return args
 
 
 # Before the runs
 
-def print_imagenet(seeds, scale):
-    """The commands of the ImageNet table, one run on all GPUs at a time, and hours on paper: none has been measured."""
-    print("| row | FLOP | hours on 1 H200 | on 8, without loss between them |\n|---|---|---|---|")
-    for row in TABLES["imagenet"]:
-        flop = training_flop("imagenet", row, scale)
-        print(f"| {ROWS[row].title} | {flop:.2g} | {flop / RATE / 3600:.1f} | {flop / RATE / 3600 / 8:.1f} |")
-    print(f"\nat {RATE / 1e12:.0f} TFLOP/s a GPU, 35 % of a large bfloat16 matrix product: an assumption, not a measurement\n")
-    for row in TABLES["imagenet"]:
-        for seed in range(CELLS["imagenet"].seed, CELLS["imagenet"].seed + seeds):
-            flags = Run("imagenet", row, seed, scale).command()
-            print(f"{TORCHRUN} train_meta.py {shlex.join(flags)} --precision bfloat16")
+def planned_runs(args):
+    """Returns the runs of a command, seed by seed."""
+    if args.flags is not None:
+        own = own_flags(args.flags)
+        name = f"{own.get('dataset', 'cifar10')}-{hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()[:8]}"
+        return [Run(name, row, (args.first_seed or 1) + i, 1.0, own) for i in range(args.seeds) for row in args.rows]
+    return [Run(cell, row, (args.first_seed or CELLS[cell].seed) + i, args.scale)
+            for cell in args.dataset for i in range(args.seeds) for row in args.rows]
 
 
-def print_plan(runs):
-    """What there is to do, with hours by the speed of the finished runs of the same network."""
-    speeds = {}
-    for run in finished_runs():
-        speed = training_flop(run.cell, run.row, run.scale) / max(1.0, run.results()["seconds"])
-        speeds.setdefault(CELLS[run.cell].arch, []).append(speed)
-    print("| run | state | FLOP | hours |\n|---|---|---|---|")
-    for run in runs:
-        state = "finished" if run.results() else "begun" if run.folder.exists() else "to do"
-        flop, speed = training_flop(run.cell, run.row, run.scale), speeds.get(CELLS[run.cell].arch)
-        hours = f"{flop / statistics.median(speed) / 3600:.2g}" if speed else "unknown until one such run is finished"
-        print(f"| {run.folder} | {state} | {flop:.2g} | {hours} |", flush=True)
+def costs(runs):
+    """Yields a line of the FLOP and hours of each cell, at the speed of the published runs of its network, or at RATE."""
+    speeds = {}                         # network -> FLOP per second of its runs
+    for line in read_runs():
+        flop = training_flop(line["cell"], line["row"], float(line["scale"]))
+        speeds.setdefault(CELLS[line["cell"]].arch, []).append(flop / max(1.0, float(line["seconds"])))
+    for cell in dict.fromkeys(run.cell for run in runs if run.own is None):
+        own = [run for run in runs if run.cell == cell]
+        found, flop = speeds.get(CELLS[cell].arch), sum(training_flop(run.cell, run.row, run.scale) for run in own)
+        rate, name = (statistics.median(found), f"the median of {len(found)} runs of {CELLS[cell].arch}") if found else (
+            RATE, RATE_NAME)
+        yield f"{cell}: {len(own)} runs, {flop:.2g} FLOP, {flop / rate / 3600:.2g} hours one after the other at {rate:.2g} " \
+              f"FLOP/s ({name})"
 
 
 # Running
 
 def run_all(runs, gpus, jobs):
-    """Makes runs, one at a time on each GPU or `jobs` at a time on the CPU; prints why some fail, and returns these."""
-    environments = deque([{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in gpus] if gpus else [cpu_environment(jobs)] * jobs)
-    running, failed = {}, []
-    commands = [(run, run.command()) for run in runs]       # here, so that a damaged args.json is found before any run starts
+    """Makes runs, one at a time on each GPU or `jobs` at a time on the CPU; prints why some fail, and returns these.
 
-    def start(run, flags):
-        environment = environments.popleft()                # there is one for each thread of the pool
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            with open_lock(run.folder / LOCK) as lock:     # a run of a program that was killed is still saving
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            running[run] = Progress(run)
-            return subprocess.run([sys.executable, HERE / "train_meta.py", *flags], env={**os.environ, **environment},
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
-                                  preexec_fn=end_with_parent, start_new_session=True)
-        finally:
-            running.pop(run, None)
-            environments.append(environment)
-
-    with ThreadPoolExecutor(len(environments)) as pool:
-        waiting = {pool.submit(start, run, flags): run for run, flags in commands}
-        try:
-            while waiting:
-                for future in wait(waiting, timeout=1, return_when=FIRST_COMPLETED).done:
-                    run = waiting.pop(future)
-                    if not ended_well(run, future.result()):
+    One run at a time prints for itself; of several only the end is told.  If a signal ends this program, each run in hand gets
+    SIGTERM, on which it saves, and is waited for.
+    """
+    free = [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in gpus] if gpus else [cpu_environment(jobs)] * jobs
+    alone, running, failed = len(free) == 1, {}, []
+    waiting = [(run, run.command()) for run in runs]        # what is damaged or missing is found before any run starts
+    for run in runs:
+        run.check_start()
+    bar = tqdm(total=len(runs), unit="run", disable=alone or None, dynamic_ncols=True)
+    try:
+        while waiting or running:
+            while waiting and free:
+                (run, flags), environment = waiting.pop(0), free.pop()
+                error = None if alone else tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+                # In a session of its own Ctrl-C reaches a run as one SIGTERM from here.
+                process = subprocess.Popen([sys.executable, HERE / "train_meta.py", *flags], env={**os.environ, **environment},
+                                           stdout=None if alone else subprocess.DEVNULL, stderr=error, start_new_session=True)
+                running[run] = process, environment, error
+            for run, (process, environment, error) in list(running.items()):
+                if process.poll() is not None:
+                    del running[run]
+                    free.append(environment)
+                    if not ended_well(run, process.returncode, error):
                         failed.append(run)
-                for progress in list(running.values()):
-                    progress.print_if_due()
-        finally:
-            pool.shutdown(cancel_futures=True)
+                    bar.update()
+            bar.refresh()
+            time.sleep(0.2)
+    finally:
+        for process, *_ in running.values():
+            process.terminate()
+        for process, *_ in running.values():
+            process.wait()
+        bar.close()
     return failed
 
 
-def ended_well(run, process):
-    """Prints the result of a run whose process has ended, or what went wrong; returns whether the run is finished."""
-    if process.returncode:
-        print_error(f"{run.folder}: exit code {process.returncode}: {process.stderr.strip()}")
-        return False
+def ended_well(run, code, error):
+    """Prints the result of a run that has ended, or what went wrong; returns whether it is finished."""
     try:
-        line = run.line()
-    except UsageError as error:
-        print_error(error)
+        if code:
+            if error:
+                error.seek(0)
+            raise UsageError(f"{run.folder}: exit code {code}" + (f": {error.read().strip()}" if error else ""))
+        results, _ = run.finished()
+    except UsageError as fault:
+        print(f"{PROG}: {printable(fault)}", file=sys.stderr, flush=True)
         return False
-    print(f"{run.folder}: test error {float(line['last']):.2f} %, {line['seconds']} s", flush=True)
+    tqdm.write(f"{run.folder}: test error {results['error_rate']['last']:.2f} %, {results['seconds']:.0f} s")
     return True
 
 
-class Progress:
-    """What is printed of a run while it goes on: a line every 5 seconds at first, and ever more rarely, until it is one every
-    10 minutes."""
-
-    def __init__(self, run):
-        self.run, self.started, self.printed = run, time.monotonic(), None
-        self.due = self.started + 5
-
-    def print_if_due(self):
-        now = time.monotonic()
-        if now >= self.due:
-            line = f"{self.run.folder}: {self.run.progress() or 'begins'}"
-            if line != self.printed:
-                print(line, flush=True)
-            self.due, self.printed = now + min(600, max(5, (now - self.started) / 4)), line
-
-
 def cpu_environment(jobs):
-    """Environment variables that divide the CPUs among `jobs` runs, unless the user has set the threads of a run."""
-    return {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": str(max(1, available_cpus() // jobs))}
-
-
-def available_cpus():
-    """How many CPUs this process may use: by its affinity, and by the quota of the container that it runs in."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):          # cgroup version 2, version 1
-        with suppress(OSError, ValueError):                 # not this version; no quota, which version 2 calls "max"
-            quota, period = map(int, " ".join((CGROUP / name).read_text(encoding="utf-8") for name in names).split())
-            if quota > 0:                                   # -1 is none
-                count = min(count, max(1, quota // period))
-    return count
-
-
-def end_with_parent():
-    """In a child before it starts: SIGTERM, on which it saves, as soon as this program ends, however it does."""
-    if sys.platform == "linux":
-        LIBC.prctl(1, signal.SIGTERM)                       # PR_SET_PDEATHSIG
+    """Returns environment variables that divide the CPUs among runs, unless the user has set the threads of a run."""
+    return {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": str(max(1, joblib.cpu_count() // jobs))}
 
 
 # After the runs
@@ -242,17 +230,16 @@ def report(runs, publishing):
         return
     blocks = tables(sorted((run.line() for run in runs), key=order))
     for cell in dict.fromkeys(run.cell for run in runs):
-        print(f"\n{CELLS[cell].title}: test error in percent\n\n{blocks[cell]}")
-    print(f"\nDifferences of test errors on the same seeds, in points\n\n{blocks['paired']}\n")
+        print(f"\n{CELLS[cell].title}: test error in percent\n\n{blocks[cell]}\n\n"
+              f"Differences of test errors on the same seeds, in points\n\n{blocks[f'paired-{cell}']}\n")
     if publishing:
         print("published in", *publish(runs))
     else:
-        print("not published: --publish writes these runs to results/runs.csv, REPRODUCTION.md, README.md and splits/")
+        print("not published: --publish writes these runs to results/, REPRODUCTION.md, README.md and splits/")
 
 
 def draw(table, runs):
-    """Draws Figure 3 of the first seed, or the curves of all seeds, for each cell.  Returns the folders where that failed."""
-    failed = []
+    """Draws Figure 3 of the first seed, or the curves of all seeds, for each cell."""
     for folder in dict.fromkeys(run.folder.parent for run in runs):
         of_cell = [run for run in runs if run.folder.parent == folder]
         if table == "figure3":
@@ -261,14 +248,17 @@ def draw(table, runs):
                      "--row-label", *("MetaSemi" if run.row == "both" else "Baseline" for run in first_seed)]
         else:
             flags = ["--curves", *(run.folder for run in of_cell)]
-        if subprocess.run([sys.executable, HERE / "plot_features.py", *flags, "--save-path", folder]).returncode:
-            print_error(f"{folder}: plot_features.py failed")
-            failed.append(folder)
-    return failed
+        plot_features.main([*map(str, flags), "--save-path", str(folder)])
 
 
-def print_error(message):
-    print(f"{PROG}: {printable(message)}", file=sys.stderr, flush=True)
+def draw_all_differences(args):
+    """Draws images/differences-CELL.png of each cell from evaluations.csv."""
+    from reproduction.figures import draw_differences  # matplotlib takes a second to load
+
+    evaluations = read_evaluations()
+    for cell in args.dataset:
+        of_cell = [line for line in evaluations if line["cell"] == cell and float(line["scale"]) == args.scale]
+        print(*draw_differences(of_cell, Path("images", f"differences-{cell}.png")))
 
 
 if __name__ == "__main__":

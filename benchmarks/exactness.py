@@ -60,16 +60,16 @@ def main(argv=None):
         below.semilogy([EVERY * i for i in range(len(norms))], norms, color="black", linewidth=1.2)
         axis.set_title(name, fontsize=10)
         below.set_xlabel("step")
+    for axis in axes.flat:
         axis.grid(alpha=0.3)
-        below.grid(alpha=0.3)
     axes[0, 0].set_ylabel("relative error of the meta-gradient")
     axes[1, 0].set_ylabel("its norm ||e||")
-    axes[0, 0].legend(fontsize=8, loc="best")
+    axes[0, 0].legend(fontsize=8)
     figure.savefig(args.picture, dpi=160)
 
 
 def errors_in_training(build, steps, batch_size):
-    """way -> relative errors, and the norms of the exact meta-gradient, before every EVERY-th of some steps of training."""
+    """Returns way -> relative errors, and the norms of the exact meta-gradient, at every EVERY-th of some steps of training."""
     torch.manual_seed(1)
     images = load_dataset("digits", ".")
     labeled, unlabeled = split_labels(images.train_labels, 50, 10, seed=1)

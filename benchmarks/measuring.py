@@ -1,36 +1,26 @@
-"""What several benchmarks measure, and how."""
-import time
-from pathlib import Path
-
-
-def take_turns(work, repeats, device="cpu"):
-    """How long functions take that are called in turn: name -> seconds of each of `repeats` turns.
-
-    work: name -> function.  A turn before these, in which everything starts, does not count.
-    """
-    times = {name: [] for name in work}
-    for _ in range(repeats + 1):
-        for name, function in work.items():
-            times[name].append(seconds(function, device))
-    return {name: values[1:] for name, values in times.items()}
-
-
-def seconds(work, device="cpu"):
-    import torch
-
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - start
+"""What several benchmarks share."""
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
 
 def relative_error(found, exact):
+    """Returns ||found - exact|| / ||exact||, a float, computed on the CPU in float64."""
+    found, exact = found.double().cpu(), exact.double().cpu()
     return ((found - exact).norm() / exact.norm()).item()
 
 
-def peak_memory(pid="self"):
-    """MiB; Linux.  Unlike getrusage's ru_maxrss, it leaves out what the parent held when it started the process."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+def make_images(root, count, size):
+    """Makes a tree of JPEG files for "folder" and "imagenet", pieces of the photographs of scikit-learn; returns its root.
+
+    count: how many there are for training; one of each of the ten classes is for testing.  size: (width, height).
+    """
+    photos, rng = load_sample_images().images, np.random.default_rng(0)
+    for i in range(count + 10):
+        top, left = rng.integers(0, 428 - size[1]), rng.integers(0, 641 - size[0])
+        piece = Image.fromarray(photos[rng.integers(2)][top:top + size[1], left:left + size[0]])
+        for part in ("train",) if i < count else ("test", "val"):
+            path = root / part / f"n{i % 10:08d}" / f"{i}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            piece.save(path, quality=95)
+    return root

@@ -1,37 +1,55 @@
 """Does a change of structure change a result?  Runs a fixed set of small commands, and compares two such sets bit for bit.
 
-    python3 benchmarks/same_results.py record before                # in the checkout as it was
-    python3 benchmarks/same_results.py record after                 # in the changed one
+    python3 benchmarks/same_results.py record before --checkout ../as-it-was
+    python3 benchmarks/same_results.py record after
     python3 benchmarks/same_results.py compare before after
 
-Compared are every tensor of every checkpoint, metrics.jsonl, the list of labeled images, predictions and coordinates.
+Both sets run on the same machine.  Compared are the files that a run leaves: PARTS of its checkpoints, metrics.jsonl,
+results.json, the list of labeled images, predictions and coordinates.
 """
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import numpy as np
+import torch
+from measuring import make_images
+
+INDICES = "label_indices.txt"
 SHORT = ("--num-label", "50", "-a", "convsmall", "--batch-size", "8", "--total-steps", "12", "--warmup", "3", "--milestones",
          "8,10", "--print-freq", "2", "--test-freq", "4", "--seed", "3", "--device", "cpu")
-DIGITS, FOLDER = ("--dataset", "digits"), ("--dataset", "folder", "--data-path", "images", "--image-size", "16", "--flip")
-NETWORK = ("-a", "narrow.py:Narrow")
+DIGITS, TREE = ("--dataset", "digits", "--mix-up"), ("--image-size", "16", "--mix-up", "--num-workers", "2", "--data-path")
 RUNS = {
-    "neither": (*DIGITS, "--no-meta"),
-    "meta": DIGITS,
-    "mix-up": (*DIGITS, "--no-meta", "--mix-up"),
-    "both": (*DIGITS, "--mix-up"),
-    "finite-difference": (*DIGITS, "--mix-up", "--meta-gradient", "finite-difference"),
-    "unrolled": (*DIGITS, "--mix-up", "--meta-gradient", "unrolled", "--consistency", "kl"),
-    "bfloat16": (*DIGITS, "--mix-up", "--precision", "bfloat16"),
-    "validation": (*DIGITS, "--mix-up", "--num-val", "50", "--include-labeled", "--schedule", "cosine", "--milestones",
-                   "[300000, 350000]"),
-    "wideresnet": (*DIGITS, "--mix-up", *NETWORK),
-    "memory": (*FOLDER, "--mix-up"),
-    "disk": (*FOLDER, "--mix-up", "--skip-corrupt", "--num-workers", "2"),
+    "neither": (*DIGITS[:2], "--no-meta"),
+    "meta": DIGITS[:2],
+    "mix-up": (*DIGITS, "--no-meta"),
+    "both": DIGITS,
+    "finite-difference": (*DIGITS, "--meta-gradient", "finite-difference"),
+    "unrolled": (*DIGITS, "--meta-gradient", "unrolled", "--consistency", "kl"),
+    "bfloat16": (*DIGITS, "--precision", "bfloat16"),
+    "validation": (*DIGITS, "--num-val", "50", "--include-labeled", "--schedule", "cosine", "--milestones", "[300000, 350000]"),
+    "split": (*DIGITS, "--split", f"both/{INDICES}", "--seed", "4"),
+    "init": (*DIGITS, "--init", "both/checkpoint.pth", "--meta-lr", "0.05"),
+    "wideresnet": (*DIGITS, "-a", "narrow.py:Narrow"),
+    "memory": ("--dataset", "folder", "--flip", *TREE, "images"),
+    "unlabeled": ("--dataset", "folder", *TREE, "with-unlabeled"),
+    "disk": ("--dataset", "folder", "--flip", *TREE, "images"),
+    "imagenet": ("--dataset", "imagenet", *TREE, "images"),
+    "two-processes": DIGITS,
+    "sync-bn": (*DIGITS, "--sync-bn"),
+    "resumed": DIGITS,
+    "stopped": (*DIGITS, "--total-steps", "100", "--print-freq", "1", "--test-freq", "20"),
 }
+PARTS = ("step", "model", "optimizer", "rng", "labeled", "validation", "evaluations", "best", "mean", "std", "class_names")
+WITHOUT_MEMORY = """import sys
+import utils.device
+utils.device.memory_for_images = lambda *args: 0
+import train_meta
+sys.exit(train_meta.main(sys.argv[1:]))"""
 NARROW = """from models.wideresnet import WideResNet
 
 
@@ -44,88 +62,96 @@ class Narrow(WideResNet):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("record").add_argument("folder", type=Path)
-    compare_parser = commands.add_parser("compare")
-    for name in ("before", "after"):
-        compare_parser.add_argument(name, type=Path)
+    one, two = commands.add_parser("record"), commands.add_parser("compare")
+    one.add_argument("folder", type=Path, help="a new one")
+    one.add_argument("--checkout", type=Path, default=Path(__file__).parent.parent, help="whose code runs (default: this)")
+    two.add_argument("folders", nargs=2, type=Path)
     args = parser.parse_args(argv)
     if args.command == "record":
-        record(args.folder.resolve())
+        record(args.folder.resolve(), args.checkout.resolve())
         return 0
-    faults = list(compare(args.before, args.after))
+    faults = list(compare(*args.folders))
     print("\n".join(faults) or "equal bit for bit")
     return 1 if faults else 0
 
 
-def record(folder):
+def record(folder, checkout):
     """Runs the set into a new folder."""
     folder.mkdir(parents=True)
     (folder / "narrow.py").write_text(NARROW, encoding="utf-8")
-    make_images(folder / "images")
+    for root in ("images", "with-unlabeled"):
+        make_images(folder / root, 160, (16, 16))
+    (folder / "with-unlabeled" / "unlabeled").mkdir()
+    for path in (folder / "with-unlabeled" / "train").glob("*/???.JPEG"):           # from 100 on
+        path.rename(folder / "with-unlabeled" / "unlabeled" / path.name)
+
+    def run(*words, stop=False):
+        process = subprocess.Popen([sys.executable, *words], cwd=folder, stdout=subprocess.PIPE, text=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout)})
+        for line in process.stdout:
+            if stop and line.startswith("step 5/"):         # wherever that ends it, the resumed run must end the same
+                process.send_signal(signal.SIGTERM)
+        if process.wait() != (128 + signal.SIGTERM if stop else 0):
+            sys.exit(f"it ended with exit code {process.returncode}")
+
+    script = checkout / "train_meta.py"
     for name, flags in RUNS.items():
-        script(folder, "train_meta.py", *SHORT, *flags, "--save-path", name)
-    for steps in ("5", "9", "12"):
-        script(folder, "train_meta.py", *SHORT, *RUNS["both"], "--total-steps", steps, "--save-path", "resumed", "--resume")
-    script(folder, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / "train_meta.py", *SHORT,
-           *RUNS["both"], "--save-path", "two-processes")
-    script(folder, "train_meta.py", "--evaluate", "memory/checkpoint.pth", "--data-path", "images", "--predictions",
-           "predictions.csv")
-    script(folder, "plot_features.py", "--checkpoint-path", "neither/checkpoint.pth", "both/checkpoint.pth", "--save-path",
-           "figure", "--num-point", "100")
-
-
-def script(folder, name, *flags):
-    name = name if name == "-m" else ROOT / name
-    subprocess.run([sys.executable, name, *flags], cwd=folder, check=True, stdout=subprocess.DEVNULL,
-                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-
-
-def make_images(root):
-    """Digits as a folder of PNG files, 16 training and 4 test images a class."""
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    for k in range(10):
-        for i, pixels in enumerate(digits.images[digits.target == k][:20]):
-            path = root / ("train" if i < 16 else "test") / f"class {k}" / f"{i:02}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray((pixels * 15.9).astype("uint8")).convert("RGB").save(path)
+        print(name, flush=True)
+        flags = [*SHORT, *flags, "--save-path", name]
+        if name == "resumed":
+            for steps in ("5", "9", "12"):
+                run(script, *flags, "--total-steps", steps, "--resume")
+        elif name == "stopped":
+            run(script, *flags, stop=True)
+            run(script, *flags, "--resume")
+        elif name in ("two-processes", "sync-bn"):
+            run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *flags)
+        elif name == "disk":
+            run("-c", WITHOUT_MEMORY, *flags)
+            if "read from disk" not in (folder / name / "log.txt").read_text(encoding="utf-8"):
+                sys.exit("its log does not say that its images were read from disk")
+        else:
+            run(script, *flags)
+    for name in ("memory", "imagenet"):
+        run(script, "--evaluate", f"{name}/checkpoint.pth", "--data-path", "images", "--predictions", f"{name}.csv")
+    run(checkout / "plot_features.py", "--checkpoint-path", "neither/checkpoint.pth", "both/checkpoint.pth",
+        "--save-path", "figure", "--num-point", "100")
 
 
 def compare(before, after):
     """Yields a line for each thing that is not the same in two recorded folders."""
-    import numpy as np
-    import torch
-
-    for name in (*RUNS, "resumed", "two-processes"):
-        a, b = (torch.load(folder / name / "checkpoint.pth", weights_only=True) for folder in (before, after))
-        for part in ("model", "optimizer", "labeled", "validation", "rng", "mean", "std"):
-            a_tensors, b_tensors = tensors(a[part]), tensors(b[part])
-            if a_tensors.keys() != b_tensors.keys():
-                yield f"{name}: {part} has other entries"
-            elif odd := [key for key in a_tensors if not torch.equal(a_tensors[key], b_tensors[key])]:
-                yield f"{name}: {part}: {len(odd)} of {len(a_tensors)} tensors differ, {odd[0] or part} the first of them"
-        a, b = ([json.loads(line) for line in (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-                for folder in (before, after))
-        if a != b:
-            yield f"{name}: metrics.jsonl differs"
-        if len({(folder / name / "label_indices.txt").read_bytes() for folder in (before, after)}) > 1:
-            yield f"{name}: label_indices.txt differs"
-    if len({(folder / "predictions.csv").read_bytes() for folder in (before, after)}) > 1:
-        yield "predictions.csv differs"
-    a, b = (np.load(folder / "figure" / "embedding.npz") for folder in (before, after))
-    yield from (f"embedding.npz: {key} differs" for key in a if key not in b or not np.array_equal(a[key], b[key]))
+    for name in RUNS:
+        for file in ("checkpoint.pth", "model_best.pth"):
+            saved = (torch.load(folder / name / file, map_location="cpu", weights_only=True) for folder in (before, after))
+            yield from differences(f"{name}/{file}", *saved, PARTS)
+        results = (json.loads((folder / name / "results.json").read_text(encoding="utf-8")) for folder in (before, after))
+        yield from differences(f"{name}/results.json", *results, ("error_rate", "labeled_error_rate", "steps"))
+    for name in ("memory.csv", "imagenet.csv", *(f"{run}/{file}" for run in RUNS for file in ("metrics.jsonl", INDICES))):
+        if (before / name).read_bytes() != (after / name).read_bytes():
+            yield f"{name} differs"
+    a, b = (dict(np.load(folder / "figure" / "embedding.npz")) for folder in (before, after))
+    yield from differences("embedding.npz", a, b, {**a, **b})
 
 
-def tensors(value, path=""):
-    """path -> tensor, of everything in a part of a checkpoint."""
-    import torch
+def differences(name, a, b, keys):
+    """Yields a line about the keys that one of two dicts lacks, or whose values are not the same."""
+    if lost := [key for key in keys if key not in a or key not in b]:
+        yield f"{name}: there is no {lost[0]} to compare"
+        return
+    a, b = (flat({key: values[key] for key in keys}) for values in (a, b))
+    if odd := [path for path in {**a, **b} if path not in a or path not in b or a[path] != b[path]]:
+        yield f"{name}: {len(odd)} of {len(a)} values differ, {odd[0]} the first of them"
 
-    if isinstance(value, torch.Tensor):
+
+def flat(value, path=""):
+    """Returns path -> number, text, or (type, shape, bytes) of a tensor or array, of everything in a value."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        value = np.asarray(value)
+        return {path: (value.dtype, value.shape, value.tobytes())}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
+    if items is None:
         return {path: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return {k: v for key, item in items for k, v in tensors(item, f"{path}/{key}").items()}
+    return {k: v for key, item in items for k, v in flat(item, f"{path}/{key}").items()}
 
 
 if __name__ == "__main__":

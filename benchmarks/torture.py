@@ -41,6 +41,7 @@ def main(argv=None):
 
 
 def inject(injection, tries, seed, patch=None):
+    """Returns the outcome of each try: what was lost, or None."""
     with tempfile.TemporaryDirectory() as folder:
         return list(injection.inject(Path(folder), tries, np.random.default_rng(seed), patch))
 

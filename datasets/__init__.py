@@ -1,13 +1,14 @@
 """The data sets: images, the labeled split, and batches that are a function of (seed, step).
 
-Importing this package does not load torch; `load_dataset`, `Batches` and `normalized_batches` bring it in on first use.
+Importing this package does not load torch; the names in LAZY bring it in on first use.
 """
 from importlib import import_module
 
 from datasets.splits import split_labels
 from datasets.table import DATASETS, DataError, check_root, has_unlabeled
 
-LAZY = {"load_dataset": "datasets.loading", "Batches": "datasets.batches", "normalized_batches": "datasets.batches"}
+LAZY = {"load_dataset": "datasets.loading", "data_digest": "datasets.images", "duplicates": "datasets.images",
+        "Batches": "datasets.batches", "normalized_batches": "datasets.batches", "load_without_classes": "datasets.folder"}
 __all__ = ["DATASETS", "DataError", "check_root", "has_unlabeled", "split_labels", *LAZY]
 
 

@@ -4,7 +4,7 @@ from torch.nn.functional import pad
 
 
 def crop_and_flip(images, choices, padding):
-    """Zero-pads by `padding` pixels and takes one window of the old size per image.
+    """Returns one window of the old size from each image, zero-padded by `padding` pixels, flipped where that is chosen.
 
     images: (B, C, H, W), any type.  choices: (B, 3) int64 on the same device, from `sampling.crop_and_flip_choices`.
     """
@@ -18,5 +18,5 @@ def crop_and_flip(images, choices, padding):
 
 
 def normalize(images, mean, std):
-    """uint8 (B, C, H, W) to float32: pixels to [0, 1], less the mean, over the standard deviation (C,)."""
+    """Returns uint8 (B, C, H, W) as float32: pixels in [0, 1], less the mean, over the standard deviation (C,)."""
     return images.float().div_(255).sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))

@@ -1,4 +1,4 @@
-"""Batches as a function of the step, from images that lie as one uint8 tensor on the training device, or on disk."""
+"""Batches as a function of the step, from images in one uint8 tensor on the training device, or on disk."""
 from itertools import count
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import torch
 
 from datasets.augment import crop_and_flip, normalize
 from datasets.sampling import IndexStream, crop_and_flip_choices, mixup_weights, resized_crop_choices
-from datasets.streaming import PREFETCH, ImageFiles, ordered_batches
+from datasets.streaming import PREFETCH, ImageFiles
 from datasets.table import DataError
 
 
@@ -20,9 +20,9 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """`batches(step)` is the batch of step 1, 2, ..., the same whatever came before, and wherever the images lie.
+    """The batch of step 1, 2, ... is `batches(step)`, the same whatever came before, and wherever the images lie.
 
-    A block `with batches:` ends the processes that decode.
+    `read(step)` returns it with what keeps it from being read.  A block `with batches:` ends the processes that decode.
 
     Args:
         images: as `load_dataset` returns them.
@@ -34,33 +34,26 @@ class Batches:
 
     def __init__(self, images, labeled, unlabeled=None, *, batch_size, seed, device="cpu", mixup_gamma=None,
                  rows=slice(None)):
-        self.images, self.seed, self.device, self.mixup_gamma = images.to(device), seed, torch.device(device), mixup_gamma
-        self.batch_size, self.rows = batch_size, rows
+        self.padding, self.flip, self.seed, self.mixup_gamma = images.padding, images.flip, seed, mixup_gamma
+        self.device, self.batch_size, self.rows = torch.device(device), batch_size, rows
         self.train_labels, self.mean, self.std = (x.to(self.device) for x in (images.train_labels, images.mean, images.std))
         self.streams = {name: IndexStream(indices, batch_size, seed, name)
                         for name, indices in (("labeled", labeled), ("unlabeled", unlabeled)) if indices is not None}
         self.on_disk = isinstance(images.train_images, ImageFiles)
-        self.ahead = {}                 # step -> batch, kept by `fault`
-        self.cancel()
+        self.images = images.train_images if self.on_disk else images.train_images.to(self.device)
+        self.pins = self.device.type != "cpu"
+        self.decoded = self.next_step = None
 
-    def fault(self, step):
-        """The error that keeps the batch of a step from being read from disk, or None; the batch is kept for its call.
-
-        None as well if the `stop` of `load_dataset` has ended the waiting.
-        """
+    def read(self, step):
+        """Returns the batch of a step and None, or None and the DataError or OSError that keeps it from being read."""
         try:
-            self.ahead = {step: self(step)} if self.on_disk else {}
-        except InterruptedError:
-            pass                        # whoever waits for the signal sees it
+            return self(step), None
         except (DataError, OSError) as error:
-            return error
-        return None
+            return None, error
 
     def __call__(self, step):
-        if step in self.ahead:
-            return self.ahead.pop(step)
         if self.on_disk and step != self.next_step:
-            self.decoded = self.decode_from(step)
+            self.decoded = self.images.decode(self.choices(step), PREFETCH * len(self.streams))
         self.next_step = None           # an error ends `decoded`
         x_l, y_l = self.draw("labeled", step)
         x_u, y_u = self.draw("unlabeled", step) if "unlabeled" in self.streams else (None, None)
@@ -72,53 +65,51 @@ class Batches:
 
     def draw(self, name, step):
         index, pixels = next(self.decoded) if self.on_disk else (self.streams[name](step)[self.rows], None)
-        padding, flip = self.images.padding, self.images.flip
-        choices = crop_and_flip_choices(self.batch_size, padding, flip, self.seed, f"augment {name}", step)
+        choices = crop_and_flip_choices(self.batch_size, self.padding, self.flip, self.seed, f"augment {name}", step)
         choices = self.to_device(np.concatenate([index[:, None], choices[self.rows]], axis=1))
-        index = choices[:, 0]
-        pixels = self.to_device(pixels) if self.on_disk else self.images.train_images[index]
-        x = crop_and_flip(pixels, choices[:, 1:], padding)
-        return normalize(x, self.mean, self.std), self.train_labels[index]
-
-    def decode_from(self, step):
-        """Yields indices (B,) and pixels (B, 3, S, S) uint8 of images on disk, for each stream in turn, of step, step + 1, ...
-
-        They are the same wherever it starts, and however many workers decode.
-        """
-        files = self.images.train_images
-        for (index, crops, members), pixels, errors in files.decode_ahead(self.choices(step), PREFETCH * len(self.streams)):
-            if errors:
-                files.replace(pixels, errors, index, crops, members)
-            yield index, pixels
+        pixels = self.to_device(pixels) if self.on_disk else self.images[choices[:, 0]]
+        x = crop_and_flip(pixels, choices[:, 1:], self.padding)
+        return normalize(x, self.mean, self.std), self.train_labels[choices[:, 0]]
 
     def choices(self, step):
-        """Yields what `decode_from` takes: indices (B,), how each is cropped, and all indices of the stream."""
+        """Yields indices (B,) and how each is cropped, as `ImageFiles.decode` takes them, for each stream in turn."""
         for coming in count(step):
             for name, stream in self.streams.items():
                 crops = (resized_crop_choices(self.batch_size, self.seed, f"crop {name}", coming)
-                         if self.images.train_images.resized_crop else [None] * self.batch_size)
-                yield stream(coming)[self.rows], crops[self.rows], stream.indices
+                         if self.images.resized_crop else [None] * self.batch_size)
+                yield stream(coming)[self.rows], crops[self.rows]
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
         if self.on_disk:
-            self.cancel()
-            self.images.train_images.workers.close()
-
-    def cancel(self):
-        """Takes back what is decoded ahead; the processes that decode stay."""
-        self.decoded = self.next_step = None
+            self.decoded = self.next_step = None        # takes back what is decoded ahead
+            self.images.workers.close()
 
     def to_device(self, array):
         tensor = torch.from_numpy(array)
-        # Pinned, the copy does not wait for the device to finish the step before.
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        if self.pins:                   # pinned, the copy does not wait for the device to finish the step before
+            try:
+                return tensor.pin_memory().to(self.device, non_blocking=True)
+            except RuntimeError:        # of a device that does not share pinned memory with the host
+                self.pins = False
+        return tensor.to(self.device)
+
+
+def ordered_batches(images, batch_size=None):
+    """Yields indices (B,) and pixels (B, 3, S, S) uint8 of a whole set in order, without augmentation.
+
+    images: (N, 3, S, S) uint8, or ImageFiles.  batch_size: by default 1000, and fewer with S above 128.
+    """
+    batch_size = batch_size or min(1000, 1000 * 128 ** 2 // images.shape[-1] ** 2)
+    if isinstance(images, ImageFiles):
+        return (tuple(map(torch.from_numpy, pair)) for pair in images.decode_in_order(batch_size))
+    return zip(torch.arange(len(images)).split(batch_size), images.split(batch_size))
 
 
 def normalized_batches(images, labels, mean, std, device="cpu", batch_size=None):
-    """Yields (x, y) over a whole set in order, normalized, without augmentation; see `streaming.ordered_batches`."""
+    """Yields (x, y) over a whole set in order, normalized, without augmentation; see `ordered_batches`."""
     mean, std = mean.to(device), std.to(device)
     for index, pixels in ordered_batches(images, batch_size):
         yield normalize(pixels.to(device), mean, std), labels[index].to(device)

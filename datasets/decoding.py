@@ -1,9 +1,12 @@
 """Image files to pixels.  Worker processes import this file, so it does not load torch."""
+import os
 import struct
 import warnings
 from contextlib import suppress
 from functools import cache
 from math import exp, log, sqrt
+from multiprocessing import parent_process
+from threading import Thread
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,14 +22,19 @@ MAX_PIXELS = 2 ** 26            # of an image that is resized before its center 
 
 @cache
 def readable_formats():
-    """Of FORMATS the names that this Pillow reads, and the suffixes of their files."""
+    """Returns the names in FORMATS that this Pillow reads, and the suffixes of their files."""
     Image.init()
     return (tuple(name for name in FORMATS if name in Image.OPEN),
             tuple(suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")))
 
 
+def exit_with_parent():
+    """Ends this worker process once its parent has ended, however that happened."""
+    Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
+
+
 def decode_files(paths, image_size, crops):
-    """Pixels (N, 3, image_size, image_size) uint8 RGB, and for each file an error message, or None if it can be read.
+    """Returns pixels (N, 3, image_size, image_size) uint8 RGB, and a list with an error message or None for each file.
 
     crops: one for each path, as in `decode_file`.
     """
@@ -42,10 +50,7 @@ def decode_files(paths, image_size, crops):
 
 
 def decode_file(path, image_size, crop=None):
-    """(3, S, S) uint8 RGB, S = image_size.  Raises DataError for a file that cannot be read.
-
-    The first picture of the file, upright as its EXIF data say, and over BACKGROUND where it is transparent.  An image of
-    more than 8 bits a channel is scaled by `eight_bits`.
+    """Returns (3, S, S) uint8 RGB, S = image_size, of the first picture in a file.  Raises DataError if it cannot be read.
 
     crop: None, to resize the whole image to the square; "center", to resize the shorter side to S / 0.875 and cut out the
         center, as ImageNet is tested; or uniform numbers (10, 4) for `random_box`, to resize a random box to the square.  The
@@ -62,14 +67,14 @@ def decode_file(path, image_size, crop=None):
             image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
             return np.asarray(image).transpose(2, 0, 1)
     except Exception as error:          # damaged files make Pillow's readers raise errors of any type
-        raise DataError(f"{path} cannot be read as an image ({str(error) or type(error).__name__})") from None
+        reason = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "") or type(error).__name__
+        raise DataError(f"{path} cannot be read as an image ({reason})") from None
 
 
 def to_rgb(image):
-    """An opened image upright, opaque, and of mode "RGB"."""
+    """Returns an opened image upright as its EXIF data say, over BACKGROUND where it is transparent, of 8 bits, mode "RGB"."""
     image.load()
-    # Damaged EXIF data, which Pillow reports by these types, turn nothing.
-    with suppress(struct.error, KeyError, SyntaxError, TypeError, ValueError, ZeroDivisionError):
+    with suppress(struct.error, KeyError, SyntaxError, TypeError, ValueError, ZeroDivisionError):       # of damaged EXIF data
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F" or image.mode.startswith("I"):
         image = eight_bits(image)
@@ -79,10 +84,7 @@ def to_rgb(image):
 
 
 def eight_bits(image):
-    """A gray image "L": whole numbers from 0 to 65,535, or floats from 0 to 1, become 0 to 255, the same in every image.
-
-    Raises ValueError for other numbers, because no rule would suit every image.
-    """
+    """Returns a gray image "L": whole numbers from 0 to 65,535, or floats from 0 to 1, become 0 to 255; others are refused."""
     values = np.asarray(image)
     low, high, top = values.min(), values.max(), 1 if image.mode == "F" else 65_535
     if not 0 <= low <= high <= top:                                     # as for a NaN
@@ -94,7 +96,7 @@ def eight_bits(image):
 
 
 def center_crop(image, image_size):
-    """The square of image_size in the center, once the shorter side is resized to image_size / 0.875."""
+    """Returns the square of image_size in the center, once the shorter side is resized to image_size / 0.875."""
     shorter = int(image_size / 0.875)
     width, height = (int(shorter * side / min(image.size)) for side in image.size)
     if width * height > MAX_PIXELS:
@@ -105,7 +107,7 @@ def center_crop(image, image_size):
 
 
 def random_box(height, width, uniform):
-    """Top, left, height and width of the box of torchvision's RandomResizedCrop: 8 to 100 % of the area, sides 3:4 to 4:3.
+    """Returns top, left, height and width of a box as in torchvision's RandomResizedCrop: 8 to 100 % of the area, 3:4 to 4:3.
 
     uniform: (10, 4) numbers in [0, 1): area, ratio of the sides, top and left of ten tries, of which the first that fits
     inside the image is taken, or else the largest box in the center.

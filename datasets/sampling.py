@@ -5,18 +5,18 @@ The choices are drawn on the host, a few kilobytes a step, so that they are the 
 import numpy as np
 
 STREAMS = ("split", "validation", "labeled", "unlabeled", "augment labeled", "augment unlabeled", "mix-up",
-           "crop labeled", "crop unlabeled")
+           "crop labeled", "crop unlabeled", "test")
 
 
 def generator(seed, stream, counter=0):
-    """The random generator of one stream at one step or pass; independent of every other."""
+    """Returns the random generator of one stream at one step or pass, independent of every other."""
     return np.random.default_rng([seed, STREAMS.index(stream), counter])
 
 
 class IndexStream:
     """Endless passes over an index set, each a fresh permutation; batches run across the boundary of passes.
 
-    `stream(step)` gives the batch of step 1, 2, ...  Memory is that of one permutation, whatever the number of steps.
+    `stream(step)` returns the batch of step 1, 2, ...  Memory is that of one permutation, whatever the number of steps.
     """
 
     def __init__(self, indices, batch_size, seed, stream):
@@ -36,7 +36,7 @@ class IndexStream:
 
 
 def crop_and_flip_choices(count, padding, flip, seed, stream, step):
-    """(count, 3) int64: row offset and column offset in [0, 2 * padding], and whether to flip."""
+    """Returns (count, 3) int64: row offset and column offset in [0, 2 * padding], and whether to flip."""
     rng = generator(seed, stream, step)
     offsets = rng.integers(0, 2 * padding + 1, size=(count, 2))
     flips = rng.integers(0, 2, size=(count, 1)) * flip
@@ -44,10 +44,10 @@ def crop_and_flip_choices(count, padding, flip, seed, stream, step):
 
 
 def resized_crop_choices(count, seed, stream, step):
-    """(count, 10, 4) float64, uniform on [0, 1), for `decoding.random_box`."""
+    """Returns (count, 10, 4) float64, uniform on [0, 1), for `decoding.random_box`."""
     return generator(seed, stream, step).random((count, 10, 4))
 
 
 def mixup_weights(count, gamma, seed, step):
-    """(count,) float32, lam ~ Beta(gamma, gamma), one per sample (line 9 of Algorithm 2)."""
+    """Returns (count,) float32, lam ~ Beta(gamma, gamma), one per sample (line 9 of Algorithm 2)."""
     return generator(seed, "mix-up", step).beta(gamma, gamma, size=count).astype(np.float32)

@@ -1,14 +1,12 @@
-"""Which training images keep their labels."""
-from contextlib import contextmanager
-
+"""Which training images keep their labels, and which are held out."""
 import numpy as np
 
 from datasets.sampling import generator
-from datasets.table import DataError
+from datasets.table import UNLABELED, DataError
 
 
 def split_labels(train_labels, num_label, num_classes, seed, stream="split"):
-    """A class-balanced choice of labeled images, from a generator of its own.
+    """Returns a class-balanced choice of labeled images, from a generator of its own, and the other images.
 
     Args:
         train_labels: (N,) class indices, an array or a tensor on the CPU.
@@ -22,69 +20,81 @@ def split_labels(train_labels, num_label, num_classes, seed, stream="split"):
         DataError, a ValueError: if num_label cannot be split evenly, or a class has too few images.
     """
     labels = np.asarray(train_labels)
-    if num_label == len(labels):
+    if num_label == len(labels) > 0:
         return np.arange(num_label), np.arange(0)
-    check_num_label(num_label, num_classes, len(labels))
-    per_class = num_label // num_classes
+    counts = np.bincount(labels[labels != UNLABELED], minlength=num_classes)
+    check_num_label(num_label, num_classes, len(labels), int(counts.min()))
+    per_class, most = num_label // num_classes, num_classes * counts.min()
+    if num_label > most:
+        lacking = np.argmax(counts < per_class)
+        raise DataError(f"{num_label} labels need {per_class} images of class {lacking}, which has {counts[lacking]}: "
+                        f"use at most {most}")
     rng = generator(seed, stream)
-    members = [rng.permutation(np.flatnonzero(labels == k)) for k in range(num_classes)]
-    for k, images in enumerate(members):
-        if len(images) < per_class:
-            raise DataError(f"{num_label} labels need {per_class} images of class {k}, which has {len(images)}: "
-                            f"use at most {num_classes * min(map(len, members))}")
-    labeled = np.sort(np.concatenate([images[:per_class] for images in members]))
+    members = [rng.permutation(np.flatnonzero(labels == k))[:per_class] for k in range(num_classes)]
+    labeled = np.sort(np.concatenate(members))
     return labeled, np.setdiff1d(np.arange(len(labels)), labeled)
 
 
-def split_training(train_labels, num_label, num_val, num_classes, seed, given=None):
-    """Labeled and validation indices, both class-balanced and disjoint; the validation part is drawn first.
+def split_training(train_labels, num_label, num_val, num_classes, seed, named=None):
+    """Returns labeled and validation indices, both class-balanced and disjoint; the validation part is drawn first.
 
     train_labels: (N,) class indices of the training images that have a class.
     num_label: None for all that are not validation images.
-    given: None, or the indices of all images whose label may be used, which need not be balanced; those that are not drawn
+    named: None, or the indices of all images whose label may be used, which need not be balanced; those that are not drawn
         for validation are labeled, at least one of every class.
     Raises DataError for a list or for numbers that the labels do not allow.
     """
-    labels = np.asarray(train_labels)
-    if given is not None and max(given) >= len(labels):
-        raise DataError(f"argument --split: {max(given)} is not the index of one of {len(labels)} training images")
-    named = np.arange(len(labels)) if given is None else np.sort(given)
-    validation, rest = np.arange(0), named
-    if num_val:
-        with errors_of("--num-val"):
-            validation, rest = (named[part] for part in split_labels(labels[named], num_val, num_classes, seed, "validation"))
-    if given is not None:
-        empty = np.flatnonzero(np.bincount(labels[rest], minlength=num_classes) == 0)
-        if len(empty):
-            raise DataError(f"argument --split: it names no image of class {empty[0]}"
-                            + f" beside the {num_val} of --num-val" * bool(num_val) + ": add one")
-        return rest, validation
-    with errors_of("--num-label"):
-        labeled, _ = split_labels(labels[rest], num_label or len(rest), num_classes, seed)
-    return rest[labeled], validation
-
-
-@contextmanager
-def errors_of(flag):
-    """Inside, a DataError names the flag."""
+    labels, flag = np.asarray(train_labels), "--split"
     try:
-        yield
+        if named is not None and max(named) >= len(labels):
+            raise DataError(f"{max(named)} is not the index of one of {len(labels)} training images")
+        rest = np.arange(len(labels)) if named is None else np.sort(named)
+        validation = rest[:0]
+        if num_val:
+            flag = "--num-val"
+            validation, rest = (rest[part] for part in split_labels(labels[rest], num_val, num_classes, seed, "validation"))
+        if named is None:
+            flag = "--num-label"
+            rest = rest[split_labels(labels[rest], len(rest) if num_label is None else num_label, num_classes, seed)[0]]
+        elif len(empty := np.setdiff1d(np.arange(num_classes), labels[rest])):
+            flag = "--split"
+            raise DataError(f"it names no image of class {empty[0]}" + f" beside the {num_val} of --num-val" * bool(num_val)
+                            + ": add one")
     except DataError as error:
         raise DataError(f"argument {flag}: {error}") from None
+    return rest, validation
 
 
-def check_num_label(num_label, num_classes, num_train):
-    """Raises DataError if num_label labels cannot be spread evenly over the classes; all images are always allowed."""
-    if not 0 < num_label <= num_train:
-        raise DataError(f"{num_label} labels of {num_train} training images: use 1 to {num_train}")
-    if num_label != num_train and num_label % num_classes:
-        lower = num_label - num_label % num_classes
-        raise DataError(f"{num_label} labels cannot be split evenly over {num_classes} classes: "
-                         f"use {f'{lower} or ' if lower else ''}{lower + num_classes}")
+def hold_out(train_labels, num_test, class_names):
+    """Returns class-balanced indices (num_test,) of images to test on, ascending, the same for every seed of a run.
+
+    train_labels: (N,) class indices of the training images that have a class.  Every class keeps at least one of them.
+    """
+    counts = np.bincount(train_labels, minlength=len(class_names))
+    most, smallest = len(class_names) * (counts.min() - 1), class_names[counts.argmin()]
+    if num_test % len(class_names) or not 0 < num_test <= most:
+        raise DataError(f"argument --num-test: {num_test} images cannot be held out evenly of {len(class_names)} classes, of "
+                        f"which {smallest} has only {counts.min()}: use a multiple of {len(class_names)} up to {most}")
+    return split_labels(train_labels, num_test, len(class_names), seed=0, stream="test")[0]
 
 
-def check_split(labeled, validation, num_train, source):
-    """Raises DataError, naming where they come from, unless two index sets are disjoint and of num_train images."""
+def check_num_label(num_label, num_classes, num_train, smallest_class=None):
+    """Raises DataError if num_label labels, unless they are all, cannot be spread evenly over the classes.
+
+    smallest_class: images of the class that has the fewest, for the advice; None if it is not known.
+    """
+    if 0 < num_label <= num_train and (num_label == num_train or num_label % num_classes == 0):
+        return
+    most = num_classes * (num_train // num_classes if smallest_class is None else smallest_class)
+    lower = num_label - num_label % num_classes
+    possible = ([str(count) for count in (lower, lower + num_classes) if 0 < count <= most]
+                or [f"a multiple of {num_classes} up to {most}"] * (most > 0) + [f"{num_train} for all"] * (num_train > 0))
+    raise DataError(f"{num_label} labels cannot be split evenly over {num_classes} classes of {num_train} images: "
+                    f"use {' or '.join(possible) or 'fewer to validate on'}")
+
+
+def check_split(labeled, validation, num_train, name):
+    """Raises DataError, which says whose they are, unless two index sets are disjoint and of num_train images."""
     both = np.concatenate([labeled, validation])
     if len(np.unique(both)) < len(both) or both.min() < 0 or both.max() >= num_train:
-        raise DataError(f"{source}: its labeled and validation images are not different ones of {num_train}")
+        raise DataError(f"{name}: its labeled and validation images are not different ones of {num_train}")

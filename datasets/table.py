@@ -2,8 +2,8 @@
 import os
 from typing import NamedTuple
 
-UNLABELED = -1          # stands for the class of a training image that has none; such images come after all others
-HEAP = "unlabeled"      # the folder of such images, beside those of class folders
+UNLABELED = -1                      # stands for the class of a training image that has none; such images come after all others
+UNLABELED_FOLDER = "unlabeled"      # of such images, beside the folders of those with a class
 
 
 class DataError(ValueError):
@@ -12,16 +12,16 @@ class DataError(ValueError):
 
 class DatasetInfo(NamedTuple):
     loader: str                         # key of datasets.loading.LOADERS
-    source: str | None = None           # class of torchvision.datasets
+    torchvision: str | None = None      # class of torchvision.datasets
     place: str | None = None            # file or folder of those, under --data-path
     num_classes: int | None = None      # None: read from the data
     num_train: int | None = None
     mean: tuple | None = None           # per channel, of pixels in [0, 1]; None: measured on the training images
     std: tuple | None = None
     folders: tuple = ()                 # of class folders: that of the training images and that of the test images
-    unlabeled: bool = False             # training images without a class: HEAP, if it is there, or in the source
-    resized: bool = False               # whether --image-size has a say
-    image_size: int = 32                # if it says nothing
+    unlabeled: bool = False             # has training images without a class, or takes those in UNLABELED_FOLDER
+    resized: bool = False               # accepts --image-size
+    image_size: int = 32                # without it
     resized_crop: bool = False          # training takes torchvision's RandomResizedCrop rather than pad and crop
     flip: bool = False                  # digits and house numbers are not mirror-symmetric
 
@@ -42,23 +42,32 @@ DATASETS = {
 
 
 def has_unlabeled(name, root):
-    """Whether a data set comes with training images that have no class."""
+    """Returns whether a data set comes with training images that have no class."""
     row = DATASETS[name]
-    return row.unlabeled and (not row.folders or os.path.lexists(root / HEAP))
+    return row.unlabeled and (not row.folders or os.path.lexists(root / UNLABELED_FOLDER))
 
 
 def is_under(name, root):
-    """Whether something of a data set lies in a folder."""
+    """Returns whether something of a data set lies in a folder."""
     row = DATASETS[name]
     return any(place and (root / place).exists() for place in (*row.folders, row.place))
 
 
-def check_root(name, root):
-    """Raises DataError unless the folders that a data set is read from are there."""
+def check_root(name, root, num_test=0):
+    """Raises DataError unless the folders of a data set are there, with num_test all but that of the test images."""
     folders = DATASETS[name].folders
-    if folders and has_unlabeled(name, root) and not (root / HEAP).is_dir():
-        raise DataError(f"argument --data-path: {root / HEAP} is not a folder: put images without a class in it, or remove it")
-    for folder in folders:
-        if not (root / folder).is_dir():
-            raise DataError(f"argument --data-path: {root / folder} is not a folder: --dataset {name} reads "
-                            + " and ".join(f"{folder}/<class>/*" for folder in folders) + " under it")
+    if not folders:
+        if num_test:
+            raise DataError(f"argument --num-test: {name} has a test set of its own: leave it out")
+        return
+    train, test, unlabeled = (root / folder for folder in (*folders, UNLABELED_FOLDER))
+    if has_unlabeled(name, root) and not unlabeled.is_dir():
+        raise DataError(f"argument --data-path: {unlabeled} is not a folder: put images without a class in it, or remove it")
+    if not train.is_dir():
+        raise DataError(f"argument --data-path: {train} is not a folder: --dataset {name} reads "
+                        + " and ".join(f"{folder}/<class>/*" for folder in folders) + " under it")
+    if num_test and os.path.lexists(test):
+        raise DataError(f"argument --num-test: {test} has the test images: leave --num-test out, or rename that folder")
+    if not num_test and not test.is_dir():
+        raise DataError(f"argument --data-path: {test} is not a folder: put test images in {test.name}/<class>/, or let "
+                        f"--num-test N hold N images of {train.name}/ out")

@@ -9,17 +9,18 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
+from plot_features import plotting_parser  # noqa: E402
 from reproduction.report import filled, markdown  # noqa: E402
-from utils.flags import plotting_parser, training_parser  # noqa: E402
+from utils.flags import training_parser  # noqa: E402
 
 # Algorithm 2, line by line: its number, what it does, and the file and a part of the one source line that does it.
 ALGORITHM = [
     ("1-2", "Sample `B` labeled images `(x_l, y_l)` and `B` unlabeled images `x_u`.", "train_meta.py", "# lines 1, 2, 9"),
-    ("3", "`y_tilde = f(x_u; theta)`", "metasemi/meta_gradient.py", "return consistency.inverse(linked)"),
-    ("4", "`L_l` is the mean of `KL(f(x_l; theta), y_l)`.", "metasemi/meta_gradient.py", "logits_l = logits(model, theta"),
-    ("5", "`g` is the gradient of `L_l` with respect to `theta`.", "metasemi/meta_gradient.py", "autograd.grad(cross_entropy("),
-    ("6", "`eps = 0.01 / norm(g)`; only the finite difference needs it.", "metasemi/meta_gradient.py", "# line 6"),
-    ("7", "The meta-gradient is `2 J g`, exactly; the paper takes a central difference.", "metasemi/meta_gradient.py",
+    ("3", "`y_tilde = f(x_u; theta)`", "metasemi/gradient.py", "return consistency.inverse(linked)"),
+    ("4", "`L_l` is the mean of `KL(f(x_l; theta), y_l)`.", "metasemi/gradient.py", "logits_l = logits(model, theta"),
+    ("5", "`g` is the gradient of `L_l` with respect to `theta`.", "metasemi/gradient.py", "g = gradient_of(loss_l, theta)"),
+    ("6", "`eps = 0.01 / norm(g)`; only the finite difference needs it.", "metasemi/gradient.py", "# line 6"),
+    ("7", "The meta-gradient is `2 J g`, exactly; the paper takes a central difference.", "metasemi/gradient.py",
      "forward_ad.unpack_dual(consistency.link(logits_u))"),
     ("8", "`y_hat = y_tilde - beta * 2 J g`, clipped at zero, each row divided by its sum.", "metasemi/pseudo_labels.py",
      "y_hat = (y_tilde - beta"),

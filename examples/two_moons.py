@@ -19,7 +19,6 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))        # the checko
 from metasemi import meta_gradient, ramp, training_step, update_pseudo_labels  # noqa: E402
 
 NOISE, BETA, WEIGHT = 0.2, 0.1, 5.0         # of the second view, the meta step, and the consistency loss
-EARLY = 0.02                                # share of the steps before the arrows
 COLORS, INK = ["#1f5f99", "#d1603d"], "#1a1a1a"             # of the upper and the lower moon, of the text
 SHADES = LinearSegmentedColormap.from_list("moons", [COLORS[0], "#ffffff", COLORS[1]])
 
@@ -44,25 +43,22 @@ def accuracy(model, x, y):
 
 
 @torch.no_grad()
-def draw_regions(ax, model, x):
-    """The probability of the lower moon as a shade, and where it is one half."""
+def draw(baseline, early, metasemi, x_l, y_l, x_u, y_u, picture):
+    x = torch.cat([x_l, x_u])
     (left, bottom), (right, top) = (x.min(dim=0).values - 0.35).tolist(), (x.max(dim=0).values + 0.35).tolist()
     u, v = torch.meshgrid(torch.linspace(left, right, 300), torch.linspace(bottom, top, 300), indexing="xy")
-    p = model(torch.stack([u, v], dim=-1).view(-1, 2)).softmax(dim=1)[:, 1].view(300, 300)
-    ax.imshow(p.numpy(), extent=(left, right, bottom, top), origin="lower", cmap=SHADES, vmin=0, vmax=1, alpha=0.45)
-    ax.contour(u.numpy(), v.numpy(), p.numpy(), levels=[0.5], colors=INK, linewidths=1.4)
-
-
-def draw(baseline, early, metasemi, x_l, y_l, x_u, y_u, picture):
     fig = Figure(figsize=(15, 3.85), facecolor="white", layout="constrained")
     axes = fig.subplots(1, 3)
     for ax, model, title in ((axes[0], baseline, f"supervised: {accuracy(baseline, x_u, y_u):.1%} right"),
                              (axes[1], early, "early on: the meta step moves the pseudo-labels"),
                              (axes[2], metasemi, f"MetaSemi: {accuracy(metasemi, x_u, y_u):.1%} right")):
-        draw_regions(ax, model, torch.cat([x_l, x_u]))
+        p = model(torch.stack([u, v], dim=-1).view(-1, 2)).softmax(dim=1)[:, 1].view(300, 300).numpy()      # of the lower moon
+        ax.imshow(p, extent=(left, right, bottom, top), origin="lower", cmap=SHADES, vmin=0, vmax=1, alpha=0.45)
+        ax.contour(u.numpy(), v.numpy(), p, levels=[0.5], colors=INK, linewidths=1.4)
         ax.scatter(*x_u.T.numpy(), s=9, c=[COLORS[k] for k in y_u], linewidths=0, alpha=0.35 if model is early else 0.85)
         ax.set_title(title, fontsize=14, color=INK)
-    y_tilde, gradient = meta_gradient(early, x_l, y_l, x_u)
+    with torch.enable_grad():
+        y_tilde, gradient = meta_gradient(early, x_l, y_l, x_u)
     moved = (update_pseudo_labels(y_tilde, gradient, BETA) - y_tilde)[:, 0].numpy()         # towards the upper moon
     length = 0.5 * moved / max(abs(moved).max(), 1e-12)
     axes[1].quiver(*x_u.T.numpy(), 0 * length, length, color=[COLORS[int(m < 0)] for m in moved], angles="xy",
@@ -89,7 +85,7 @@ def main(argv=None):
     data = x[labeled], y[labeled], x[unlabeled]
     baseline = train(*data, args.seed, args.steps, meta=False)
     consistency = train(*data, args.seed, args.steps, beta=0.0)
-    early = train(*data, args.seed, args.steps, share=EARLY)
+    early = train(*data, args.seed, args.steps, share=0.02)             # before the arrows
     metasemi = train(*data, args.seed, args.steps)
     for name, model in (("supervised", baseline), ("MetaSemi", metasemi), ("MetaSemi, beta = 0", consistency)):
         print(f"{name}: {accuracy(model, x[unlabeled], y[unlabeled]):.1%}")

@@ -1,8 +1,10 @@
 """Learning rate and ramp as pure functions of the step.  Step n is the n-th update; step 0 is before the first."""
+from collections.abc import Sequence
 from math import cos, pi
 
 
-def learning_rate(step, lr, warmup=0, milestones=(), gamma=0.1, total_steps=None):
+def learning_rate(step: int, lr: float, warmup: int = 0, milestones: Sequence[int] = (), gamma: float = 0.1,
+                  total_steps: int | None = None) -> float:
     """Linear warm-up from 0 to `lr` over `warmup` steps, and a factor `gamma` for every milestone passed; or, with
     `total_steps`, after the warm-up half a cosine from `lr` down to 0 at step `total_steps` instead of the milestones.
 
@@ -16,6 +18,6 @@ def learning_rate(step, lr, warmup=0, milestones=(), gamma=0.1, total_steps=None
     return lr * (1 + cos(pi * (step - warmup) / (total_steps - warmup))) / 2
 
 
-def ramp(step, warmup, weight=1.0):
+def ramp(step: int, warmup: int, weight: float = 1.0) -> float:
     """Linear from 0 at step 0 to `weight` at step `warmup`, then constant; constant if `warmup` is 0."""
     return weight * step / warmup if step < warmup else weight

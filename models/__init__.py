@@ -5,9 +5,9 @@ torch arrives with the first `build_model`.
 """
 from importlib import import_module
 
-from models.custom import NetworkError, build_custom, check_network, dry_run, is_custom
+from models.custom import NetworkError, build_custom, check_network, is_custom
 
-__all__ = ["NETWORKS", "NetworkError", "build_model", "check_network", "is_custom", "dry_run"]
+__all__ = ["NETWORKS", "NetworkError", "build_model", "check_network", "is_custom"]
 
 NETWORKS = {                    # name -> (module, class, keyword arguments)
     "convlarge": ("models.convlarge", "ConvLarge", {"width": 128}),
@@ -21,7 +21,7 @@ NETWORKS = {                    # name -> (module, class, keyword arguments)
 
 
 def build_model(name, num_classes, device=None):
-    """A freshly initialized network (from torch's global generator) in training mode.
+    """Returns a network in training mode, with its first weights from torch's global generator.
 
     Args:
         name: a key of NETWORKS, or FILE.py:CLASS, a class in a file that is executed: never pass what a file says.
@@ -35,7 +35,7 @@ def build_model(name, num_classes, device=None):
     if is_custom(name):
         return build_custom(name, num_classes).to(device)
     if name not in NETWORKS:
-        raise NetworkError(f"no network is named {name!r}; choose from {', '.join(NETWORKS)}")
+        raise NetworkError(f"{name}: no network has that name; choose from {', '.join(NETWORKS)}")
     import torch
 
     module, cls, kwargs = NETWORKS[name]

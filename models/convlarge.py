@@ -1,11 +1,11 @@
 """ConvLarge, the 13-layer network of the semi-supervised literature (Laine & Aila, 2017), at any width."""
 from torch import nn
 
-from models.layers import ConvBN
+from models.layers import ConvBN, LeakyReLU
 
 
 def conv(in_channels, out_channels, kernel_size, padding=0):
-    return nn.Sequential(ConvBN(in_channels, out_channels, kernel_size, padding=padding), nn.LeakyReLU(0.1, inplace=True))
+    return nn.Sequential(ConvBN(in_channels, out_channels, kernel_size, padding=padding), LeakyReLU(0.1))
 
 
 class ConvLarge(nn.Module):

@@ -1,6 +1,8 @@
 """torchvision's residual networks (He et al., 2016), with the names of its weights, for images of ImageNet's kind."""
 from torchvision.models import resnet
 
+from models.layers import BatchNorm2d
+
 
 class ResNet(resnet.ResNet):
     """ResNet-18 has 11,689,512 parameters at 1,000 classes and features (B, 512), ResNet-50 25,557,032 and (B, 2048).
@@ -10,7 +12,7 @@ class ResNet(resnet.ResNet):
 
     def __init__(self, num_classes, depth):
         block, layers = {18: (resnet.BasicBlock, [2, 2, 2, 2]), 50: (resnet.Bottleneck, [3, 4, 6, 3])}[depth]
-        super().__init__(block, layers, num_classes)
+        super().__init__(block, layers, num_classes, norm_layer=BatchNorm2d)
 
     @property
     def classifier(self):

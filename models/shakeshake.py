@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad, relu
 
-from models.layers import ConvBN
+from models.layers import BatchNorm2d, ConvBN
 
 
 def shake(a, b, training):
@@ -14,9 +14,9 @@ def shake(a, b, training):
     mode and double backward alike.  Evaluation mode draws nothing: the meta-gradient must not be noisy.
     """
     if not training:
-        return (a + b) / 2
+        return torch.lerp(a, b, 0.5)
     gates = torch.rand(2, a.shape[0], 1, 1, 1, device=a.device).to(a.dtype)
-    value, derivative = (b + gate * (a - b) for gate in gates)
+    value, derivative = (torch.lerp(b, a, gate) for gate in gates)
     return derivative + (value - derivative).detach()
 
 
@@ -35,22 +35,26 @@ class ShiftConv(nn.Module):
 
 
 class Block(nn.Module):
+    """Two branches and a shortcut.  The activation that begins both branches is computed once; nn.Identity stands for it."""
+
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()
         self.branches = nn.ModuleList(
-            nn.Sequential(nn.ReLU(), ConvBN(in_channels, out_channels, 3, stride, 1),
+            nn.Sequential(nn.Identity(), ConvBN(in_channels, out_channels, 3, stride, 1),
                           nn.ReLU(), ConvBN(out_channels, out_channels, 3, 1, 1)) for _ in range(2))
+        self.halves = stride == 2
         if in_channels == out_channels:
             self.shortcut = nn.Identity()
         elif stride == 1:
             self.shortcut = ConvBN(in_channels, out_channels, 1)
         else:
-            self.shortcut = nn.Sequential(nn.ReLU(), ShiftConv(in_channels, out_channels),
-                                          nn.BatchNorm2d(out_channels))
+            self.shortcut = nn.Sequential(nn.Identity(), ShiftConv(in_channels, out_channels),
+                                          BatchNorm2d(out_channels))
 
     def forward(self, x):
-        a, b = (branch(x) for branch in self.branches)
-        return self.shortcut(x) + shake(a, b, self.training)
+        activated = relu(x)
+        a, b = (branch(activated) for branch in self.branches)
+        return self.shortcut(activated if self.halves else x) + shake(a, b, self.training)
 
 
 class ShakeShake(nn.Module):

@@ -1,9 +1,8 @@
 """WideResNet (Zagoruyko & Komodakis, 2016) in the form of the semi-supervised literature (Oliver et al., 2018):
 LeakyReLU(0.1), batch-norm momentum 0.001, and a first block that activates before the shortcut leaves."""
 from torch import nn
-from torch.nn.functional import leaky_relu
 
-from models.layers import ConvBN
+from models.layers import BatchNorm2d, ConvBN, LeakyReLU
 
 SLOPE, MOMENTUM = 0.1, 0.001
 
@@ -13,18 +12,17 @@ class Block(nn.Module):
 
     def __init__(self, in_channels, out_channels, stride, activate_before_shortcut):
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels, momentum=MOMENTUM)
+        self.bn1 = BatchNorm2d(in_channels, momentum=MOMENTUM)
         self.conv1 = ConvBN(in_channels, out_channels, 3, stride, 1, momentum=MOMENTUM)     # with the second bn
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         same = in_channels == out_channels and stride == 1
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-        self.activate_before_shortcut = activate_before_shortcut
+        self.activate, self.activate_before_shortcut = LeakyReLU(SLOPE), activate_before_shortcut
 
     def forward(self, x):
-        out = leaky_relu(self.bn1(x), SLOPE, inplace=True)
+        out = self.activate(self.bn1(x))
         shortcut = self.shortcut(out if self.activate_before_shortcut else x)
-        out = leaky_relu(self.conv1(out), SLOPE, inplace=True)
-        return self.conv2(out) + shortcut
+        return self.conv2(self.activate(self.conv1(out))) + shortcut
 
 
 class WideResNet(nn.Module):
@@ -41,7 +39,8 @@ class WideResNet(nn.Module):
                                     activate_before_shortcut=stage == 0 and i == 0))
         self.stem = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         self.blocks = nn.Sequential(*blocks)
-        self.bn = nn.BatchNorm2d(channels[3], momentum=MOMENTUM)
+        self.bn = BatchNorm2d(channels[3], momentum=MOMENTUM)
+        self.activate = LeakyReLU(SLOPE)
         self.classifier = nn.Linear(channels[3], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -50,7 +49,7 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def features(self, x):
-        return leaky_relu(self.bn(self.blocks(self.stem(x))), SLOPE).mean(dim=(2, 3))
+        return self.activate(self.bn(self.blocks(self.stem(x)))).mean(dim=(2, 3))
 
     def forward(self, x):
         return self.classifier(self.features(x))

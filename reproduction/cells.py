@@ -1,9 +1,11 @@
 """The paper's tables as data: the rows of the ablation, the settings of each cell, the published error rates."""
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.cli import UsageError, fail
-from utils.flags import parse_given
+from utils.cli import option
+from utils.errors import UsageError, fail
+from utils.flags import COMMAND, parse_given, with_role
 
 
 class TableRow(NamedTuple):
@@ -24,6 +26,8 @@ ROWS = {
     "supervised": TableRow("fully supervised", ("--no-meta",), 3),
 }
 ABLATION = ("neither", "meta", "mix-up", "both")
+MAKE_ROWS = {"mix_up", "no_meta", "meta_lr"}            # flags that stand in the rows
+OF_META_STEP = {"meta_gradient", "epsilon", "consistency", "weight", "ramp"}        # without effect with --no-meta
 
 
 class Cell(NamedTuple):
@@ -86,7 +90,8 @@ CELLS = {
     "cifar10-jpeg-long": Cell("CIFAR-10 (JPEG), 4,000 labels, 20,000 steps", (*JPEG, "--precision", "bfloat16"), 4000,
                               50_000, 11, "convnarrow", 64, 20_000, (15_000, 17_500), 200, 1000, macs=46.4e6),
     "imagenet": Cell("ImageNet, 10 % of the labels, top-1", ("--dataset", "imagenet", "--data-path", "data/imagenet",
-                                                             "--schedule", "cosine", "--sync-bn"), 128_000, 1_281_167, 1234,
+                                                             "--schedule", "cosine", "--sync-bn", "--precision",
+                                                             "bfloat16"), 128_000, 1_281_167, 1234,
                      "resnet18", 512, 1_351_200, (), 11_260, 2252, ramp=0, macs=1.82e9,
                      baseline={"total_steps": 150_000, "warmup": 1250},     # as many epochs, of the labeled images
                      published={"neither": 53.65, "both": 44.87, "supervised": 29.15}),
@@ -100,18 +105,18 @@ def scaled(count, scale):
 
 
 def cell_of(name, row):
-    """The cell as a row of the ablation trains it."""
+    """Returns the cell as a row of the ablation trains it."""
     cell = CELLS[name]
     return cell._replace(**cell.baseline) if row == "neither" else cell
 
 
 def folder_of(cell, row, seed, scale):
-    """The folder of one run."""
+    """Returns the folder of one run."""
     return Path("results", "reproduce", f"{cell}-{scale:g}", f"{row}-{seed}")
 
 
 def training_flags(name, row, seed, scale):
-    """The flags of train_meta.py for one run of a cell; scale multiplies steps, milestones, warm-up and --test-freq."""
+    """Returns the flags of train_meta.py for one run of a cell; scale multiplies steps, milestones, warm-up and --test-freq."""
     cell = cell_of(name, row)
     steps, milestones = scaled(cell.total_steps, scale), [scaled(m, scale) for m in cell.milestones]
     if len(set(milestones)) < len(milestones):
@@ -127,14 +132,42 @@ def training_flags(name, row, seed, scale):
             "--print-freq", str(min(100, scaled(steps, 0.05))), "--seed", str(seed)]
 
 
+def own_flags(text):
+    """Returns the flags in a text that is split as a shell would, name -> value: an experiment of the user's own.
+
+    Raises UsageError for one that train_meta.py does not take, that makes a row, or that reproduce.py gives itself.
+    """
+    def refuse(prog, message, code):
+        raise UsageError(f"argument --flags: {message}")
+
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"argument --flags: {text[:80]!r} cannot be split as a shell would ({error})") from None
+    given = {name: value for name, value in vars(parse_given(words, refuse)[1]).items() if value is not None}
+    for name in given:
+        if name in MAKE_ROWS:
+            raise UsageError(f"argument --flags: {option(name)} makes a row of the table: leave it out")
+        if name == "seed" or name in with_role(COMMAND):
+            raise UsageError(f"argument --flags: {option(name)} is given to each run by reproduce.py: leave it out")
+    return given
+
+
+def flags_of_row(own, row, seed):
+    """Returns the flags of train_meta.py for one run of an experiment of the user's own; without those that its row ignores."""
+    ignored = OF_META_STEP if "--no-meta" in ROWS[row].flags else ()
+    return [*(option(name) if value is True else f"{option(name)}={value}" for name, value in own.items()
+              if name not in ignored and (name, row) != ("include_labeled", "neither")), *ROWS[row].flags, "--seed", str(seed)]
+
+
 def training_flop(name, row, scale):
-    """Floating-point operations of the training steps of one run."""
+    """Returns the floating-point operations of the training steps of one run."""
     cell = cell_of(name, row)
     return 2 * cell.macs * cell.batch_size * ROWS[row].forward_passes * scaled(cell.total_steps, scale)
 
 
 def row_of(flags):
-    """The row of a run with these resolved flags: of those whose flags it has, the one with the most of them."""
+    """Returns the row of a run with these resolved flags: of those whose flags it has, the one with the most of them."""
     own = {}                            # row -> its own flags, resolved
     for name, row in ROWS.items():
         _, given = parse_given(row.flags, fail)
@@ -143,6 +176,6 @@ def row_of(flags):
 
 
 def published_error(flags):
-    """The published error rate in percent of a run with these resolved flags, or None."""
+    """Returns the published error rate in percent of a run with these resolved flags, or None."""
     return next((cell.published.get(row_of(flags)) for cell in CELLS.values() if cell.published
                  and (cell.flags[1], cell.num_label) == (flags["dataset"], flags["num_label"])), None)

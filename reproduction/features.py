@@ -1,49 +1,46 @@
 """Figure 3 of the paper: the features of trained networks, how well they separate the classes, and their embedding in 2D."""
-import hashlib
-import importlib.util
 import json
 import sys
-from contextlib import suppress
 from importlib.metadata import version
 
 import numpy as np
 import torch
+from openTSNE import TSNE
+from sklearn.decomposition import PCA
 from sklearn.metrics import silhouette_score
 from sklearn.neighbors import KNeighborsClassifier
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
-from datasets import DataError, normalized_batches
+from datasets import data_digest, normalized_batches
 from datasets.splits import check_split
 from models import is_custom
 from reproduction.figures import data_name, draw_features
 from utils import checkpoint
-from utils.cli import UsageError
 from utils.device import choose_device
-from utils.failure import network_failures
-from utils.files import INDICES, printable, replacing, write_text
-from utils.metrics import all_finite
-from utils.records import read_split
-from utils.state import check_same_data, load_data, load_model
+from utils.errors import UsageError, printable
+from utils.experiment import check_arch
+from utils.files import INDICES, read_split, replacing, write_text
+from utils.meters import all_finite
+from utils.setup import check_same_data, load_images, load_model
+from utils.trial import network_failures
 
 MOST_POINTS = 5000          # unlabeled and test points that are drawn by default, as in the paper
 NEIGHBORS = 5
 
 
 def plot(args):
-    """From checkpoints to the figure; nothing is written before all of it has been computed.  Returns the paths."""
+    """Draws the figure of some checkpoints, and returns the paths; nothing is written before all of it has been computed."""
     device = choose_device(args.device)
     saved = [checkpoint.load(path) for path in args.checkpoint_path]
     for path, state in zip(args.checkpoint_path, saved):
-        checkpoint.check_arch(state["args"], path, args.arch)
+        check_arch(state["args"]["arch"], state["files"], path, list(args.arch), args.arch)
         if args.dataset not in (None, state["args"]["dataset"]):
             raise UsageError(f"argument --dataset: {args.dataset}, but {path} was trained on {state['args']['dataset']}: "
                               "leave the flag out")
-    flags = {**saved[0]["args"], "num_workers": args.num_workers,
-             "skip_corrupt": any(state["args"].get("skip_corrupt") for state in saved)}
+    flags = {**saved[0]["args"], "num_workers": args.num_workers}
     flags["data_path"] = args.data_path or flags["data_path"]
-    images = load_data(flags, device, saved[0], args.checkpoint_path[0], download=bool(args.data_path))
-    data = images.digest
+    images = load_images(flags, device, saved[0], download=bool(args.data_path))
+    data = data_digest(images)
     index_paths = args.index_path or [path.with_name(INDICES) for path in args.checkpoint_path]
     labels = args.row_label or [path.resolve().parent.name for path in args.checkpoint_path]
     rows = []
@@ -56,19 +53,13 @@ def plot(args):
         unlabeled = np.setdiff1d(np.arange(images.num_train), np.concatenate([labeled, validation]))
         rows.append({"label": printable(label), "checkpoint": str(path), "step": state["step"], "arch": state["args"]["arch"],
                      **choose_points(args, labeled, unlabeled, images)})
-        check_embedding(args, len(rows[-1]["sample"]))
+        check_embedding(args, rows[-1]["part"])
     if images.ignored:
         print(f"ignored: {images.ignored}")
     if count := len(images.train_labels) - images.num_train:
         print(f"{count:,} images have no class: the figure and its measures leave them out")
     for row, path, state in zip(rows, args.checkpoint_path, saved):
-        row["features"], row["predictions"], kept = cached_features(path, state, images, data, row, device)
-        if len(kept) < len(row["sample"]):
-            print("\n".join([*map(printable, images.skipped()), f"{row['label']}: {len(kept):,} of {len(row['sample']):,} "
-                                                                "images, the others cannot be read"]))
-            for key in ("part", "sample", "classes", "drawn"):
-                row[key] = row[key][kept]
-            check_embedding(args, len(kept))
+        row["features"], row["predictions"] = features_of(path, state, images, row, device)
         spread = np.ptp(row["features"], axis=0).max()
         if not 1e-12 < spread < 1e12:           # beyond that the embedding leaves the numbers
             raise UsageError(f"argument --checkpoint-path: the features of {path} differ by {spread:g}: nothing can be "
@@ -81,14 +72,14 @@ def plot(args):
     for row in rows:
         row["coordinates"], row["kl_divergence"], software = embed(row["features"], args)
 
-    method = {"tsne": "t-SNE", "umap": "UMAP", "pca": "PCA"}[args.method]
+    method = "PCA" if args.method == "pca" else "t-SNE"
     title = f"{method} of the features, {data_name(flags)}, {len(rows[0]['sample']):,} points"
     paths = draw_features(rows, images.class_names, args.save_path, title, args.mark_errors)
-    return [*paths, *write_embedding(args, flags["dataset"], rows, software)]
+    return [*paths, *write_embedding(args, flags["dataset"], images.class_names, rows, software)]
 
 
-def write_embedding(args, dataset, rows, software):
-    """embedding.npz and embedding.json: what the figure shows, and how it was made.  Returns the paths."""
+def write_embedding(args, dataset, class_names, rows, software):
+    """Writes embedding.npz and embedding.json, what the figure shows and how it was made; returns the paths."""
     arrays = {f"{key}_{i}": row[key] for i, row in enumerate(rows)
               for key in ("coordinates", "part", "sample", "classes", "predictions", "drawn")}
     with replacing(args.save_path / "embedding.npz") as file:
@@ -96,6 +87,7 @@ def write_embedding(args, dataset, rows, software):
     summary = {"method": args.method, "software": software, "seed": args.seed,
                "perplexity": args.perplexity if args.method == "tsne" else None,
                "embedded": "all" if args.embed_all else "sample", "dataset": dataset, "neighbors": NEIGHBORS,
+               "class_names": list(class_names),
                "rows": [{key: row[key] for key in ("label", "checkpoint", "step", "arch", "knn_accuracy", "silhouette",
                                                    "kl_divergence")} for row in rows]}
     write_text(args.save_path / "embedding.json", json.dumps(summary, indent=2) + "\n")
@@ -103,7 +95,7 @@ def write_embedding(args, dataset, rows, software):
 
 
 def check_index_file(path, labeled, num_train):
-    """Refuses a list of labeled images that is not the split of the checkpoint."""
+    """Raises UsageError for a list of labeled images that is not the split of the checkpoint."""
     indices = read_split(path)
     if max(indices, default=0) >= num_train:
         raise UsageError(f"argument --index-path: {path}: {max(indices)} is not an index below {num_train}")
@@ -113,15 +105,15 @@ def check_index_file(path, labeled, num_train):
 
 
 def choose_points(args, labeled, unlabeled, images):
-    """What is embedded, and which of it is drawn: arrays "part", "sample" (index in its set), "classes" and "drawn"."""
+    """Returns what is embedded, and which of it is drawn: arrays "part", "sample" (index in its set), "classes" and "drawn"."""
     rng = np.random.default_rng(args.seed)
     parts = []
     for part, available, classes in (("labeled", labeled, images.train_labels), ("unlabeled", unlabeled, images.train_labels),
                                      ("test", np.arange(len(images.test_labels)), images.test_labels)):
         count = len(available)
         if part != "labeled":
-            if args.num_point and args.num_point > count:
-                raise UsageError(f"argument --num-point: {args.num_point}, but there are {count} {part} images")
+            if (args.num_point or 0) > count:
+                print(f"all {count:,} {part} images are drawn: there are fewer than --num-point {args.num_point}")
             count = min(count, args.num_point or MOST_POINTS)
         drawn = np.isin(np.arange(len(available)), rng.permutation(len(available))[:count])
         embedded = drawn | args.embed_all
@@ -130,38 +122,29 @@ def choose_points(args, labeled, unlabeled, images):
     return dict(zip(("part", "sample", "classes", "drawn"), map(np.concatenate, zip(*parts))))
 
 
-def check_embedding(args, count):
-    """Refuses, before anything is computed, a method that cannot embed `count` points here."""
-    if args.method == "umap" and importlib.util.find_spec("umap") is None:
-        raise UsageError("argument --method: umap needs the package umap-learn: pip install umap-learn")
-    if args.method == "tsne" and 3 * args.perplexity > count - 1:
-        raise UsageError(f"argument --perplexity: {args.perplexity:g} is too large for {count} points: "
-                             f"use at most {(count - 1) // 3}")
+def check_embedding(args, part):
+    """Raises UsageError, before anything is computed, for points of these parts that cannot be embedded or measured."""
+    if (part == "labeled").sum() < 2:
+        raise UsageError("argument --checkpoint-path: a run with one labeled image: the figure and its measures need two")
+    if args.method == "tsne" and 3 * args.perplexity > len(part) - 1:
+        raise UsageError(f"argument --perplexity: {args.perplexity:g} is too large for {len(part)} points: "
+                         f"use at most {(len(part) - 1) // 3}")
 
 
-def cached_features(path, state, images, data, row, device):
-    """Features (N, D) float32, predicted classes (N,) and places (N,) in the sample of the images that can be read.
-
-    They are kept beside the checkpoint until it, the sample or the digest `data` of the images changes.
-    """
-    points = json.dumps([row["part"].tolist(), row["sample"].tolist(), data], sort_keys=True)
-    key = hashlib.sha256(hashlib.sha256(path.read_bytes()).digest() + points.encode()).hexdigest()
-    cache = path.with_suffix(".features.npz")
-    with suppress(Exception), np.load(cache, allow_pickle=False) as stored:     # none, damaged or not ours: computed afresh
-        if str(stored["key"]) == key:
-            return stored["features"], stored["predictions"], stored["kept"]
-    arch = state["args"]["arch"]
-    model = load_model(arch, images, device, state, f"argument --checkpoint-path: {path}").eval()   # `check_arch` let it pass
+def features_of(path, saved, images, row, device):
+    """Returns features (N, D) float32 and predicted classes (N,) of the sampled images, by the network of a checkpoint."""
+    arch = saved["args"]["arch"]
+    model = load_model(arch, images.num_classes, device, saved["model"], f"argument --checkpoint-path: {path}")
+    model.eval()
     if not callable(getattr(model, "features", None)):
         raise UsageError(f"argument --arch: {arch} has no features(x): add it, and let it return (B, D), what the figure "
-                             "is to show")
-    test = row["part"] == "test"
-    features, logits, kept = [], [], []
+                         "is to show")
+    test = row["part"] == "test"                # they come last
+    features, logits = [], []
     with torch.no_grad(), network_failures(arch):
-        for source, places in ((images.train_images, np.flatnonzero(~test)), (images.test_images, np.flatnonzero(test))):
-            for x, y in normalized_batches(source[row["sample"][places]], torch.from_numpy(places), state["mean"], state["std"],
-                                           device, 500):
-                kept += y.tolist()
+        for pixels, own in ((images.train_images, ~test), (images.test_images, test)):
+            for x, _ in normalized_batches(pixels[row["sample"][own]], torch.from_numpy(row["classes"][own]), saved["mean"],
+                                           saved["std"], device, 500):
                 found = model.features(x)
                 shape = tuple(getattr(found, "shape", ()))
                 if len(shape) != 2 or shape[0] != len(x) or shape[1] < 2:
@@ -169,23 +152,14 @@ def cached_features(path, state, images, data, row, device):
                                      f"for {len(x)} images: expected a tensor (B, D), D at least 2")
                 features.append(found)
                 logits.append(model(x) if is_custom(arch) else model.classifier(found))
-    kept = np.array(kept, dtype=np.int64)
-    if (row["part"][kept] == "labeled").sum() < 2 or not test[kept].any():
-        raise DataError("fewer than two labeled images, or no test image, can be read: the figure needs both")
     features, logits = torch.cat(features).float(), torch.cat(logits)
     if not all_finite([features, logits]):
         raise UsageError(f"argument --checkpoint-path: the features or the logits of {path} are not finite")
-    features, predictions = features.cpu().numpy(), logits.argmax(dim=1).cpu().numpy()
-    try:
-        with replacing(cache) as file:
-            np.savez(file, key=key, features=features, predictions=predictions, kept=kept)
-    except OSError as error:
-        print(printable(f"{cache} cannot be written ({error}); the features are computed again next time"))
-    return features, predictions, kept
+    return features.cpu().numpy(), logits.argmax(dim=1).cpu().numpy()
 
 
 def measure(features, part, classes):
-    """How well the features separate the classes: part -> accuracy, and part -> silhouette, in [-1, 1] or None.
+    """Returns how well the features separate the classes: part -> accuracy, and part -> silhouette, in [-1, 1] or None.
 
     The accuracy is that of a vote of the nearest labeled features; an image has no vote on itself.  The silhouette is that of
     at most 10,000 points, and not defined for one class, nor for one image a class.
@@ -206,34 +180,14 @@ def measure(features, part, classes):
 
 
 def embed(features, args):
-    """Coordinates (N, 2), the final KL divergence of t-SNE (else None), and the software that made them.
+    """Returns coordinates (N, 2), the final KL divergence of t-SNE (else None), and the software that made them.
 
     The same seed gives the same coordinates whatever the number of threads: what would sum in another order runs on one.
     """
-    def software(package):
-        return f"{package} {version(package)}"
-
     with threadpool_limits(1, user_api="blas"):
         if args.method == "pca":
-            from sklearn.decomposition import PCA
-
-            return PCA(2, svd_solver="full").fit_transform(features), None, software("scikit-learn")
-        if args.method == "umap":
-            from umap import UMAP
-
-            return UMAP(random_state=args.seed, n_jobs=1).fit_transform(features), None, software("umap-learn")
-        if args.backend == "sklearn":
-            from sklearn.manifold import TSNE
-
-            tsne = TSNE(perplexity=args.perplexity, init="pca", random_state=args.seed)
-            return tsne.fit_transform(features), float(tsne.kl_divergence_), software("scikit-learn")
-        from openTSNE import TSNE
-
-        with tqdm(total=750, desc=f"t-SNE of {len(features):,} points", disable=not sys.stderr.isatty()) as bar:
-            def progress(iteration, error, embedding):
-                bar.update(50)
-                bar.set_postfix(kl=f"{error:.3f}")
-
-            embedding = TSNE(perplexity=args.perplexity, random_state=args.seed, n_jobs=torch.get_num_threads(),
-                             callbacks=progress, callbacks_every_iters=50).fit(features)
-        return np.asarray(embedding), float(embedding.kl_divergence), software("openTSNE")
+            coordinates = PCA(2, svd_solver="full").fit_transform(features)
+            return coordinates, None, f"scikit-learn {version('scikit-learn')}"
+        embedding = TSNE(perplexity=args.perplexity, random_state=args.seed, n_jobs=torch.get_num_threads(),
+                         verbose=sys.stderr.isatty()).fit(features)
+        return np.asarray(embedding), float(embedding.kl_divergence), f"openTSNE {version('openTSNE')}"

@@ -1,15 +1,24 @@
-"""The figures: Figure 3 of the paper from embedded features, and the curves of runs from their metrics.jsonl."""
+"""The figures: Figure 3 of the paper, the curves of runs from their metrics.jsonl, differences from evaluations.csv."""
+import csv
+import io
+import textwrap
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure  # unlike pyplot's, it needs no display and no closing
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
+from matplotlib.textpath import TextPath
 
-from reproduction.cells import ROWS, published_error, row_of
-from utils.cli import UsageError
-from utils.files import printable, replacing
-from utils.records import read_flags, read_metrics, read_split_sums
+from reproduction.cells import CELLS, ROWS, published_error, row_of
+from reproduction.report import COURSES, courses, differences_of, interval, less
+from reproduction.sweep import differing, grouped, label
+from utils.errors import UsageError, printable
+from utils.files import read_metrics, replacing, write_text
 
 COLORS = matplotlib.color_sequences["petroff10"]        # made to be told apart by color-blind readers
 LOOKS = [(color, marker) for marker in "o^s" for color in COLORS]       # of classes
@@ -18,7 +27,7 @@ SUBSET_COLORS = {"labeled": "#d62728", "unlabeled": "#1f77b4", "test": "#999999"
 
 
 def data_name(flags):
-    """What a figure calls the data of a run; a folder of images goes by its own name."""
+    """Returns what a figure calls the data of a run; a folder of images goes by its own name."""
     return printable(Path(flags["data_path"]).name if flags["dataset"] == "folder" else flags["dataset"])
 
 
@@ -29,7 +38,7 @@ def draw_features(rows, class_names, folder, title, mark_errors=False):
     rows: dicts with "label", "knn_accuracy", and arrays: "coordinates" (N, 2); "part" (N,), names of SUBSET_COLORS; "classes"
     and "predictions" (N,), class indices; "drawn" (N,) bool.
     """
-    fig = Figure(figsize=(12, 2.95 * len(rows) + 0.95), layout="constrained")
+    fig = Figure(figsize=(12, 2.95 * len(rows) + 0.35), layout="constrained")
     axes = fig.subplots(len(rows), 4, squeeze=False)
     for row, panels in zip(rows, axes):
         xy, subset, classes, predictions = (row[key][row["drawn"]] for key in ("coordinates", "part", "classes", "predictions"))
@@ -50,18 +59,56 @@ def draw_features(rows, class_names, folder, title, mark_errors=False):
         for ax in panels:
             ax.set(xlim=(center[0] - half, center[0] + half), ylim=(center[1] - half, center[1] + half), xticks=[], yticks=[],
                    aspect="equal")
-        panels[0].set_ylabel(f"{row['label']}\ntest kNN {100 * row['knn_accuracy']['test']:.1f} %", fontsize=11)
+        name = drawn_names([row["label"]], "row", rows.index(row))[0]
+        panels[0].set_ylabel(f"{broken(name, 2.6, 11)}\ntest kNN {100 * row['knn_accuracy']['test']:.1f} %", fontsize=11)
     for ax, name in zip(axes[0], ("Labeled", "Unlabeled", "Test", "All")):
         ax.set_title(name, fontsize=12)
-    handles = []
+    handles, names = [], drawn_names(class_names, "class")
+    if names != list(map(printable, class_names)):
+        title += "; the names of the numbers are in embedding.json"
     if len(class_names) <= len(LOOKS):
-        handles = [handle(name, *style(k, len(class_names))) for k, name in enumerate(class_names)]
+        handles = [handle(name, *style(k, len(class_names))) for k, name in enumerate(names)]
+    else:
+        fig.colorbar(ScalarMappable(Normalize(0, len(class_names) - 1), "viridis"), ax=axes, aspect=40, pad=0.01,
+                     label="number of the class in the list of embedding.json")
     if mark_errors:
         handles.append(handle("misclassified", "black", "x"))
-    handles += [handle(f"All: {name}", color, "o") for name, color in SUBSET_COLORS.items()]
-    fig.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7), frameon=False, fontsize=10)
-    fig.suptitle(title, fontsize=12)
-    return save(fig, folder, "features")
+    add_legend(fig, [*handles, *(handle(f"All: {name}", color, "o") for name, color in SUBSET_COLORS.items())])
+    fig.suptitle(broken(title, 11.5, 12), fontsize=12)
+    return save(fig, folder / "features.png", folder / "features.pdf")
+
+
+def drawn_names(names, kind, first=0):
+    """Returns names as a figure shows them: one that the font cannot draw becomes its number, as in "class 3"."""
+    font = get_font(findfont(FontProperties()))
+    names = list(map(printable, names))
+    return [name if all(map(font.get_char_index, map(ord, name))) else f"{kind} {k}" for k, name in enumerate(names, first)]
+
+
+def width(text, size):
+    """Returns the width in inches of a line of text of a size in points."""
+    with matplotlib.rc_context(PLAIN):
+        return TextPath((0, 0), text, size=size).get_extents().width / 72 if text.strip() else 0.0
+
+
+def broken(text, inches, size):
+    """Returns a text in lines of at most so many inches."""
+    lines, most = [text], len(text)
+    while most > 1 and max(width(line, size) for line in lines) > inches:
+        most -= 1
+        lines = textwrap.wrap(text, most)
+    return "\n".join(lines)
+
+
+def add_legend(fig, handles, size=10):
+    """Puts a legend below the panels, in as many columns as fit beside each other, and makes the figure that much higher."""
+    room, extra = fig.get_figwidth() - 0.4, 5 * size / 72           # inches; a line sample and the gaps around an entry
+    for handle in handles:
+        handle.set_label(broken(handle.get_label(), room - extra, size))
+    widest = max(width(line, size) for handle in handles for line in handle.get_label().split("\n"))
+    columns = min(len(handles), 7, max(1, int(room // (widest + extra))))
+    made = fig.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=size)
+    fig.set_figheight(fig.get_figheight() + made.get_window_extent(FigureCanvasAgg(fig).get_renderer()).height / fig.dpi)
 
 
 def dots(ax, points, size, color, marker):
@@ -73,70 +120,104 @@ def handle(label, color, marker):
 
 
 def style(k, num_classes):
-    """Color and marker of class k; beyond thirty classes a color map, without a legend."""
+    """Returns color and marker of class k; beyond thirty classes a color map stands for their numbers."""
     return LOOKS[k] if num_classes <= len(LOOKS) else (matplotlib.colormaps["viridis"](k / (num_classes - 1)), "o")
 
 
 @matplotlib.rc_context(PLAIN)
-def draw_curves(folders, save_path):
-    """curves.png and curves.pdf: test error and training loss over the steps; returns their paths.
+def draw_curves(folders, save_path, labels=None):
+    """Writes curves.png, curves.pdf and curves.csv, test error and training loss over the steps; returns their paths.
 
     Runs that differ only in their seed or list of labeled images are one line, the mean, in a band from the least to the
     greatest, as far as the shortest of them goes.  The published error of the same row, if there is one, is a dashed line.
 
-    Raises UsageError for a folder that is not one of a run, and for the same run given twice.
+    labels: names of the lines, or None for those that say in which flags they differ.
+    Raises UsageError for a folder that is not one of a run, for the same run given twice, and for too many or few labels.
     """
-    groups, seen = {}, {}
-    for folder in folders:
-        try:
-            flags, sums, lines = read_flags(folder), read_split_sums(folder), read_metrics(folder)
-        except UsageError as error:
-            raise UsageError(f"argument --curves: {folder} is not the folder of a run ({error})") from None
-        may_differ = ("seed", "split", "data_path", "num_workers")
-        key = repr(sorted((name, value) for name, value in flags.items() if name not in may_differ)) + sums["labels_sha256"]
-        first = seen.setdefault((key, flags["seed"], sums["sha256"]), folder)
-        if first is not folder:
-            raise UsageError(f"argument --curves: {first} and {folder} are the same run, seed {flags['seed']} with the same "
-                             "labeled images: give each run once")
-        groups.setdefault(key, (flags, folder, []))[2].append(lines)
-
-    fig = Figure(figsize=(11, 4.2), layout="constrained")
+    groups = grouped(folders)
+    if labels and len(labels) != len(groups):
+        raise UsageError(f"argument --row-label: {len(labels)} values for {len(groups)} lines: give one for each, in the order "
+                         "of their first run")
+    fig = Figure(figsize=(11, 3.6), layout="constrained")
     left, right = fig.subplots(1, 2)
-    rows = [ROWS[row_of(flags)].title for flags, *_ in groups.values()]
-    titles = [f"{row}, {data_name(flags)}, {flags['num_label']} labels, {flags['arch']}"
-              for row, (flags, *_) in zip(rows, groups.values())]
-    for i, (row, title, (flags, folder, runs)) in enumerate(zip(rows, titles, groups.values())):
-        apart = f", {folder}" if titles.count(title) > 1 else ""        # they differ in another flag
-        label = printable(f"{title}{apart}, n = {len(runs)}")
+    texts, rows = labels or curve_labels([group[0][0] for group in groups]), []
+    for i, (text, group) in enumerate(zip(texts, groups)):
+        flags, folder = group[0]
+        runs, color = [read_metrics(folder) for _, folder in group], COLORS[i % len(COLORS)]
+        name = f"{drawn_names([text], 'line', i + 1)[0]}, n = {len(runs)}"
         ends = sorted({lines[-1]["step"] for lines in runs if lines})
         if len(ends) > 1:
-            label += f", to step {ends[0]} (the longest: {ends[-1]})"
-            print(f"{label}: the runs differ in length, and are drawn as far as the shortest")
-        color = COLORS[i % len(COLORS)]
+            name += f", to step {ends[0]} (the longest: {ends[-1]})"
+            print(f"{name}: the runs differ in length, and are drawn as far as the shortest")
         for ax, tag, value in ((left, "test/accuracy", lambda a: 100 * (1 - a)), (right, "train/loss", lambda a: a)):
-            courses = [{line["step"]: value(line[tag]) for line in lines if tag in line} for lines in runs]
-            steps = sorted(set.intersection(*map(set, courses)))
+            found = [{line["step"]: value(line[tag]) for line in lines if tag in line} for lines in runs]
+            steps = sorted(set.intersection(*map(set, found)))
             if not steps:
                 raise UsageError(f"argument --curves: {folder} has no {tag} at a step that all its {len(runs)} seeds share")
-            values = np.array([[course[step] for step in steps] for course in courses])
-            ax.plot(steps, values.mean(axis=0), color=color, label=label, marker="" if steps[1:] else "o")
-            ax.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0)
+            values = np.array([[course[step] for step in steps] for course in found])
+            bands = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+            ax.plot(steps, bands[0], color=color, label=name, marker="" if steps[1:] else "o")
+            ax.fill_between(steps, *bands[1:], color=color, alpha=0.2, linewidth=0)
+            rows += [(i + 1, text, "test error in percent" if ax is left else "training loss", step, len(runs), *numbers)
+                     for step, *numbers in zip(steps, *(band.round(6) for band in bands))]
         if (published := published_error(flags)) is not None:
-            left.axhline(published, color=color, linestyle="--", linewidth=1, label=f"paper: {row}, {published} %")
-    left.set(xlabel="step", ylabel="test error in percent", ylim=(0, None))
-    right.set(xlabel="step", ylabel="training loss", ylim=(0, None))
-    for ax in (left, right):
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    return save(fig, save_path, "curves")
+            left.axhline(published, color=color, linestyle="--", linewidth=1,
+                         label=f"paper: {ROWS[row_of(flags)].title}, {published} %")
+    name_axis(left, "test error in percent")
+    name_axis(right, "training loss")
+    add_legend(fig, left.get_legend_handles_labels()[0], 9)
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([("line", "name", "measure", "step", "n", "mean", "lowest", "highest"),
+                                                              *rows])
+    paths = save(fig, save_path / "curves.png", save_path / "curves.pdf")
+    write_text(save_path / "curves.csv", table.getvalue())
+    return [*paths, save_path / "curves.csv"]
 
 
-def save(fig, folder, name):
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.png", folder / f"{name}.pdf"]
-    with replacing(paths[0]) as file:
-        fig.savefig(file, format="png", dpi=160, facecolor="white", metadata={"Software": None})
-    with replacing(paths[1]) as file:
-        fig.savefig(file, format="pdf", metadata={"CreationDate": None})
-    return paths
+def curve_labels(rows):
+    """Returns names of lines: row, data, labels and network, and further flags where these are the same; rows: flags."""
+    titles = [f"{ROWS[row_of(flags)].title}, {data_name(flags)}, {flags['num_label']} labels, {flags['arch']}"
+              for flags in rows]
+    more = {title: differing([flags for flags, other in zip(rows, titles) if other == title]) for title in titles}
+    return [f"{title}, {label(flags, more[title])}" if more[title] else title for title, flags in zip(titles, rows)]
+
+
+@matplotlib.rc_context(PLAIN)
+def draw_differences(evaluations, path):
+    """Writes a figure of one cell: paired differences of test errors over the steps, in their 95 % band; returns its path.
+
+    evaluations: lines of evaluations.csv, of one cell at one scale.
+    Raises UsageError without two seeds of a pair of rows.
+    """
+    fig = Figure(figsize=(6.4, 3.6), layout="constrained")
+    ax = fig.subplots()
+    for color, pair in zip(COLORS, COURSES):
+        found = {step: list(differences_of(*both, "test_error").values()) for step, both in courses(evaluations, pair).items()}
+        if steps := {step: values for step, values in found.items() if len(values) > 1}:
+            mean, half = np.transpose([interval(values) for values in steps.values()])
+            ax.plot(list(steps), mean, color=color, label=f"{less(*pair)}, n = {len([*steps.values()][-1])}")
+            ax.fill_between(list(steps), mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
+    if not ax.lines:
+        raise UsageError("no two rows to compare have two seeds in common in results/evaluations.csv: publish more runs")
+    ax.axhline(0, color="black", linewidth=1)
+    name_axis(ax, "difference in points, 95 % band")
+    fig.suptitle(broken(CELLS[evaluations[0]["cell"]].title, 6, 11), fontsize=11)
+    add_legend(fig, ax.get_legend_handles_labels()[0], 9)
+    return save(fig, path)
+
+
+def name_axis(ax, name):
+    ax.set(xlabel="step", ylabel=name)
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def save(fig, *paths):
+    """Writes a figure as PNG or PDF, as the names say; returns the paths."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        options = {"metadata": {"CreationDate": None}} if path.suffix == ".pdf" else {
+            "dpi": 160, "facecolor": "white", "metadata": {"Software": None}}
+        with replacing(path) as file:
+            fig.savefig(file, format=path.suffix[1:], **options)
+    return list(paths)

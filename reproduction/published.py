@@ -1,4 +1,4 @@
-"""What is published of the runs: results/runs.csv, a line for each, the lists in splits/, and the reports made of them."""
+"""What is published of the runs: their lines in runs.csv and evaluations.csv, the lists in splits/, and the reports."""
 import csv
 import hashlib
 import io
@@ -6,83 +6,108 @@ import re
 from pathlib import Path
 
 from reproduction.cells import CELLS, ROWS
-from reproduction.report import SELECTION_RULES, filled, tables
-from reproduction.run import COLUMNS, SPLITS
-from utils.cli import UsageError
-from utils.files import INDICES, write_text
-from utils.records import read_split
+from reproduction.report import filled, tables
+from reproduction.run import COLUMNS, EVALUATION_COLUMNS, SPLITS
+from utils.errors import UsageError
+from utils.files import INDICES, read_split, read_text, write_text
 
-RUNS = Path("results", "runs.csv")
-REPORTS = Path("REPRODUCTION.md"), Path("README.md")
+RUNS, EVALUATIONS = Path("results", "runs.csv"), Path("results", "evaluations.csv")
+REPORTS = Path("REPRODUCTION.md"), Path("README.md"), Path("results", "runs.md")
 SUMS = SPLITS / "SHA256SUMS"
-TEXT = {"cell", "row", "device", "threads", "precision", "torch", "commit"}
-REQUIRED = {"cell", "row", "seed", "scale", "steps", *SELECTION_RULES, "seconds"} - {"best_validation"}
+WHOLE, NUMBER, PERCENT = r"[0-9]{1,18}", r"[0-9]{1,9}(\.[0-9]+)?", r"100(\.0+)?|[0-9]{1,2}(\.[0-9]+)?"
+FORMATS = (dict.fromkeys((*COLUMNS, *EVALUATION_COLUMNS), PERCENT) | dict.fromkeys(("seed", "steps", "step", "threads"), WHOLE)
+           | dict.fromkeys(("scale", "seconds", "meta_shift"), NUMBER) | dict.fromkeys(("device", "precision", "torch"), ".+")
+           | {"cell": "|".join(CELLS), "row": "|".join(ROWS), "commit": "[0-9a-f]{40}(-dirty)?"})       # column -> pattern
+OPTIONAL = {"best_validation", "before_decay", "labeled", "before", "after", "meta_shift"}
 
 
 def publish(runs):
-    """Brings runs.csv, the reports and splits/ up to date with finished runs; returns the paths that it wrote.
+    """Brings runs.csv, evaluations.csv, the reports and splits/ up to date with finished runs; returns the paths it wrote.
 
-    Other runs in runs.csv stay.  Nothing is written before everything has been read and checked.
+    Other runs in the two files stay.  Nothing is written before everything has been read and checked.
     """
-    lines = {order(line): line for line in (*read_runs(), *(run.line() for run in runs))}
-    lines = [lines[key] for key in sorted(lines)]
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    blocks = tables(lines)
-    texts = {**new_splits(runs), RUNS: table.getvalue(), **{path: filled(path, blocks) for path in REPORTS if path.exists()}}
+    names, new = {(run.cell, run.row, run.seed, run.scale) for run in runs}, [run.line() for run in runs]
+    lines = [line for line in read_runs() if run_of(line) not in names] + new
+    evaluations = [line for line in read_evaluations() if run_of(line) not in names]
+    evaluations += [line for run in runs for line in run.evaluations()]
+    lines, evaluations = sorted(lines, key=order), sorted(evaluations, key=order)
+    for line in new:
+        if fault := fault_of(line):
+            raise UsageError(f"the {line['row']} of {line['cell']} with seed {line['seed']} cannot be published: {fault}")
+    blocks = tables(lines, evaluations)
+    texts = {**new_splits(runs), RUNS: as_csv(COLUMNS, lines), EVALUATIONS: as_csv(EVALUATION_COLUMNS, evaluations),
+             **{path: filled(path, blocks) for path in REPORTS if path.exists()}}
     for path, text in texts.items():
         path.parent.mkdir(exist_ok=True)
         write_text(path, text)
     return list(texts)
 
 
+def as_csv(columns, lines):
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return table.getvalue()
+
+
 def read_runs():
-    """The lines of runs.csv, dicts of text.  Raises UsageError, which names the line, for one that is no run, or a run that is
-    there twice.
-    """
-    if not RUNS.exists():
+    """Returns the lines of runs.csv, dicts of text.  Raises UsageError, which names the line, for one that is no run."""
+    return read_lines(RUNS, COLUMNS)
+
+
+def read_evaluations():
+    """Returns the lines of evaluations.csv, dicts of text.  Raises UsageError for one that is no evaluation, and for a run
+    whose last evaluation is not that of its line in runs.csv."""
+    lines, runs = read_lines(EVALUATIONS, EVALUATION_COLUMNS), {run_of(line): line for line in read_runs()}
+    for key, line in {run_of(line): line for line in lines}.items():        # its last one
+        run = runs.get(key)
+        if run is None or line["step"] != run["steps"] or float(line["test_error"]) != float(run["last"]):
+            raise UsageError(f"{EVALUATIONS} ends {line['row']} of {line['cell']} with seed {line['seed']} with an error of "
+                             f"{line['test_error']} at step {line['step']}, {RUNS} does not: restore both")
+    return lines
+
+
+def read_lines(path, columns):
+    """Returns the lines of one of the two files.  Raises UsageError for a line that is not whole, or is there twice."""
+    if not path.exists():
         return []
-    lines = {}
+    lines, text = {}, read_text(path)
     try:
-        table = csv.DictReader(io.StringIO(RUNS.read_text(encoding="utf-8")), strict=True)
-        if missing := REQUIRED - {*(table.fieldnames or ())}:
-            raise UsageError(f"{RUNS} has no columns {', '.join(sorted(missing))}: restore it")
+        table = csv.DictReader(io.StringIO(text), strict=True)
+        if tuple(table.fieldnames or ()) != columns or not text.endswith("\n"):
+            raise UsageError(f"{path} has not its columns, {','.join(columns)}, or not its last line: restore it")
         for line in table:
             if fault := fault_of(line) or (order(line) in lines and "the same run is in a line before it"):
-                raise UsageError(f"{RUNS}, line {table.line_num}: {fault[:100]}: restore the file, or mend the line")
-            lines[order(line)] = {**dict.fromkeys(COLUMNS, ""), **line}     # a younger column is empty
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UsageError(f"{RUNS} cannot be read ({error}): restore it") from None
+                raise UsageError(f"{path}, line {table.line_num}: {fault[:100]}: restore the file, or mend the line")
+            lines[order(line)] = line
+    except csv.Error as error:
+        raise UsageError(f"{path} cannot be read ({error}): restore it") from None
     return list(lines.values())
 
 
 def fault_of(line):
-    """What keeps a line of runs.csv from being a run, or None."""
+    """Returns what keeps a line from being that of a run or an evaluation, or None."""
     if None in line or None in line.values():
         return "it has not as many values as there are columns"
-    for key, known in (("cell", CELLS), ("row", ROWS)):
-        if line[key] not in known:
-            return f"{line[key]!r} is no {key}"
-    for key in line.keys() - TEXT:
-        rule = r"[0-9]{1,18}" if key in ("seed", "steps") else r"[0-9]{1,9}(\.[0-9]+)?"
-        if key not in COLUMNS:
-            return f"{key!r} is no column of it"
-        if not re.fullmatch(rule, line[key]) and (line[key] or key in REQUIRED):
-            return f"{line[key]!r} is no number for {key}"
-    return None
+    return next((f"{value!r} is no value for {key}" for key, value in line.items()
+                 if not re.fullmatch(FORMATS[key], value) and (value or key not in OPTIONAL)), None)
+
+
+def run_of(line):
+    return line["cell"], line["row"], int(line["seed"]), float(line["scale"])
 
 
 def order(line):
-    """The place of a line in the tables, a key to sort by.  Two lines of the same run have the same."""
-    return list(CELLS).index(line["cell"]), -float(line["scale"]), list(ROWS).index(line["row"]), int(line["seed"])
+    """Returns the place of a line in its file, a key to sort by; two lines of the same run or evaluation have the same."""
+    cell, row, seed, scale = run_of(line)
+    return list(CELLS).index(cell), -scale, list(ROWS).index(row), seed, int(line.get("step", 0))
 
 
 # Lists of labeled images
 
 def new_splits(runs):
-    """path -> text: the lists of labeled images that splits/ does not hold yet, and SHA256SUMS with their sums.
+    """Returns path -> text: the lists of labeled images that splits/ does not hold yet, and SHA256SUMS with their sums.
 
     Raises UsageError for a run that was trained on another list than the published one.
     """
@@ -92,7 +117,7 @@ def new_splits(runs):
             check_split(run)
             path = run.folder / INDICES
             text = "".join(f"{index}\n" for index in read_split(path))
-            published = run.split.read_text(encoding="utf-8") if run.split.exists() else texts.setdefault(run.split, text)
+            published = read_text(run.split) if run.split.exists() else texts.setdefault(run.split, text)
             if text != published:
                 raise UsageError(f"{path} is not the list that is published as {run.split}: move the run away")
     if texts:
@@ -108,12 +133,9 @@ def check_split(run):
 
 
 def read_sums():
-    """file name -> SHA-256, in the format of sha256sum."""
-    lines = SUMS.read_text(encoding="utf-8", errors="replace").splitlines() if SUMS.exists() else ()
-    for line in lines:
-        if not re.fullmatch(r"[0-9a-f]{64}  \S+", line):
-            raise UsageError(f"{SUMS} is damaged: {line[:40]!r} is not a sum and a name: restore it")
-    return {name: value for value, name in map(str.split, lines)}
+    """Returns file name -> SHA-256, in the format of sha256sum."""
+    lines = read_text(SUMS).splitlines() if SUMS.exists() else ()
+    return {name: value for value, _, name in (line.partition("  ") for line in lines)}
 
 
 def sha256(data):

@@ -1,27 +1,34 @@
-"""The tables of REPRODUCTION.md and README.md, in Markdown, from the lines of results/runs.csv."""
+"""The tables of REPRODUCTION.md, README.md and results/runs.md, from the lines of results/runs.csv and evaluations.csv."""
 import itertools
 import re
 import shlex
 import statistics
 
-from reproduction.cells import ABLATION, CELLS, ROWS, cell_of, scaled, training_flags
-from utils.cli import UsageError
-from utils.run_folder import median_name
+from scipy.special import stdtr, stdtrit
+
+from reproduction.cells import ABLATION, CELLS, ROWS, scaled, training_flags
+from utils.errors import UsageError
+from utils.files import median_name, read_text
 
 PAIRS = (("both", "neither"), ("both", "mix-up"), ("both", "beta-0"), ("meta", "neither"),
          ("both", "finite-difference"))     # rows whose errors are subtracted
+COURSES = PAIRS[1:3]                        # those whose course is shown over the steps
 MOMENTS = {"last": "at the end", "before_decay": "before the decay"}       # column -> when in a run its error is measured
 SELECTION_RULES = {"last": "last", "median_last_20": "median of the last 20 evaluations",
                    "best_validation": "best on validation", "best_test": "lowest (selected on the test set)"}
-QUARTERS = 1, 2, 3, 4                       # of the steps of a run
+ANY_MEDIAN = "median of the last 20 evaluations, or all"      # of runs with different numbers of them
+EIGHTHS = 1, 2, 4, 6, 7, 8                  # of the steps of a run, where the table of its course has a line
+CONTRAST = "n", "mean", "95 % interval", "p", "test error"              # heads of what `contrast` returns
+MATTERS = 1.0                               # points of test error; a smaller difference does not matter
+STARTS = {"both": "cifar10-jpeg-500-from-both", "mix-up": "cifar10-jpeg-500-from-mix-up"}     # row -> cell that starts from it
 
 
 def filled(path, blocks):
-    """The text of a Markdown file in which the lines between `<!-- name -->` and `<!-- end -->` are the block of that name.
+    """Returns the text of a Markdown file with the block of each name between its `<!-- name -->` and `<!-- end -->`.
 
     Raises UsageError, which names the file, for a name without a block and for a block without an end.
     """
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     marks = re.findall(r"<!-- (\S+) -->\n", text + "\n")
     for name, end in itertools.zip_longest(marks[::2], marks[1::2]):
         if name not in blocks or end != "end":
@@ -31,141 +38,179 @@ def filled(path, blocks):
                   text, flags=re.DOTALL)
 
 
-def tables(lines):
-    """name -> Markdown of every block; lines: dicts of text, one a run, in the order of the tables.
+def tables(lines, evaluations=()):
+    """Returns name -> Markdown of every block.
 
-    The blocks of one cell, CELL and paired-CELL, show its largest scale.
+    lines, evaluations: dicts of text, the lines of the two files in their order.
+    The blocks of one cell, CELL, paired-CELL and course-CELL, show its largest scale.
     """
-    groups = {}                         # (cell, scale, row) -> lines
+    groups = {}                         # (cell, scale, row) -> its lines
     for line in lines:
         groups.setdefault((line["cell"], float(line["scale"]), line["row"]), []).append(line)
-    blocks = {"main": main_table(groups), "ablation": ablation_table(groups), "cells": cells_table(groups),
-              "paired": paired_table(groups), "telemetry": telemetry_table(groups), "commands": commands(groups)}
+    blocks = {"paper": paper_table(groups), "cells": cells_table(groups), "commands": commands(groups),
+              "start": start_table(groups)}
     for name in CELLS:
         largest = max((scale for cell, scale, _ in groups if cell == name), default=None)
-        of_cell = {key: group for key, group in groups.items() if key[:2] == (name, largest)}
-        blocks[name] = rows_table(of_cell)
-        blocks[f"paired-{name}"] = paired_table(of_cell, one_cell=True)
+        rows = {row: group for (cell, scale, row), group in groups.items() if (cell, scale) == (name, largest)}
+        blocks[name] = rows_table(rows)
+        blocks[f"paired-{name}"] = paired_table(rows)
+        blocks[f"course-{name}"] = course_table([line for line in evaluations if line["cell"] == name
+                                                 and float(line["scale"]) == largest])
     return blocks
 
 
-def main_table(groups):
-    rows = [[cell.title, *paper_and_measured(groups, [(name, "both"), (name, "supervised")])]
-            for name, cell in CELLS.items() if cell.published]
-    return markdown(["data set, labels", "paper: MetaSemi", "this code", "paper: fully supervised", "this code"], rows)
-
-
-def ablation_table(groups):
-    names = [name for name, cell in CELLS.items() if set(ABLATION) <= set(cell.published)]
-    rows = [[ROWS[row].title, *paper_and_measured(groups, [(name, row) for name in names])] for row in ABLATION]
+def paper_table(groups):
+    """Returns the table of the published error rates, with what this code has measured and the verdict on it beside them."""
+    names = [name for name, cell in CELLS.items() if cell.published]
+    rows = [[ROWS[row].title, *(text for name in names for text in paper_and_measured(name, row, groups))]
+            for row in (*ABLATION, "supervised")]
     return markdown(["row", *(text for name in names for text in (f"{CELLS[name].title}: paper", "this code"))], rows)
 
 
-def paper_and_measured(groups, pairs):
-    """The published error rate and the measured one, for each (cell, row)."""
-    for name, row in pairs:
-        group = groups.get((name, 1.0, row))
-        yield published(name, row)
-        yield f"{mean_and_std(group, 'last')} (n = {len(group)})" if group else "not run yet"
-
-
-def evaluations(line):
-    """How many evaluations a run of this cell and scale has."""
-    cell, scale = CELLS[line["cell"]], float(line["scale"])
-    return -(-scaled(cell.total_steps, scale) // scaled(cell.test_freq, scale))
-
-
-def rows_table(groups):
-    """The rows of one cell at one scale."""
-    if not groups:
-        return "Not run yet."
-    lines = [line for group in groups.values() for line in group]
-    titles = SELECTION_RULES | {"median_last_20": median_name(evaluations(lines[0])), "labeled": "on its own labeled images"}
-    measured = [column for column in titles if any(line[column] for line in lines)]
-    rows = [[ROWS[row].title, str(len(group)), *(mean_and_std(group, column) for column in measured),
-             f"{mean(group, 'seconds'):.0f}"] for (*_, row), group in groups.items()]
-    return markdown(["row", "n", *map(titles.get, measured), "seconds a run"], rows)
-
-
-def cells_table(groups):
-    rows = []
-    for (name, scale, row), group in groups.items():
-        hardware = {f"{line['device']}, {line['threads']} thread(s), {line['precision']}, torch {line['torch']}"
-                    for line in group}
-        count = evaluations(group[0])
-        whole = f" (of all {count})" if count <= 20 else ""
-        commits = {line["commit"][:10] + "-dirty" * line["commit"].endswith("-dirty") for line in group}
-        rows.append([CELLS[name].title, ROWS[row].title, f"{scale:g}", group[0]["steps"], str(len(group)),
-                     *(mean_and_std(group, rule) + whole * (rule == "median_last_20") for rule in SELECTION_RULES),
-                     published(name, row), *compare_with_paper(name, row, scale, group),
-                     f"{mean(group, 'seconds') / 3600:.2f}", "; ".join(sorted(hardware)), ", ".join(sorted(commits))])
-    for name, cell in CELLS.items():
-        for row in cell.published:
-            if (name, 1.0, row) not in groups:
-                steps = cell_of(name, row).total_steps
-                rows.append([cell.title, ROWS[row].title, "1", str(steps), "0", *("-" for _ in SELECTION_RULES),
-                             published(name, row), "-", "not run", "-", "-", "-"])
-    return markdown(["cell", "row", "scale", "steps", "n", *SELECTION_RULES.values(), "paper", "difference", "verdict",
-                     "hours a run", "hardware", "commit"], rows)
-
-
-def compare_with_paper(name, row, scale, group):
-    """Difference to the published value, and the verdict.
+def paper_and_measured(name, row, groups):
+    """Returns the published error rate, and the measured one with its verdict, as text.
 
     The published value is taken for that of one run: it is within the band if it lies in the 95 % prediction interval of
     one more run, mean +- t sqrt(1 + 1/n) times the standard deviation over n seeds.
     """
-    if row not in CELLS[name].published:
-        return "-", "nothing published"
-    if scale != 1:
-        return "-", f"not comparable at scale {scale:g}"
-    from scipy.stats import t
-
+    published, group = CELLS[name].published.get(row), groups.get((name, 1.0, row), ())
+    if published is None:
+        return "-", "-"
+    if not group:
+        return f"{published:.2f}", "not run yet"
     values = [float(line["last"]) for line in group]
-    n, difference = len(values), statistics.mean(values) - CELLS[name].published[row]
-    band = t.ppf(0.975, n - 1) * statistics.stdev(values) * (1 + 1 / n) ** 0.5 if n > 1 else 0.0
+    n, difference = len(values), statistics.mean(values) - published
+    band = stdtrit(n - 1, 0.975) * statistics.stdev(values) * (1 + 1 / n) ** 0.5 if n > 1 else 0.0
     verdict = "within the band" if abs(difference) <= band else "worse" if difference > 0 else "better"
-    return f"{difference:+.2f}", verdict + (", one seed" if n == 1 else "")
+    return f"{published:.2f}", f"{mean_and_std(group, 'last')} (n = {n}): {difference:+.2f}, {verdict}"
 
 
-def paired_table(groups, one_cell=False):
-    """Differences between two rows of a cell on the same seeds, in points of test error: mean and 95 % t-interval.
+def evaluation_count(line):
+    """Returns how many evaluations a run of this cell and scale has."""
+    cell, scale = CELLS[line["cell"]], float(line["scale"])
+    return -(-scaled(cell.total_steps, scale) // scaled(cell.test_freq, scale))
 
-    one_cell: whether to leave out the columns cell and scale.
-    """
-    from scipy.stats import t
 
-    rows = []
-    for name, scale in dict.fromkeys(key[:2] for key in groups):
-        for (first, second), (rule, when) in itertools.product(PAIRS, MOMENTS.items()):
-            a, b = ({line["seed"]: float(line[rule]) for line in groups.get((name, scale, row), ()) if line[rule]}
-                    for row in (first, second))
-            differences = [a[seed] - b[seed] for seed in a if seed in b]
-            if (n := len(differences)) < 2:
-                continue
-            effect, error = statistics.mean(differences), statistics.stdev(differences) / n ** 0.5
-            half = t.ppf(0.975, n - 1) * error
-            p = 2 * t.sf(abs(effect) / error, n - 1) if error else float(effect == 0)
-            answer = "cannot tell" if half >= abs(effect) else "lower" if effect < 0 else "higher"
-            rows.append([CELLS[name].title, f"{scale:g}", f"{ROWS[first].title} less {ROWS[second].title}", when, str(n),
-                         f"{effect:+.2f}", f"{effect - half:+.2f} to {effect + half:+.2f}", f"{p:.2g}", answer])
+def rows_table(rows):
+    """Returns the table of the rows of one cell at one scale; rows: row -> its lines."""
     if not rows:
-        return "None yet: a difference takes two rows of a cell with two seeds in common."
-    head = ["cell", "scale", "difference", "measured", "n", "mean", "95 % interval", "p", "test error"]
-    return markdown(head[2:], [row[2:] for row in rows]) if one_cell else markdown(head, rows)
+        return "Not run yet."
+    count = evaluation_count(next(iter(rows.values()))[0])
+    return error_table(["row"], [([ROWS[row].title], group) for row, group in rows.items()], median_name(count))
 
 
-def telemetry_table(groups):
-    """Accuracy of the pseudo-labels before and after the meta step, in the quarters of training."""
+def error_table(head, rows, median, form=None):
+    """Returns a table of n, the measured error rates in percent and the seconds of some rows.
+
+    rows: (cells that name the row, its lines).  median: what the median of the last 20 is over.  form: `markdown`, or another
+    function of a head and rows.
+    """
+    rows, titles = list(rows), SELECTION_RULES | {"median_last_20": median, "labeled": "on its own labeled images"}
+    measured = [column for column in titles if any(line[column] for _, group in rows for line in group)]
+    return (form or markdown)([*head, "n", *map(titles.get, measured), "seconds a run"],
+                              [[*cells, str(len(group)), *(mean_and_std(group, column) for column in measured),
+                                f"{mean(group, 'seconds'):.0f}"] for cells, group in rows])
+
+
+def cells_table(groups):
+    """Returns the table of all runs, with the hardware and the commits that made them."""
     rows = []
     for (name, scale, row), group in groups.items():
-        measured = [line for line in group if all(line[f"{when}-{k}"] for when in ("before", "after") for k in QUARTERS)]
-        if measured:
-            pairs = [(mean(measured, f"before-{k}"), mean(measured, f"after-{k}")) for k in QUARTERS]
-            rows.append([CELLS[name].title, ROWS[row].title, f"{scale:g}", str(len(measured)),
-                         *(f"{before:.2f} → {after:.2f}" for before, after in pairs),
-                         f"{statistics.mean(after - before for before, after in pairs):+.2f}"])
-    return markdown(["cell", "row", "scale", "n", "first quarter", "second", "third", "last", "mean gain"], rows)
+        hardware = {f"{line['device']}, {line['threads']} thread(s), {line['precision']}, torch {line['torch']}"
+                    for line in group}
+        commits = {line["commit"][:10] + "-dirty" * line["commit"].endswith("-dirty") for line in group}
+        rows.append(([CELLS[name].title, ROWS[row].title, f"{scale:g}", group[0]["steps"], "; ".join(sorted(hardware)),
+                      ", ".join(sorted(commits))], group))
+    return error_table(["cell", "row", "scale", "steps", "hardware", "commit"], rows, ANY_MEDIAN)
+
+
+def interval(differences):
+    """Returns the mean of some differences, and half the width of its 95 % interval by Student's t."""
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return statistics.mean(differences), float(stdtrit(len(differences) - 1, 0.975)) * error
+
+
+def contrast(differences):
+    """Returns n, mean, 95 % interval, p and verdict of differences of test errors in points, as text.
+
+    The verdict: "lower" or "higher" if the interval leaves out zero; "no difference that matters" if it lies within one point
+    either way; otherwise "cannot tell".
+    """
+    n, (effect, half) = len(differences), interval(differences)
+    p = 2 * float(stdtr(n - 1, -abs(effect) / half * stdtrit(n - 1, 0.975))) if half else float(effect == 0)
+    verdict = ("lower" if effect < -half else "higher" if effect > half
+               else "no difference that matters" if abs(effect) + half <= MATTERS else "cannot tell")
+    return [str(n), f"{effect:+.2f}", f"{effect - half:+.2f} to {effect + half:+.2f}", f"{p:.2g}", verdict]
+
+
+def differences_of(first, second, rule):
+    """Returns seed -> error of one row less that of another; {} if a row has a seed twice."""
+    a, b = ({line["seed"]: float(line[rule]) for line in group if line[rule]} for group in (first, second))
+    twice = len({line["seed"] for line in first}) < len(first) or len({line["seed"] for line in second}) < len(second)
+    return {} if twice else {seed: a[seed] - b[seed] for seed in a if seed in b}
+
+
+def paired(first, second, rule="last"):
+    """Returns the `contrast` of two rows on the seeds that they share, or None if these are fewer than two."""
+    differences = differences_of(first, second, rule)
+    return contrast(list(differences.values())) if len(differences) > 1 else None
+
+
+def less(first, second):
+    return f"{ROWS[first].title} less {ROWS[second].title}"
+
+
+def paired_table(rows):
+    """Returns the table of differences between two rows of a cell on the same seeds, in points of test error."""
+    pairs = [[less(*pair), when, *found] for pair, (rule, when) in itertools.product(PAIRS, MOMENTS.items())
+             if (found := paired(*(rows.get(row, ()) for row in pair), rule))]
+    return markdown(["difference", "measured", *CONTRAST], pairs) if pairs else (
+        "None yet: a difference takes two rows of a cell with two seeds in common.")
+
+
+def courses(evaluations, pair):
+    """Returns step -> (lines of the first row, those of the second), of one cell at one scale, in the order of the steps."""
+    steps = {}
+    for line in evaluations:
+        if line["row"] in pair:
+            steps.setdefault(int(line["step"]), ([], []))[pair.index(line["row"])].append(line)
+    return dict(sorted(steps.items()))
+
+
+def course_table(evaluations):
+    """Returns the table of paired differences at a few steps, with the pseudo-labels and meta-shift of the first row there."""
+    rows = []
+    for pair in COURSES:
+        steps = courses(evaluations, pair)
+        for step in dict.fromkeys(max((s for s in steps if 8 * s <= k * max(steps)), default=0) for k in EIGHTHS):
+            if step and (found := paired(*steps[step], "test_error")):
+                seeds = differences_of(*steps[step], "test_error")
+                own = [line for line in steps[step][0] if line["seed"] in seeds]
+                before, after, shift = (f"{mean(own, key):.{digits}f}" if all(line[key] for line in own) else "-"
+                                        for key, digits in (("before", 2), ("after", 2), ("meta_shift", 4)))
+                rows.append([less(*pair), str(step), *found, f"{before} → {after}", shift])
+    return markdown(["difference", "step", *CONTRAST, "pseudo-labels right, %", "meta-shift"], rows) if rows else "None yet."
+
+
+def start_table(groups):
+    """Returns the tables of the four arms, which start from two sets of weights and go on with two rows: means, contrasts."""
+    arms = {(start, row): {line["seed"]: float(line["last"]) for line in groups.get((cell, 1.0, row), ())}
+            for start, cell in STARTS.items() for row in STARTS}
+    seeds = sorted(set.intersection(*map(set, arms.values())), key=int)
+    if len(seeds) < 2:
+        return "None yet."
+    means = [[ROWS[start].title, ROWS[row].title, str(len(seeds)), f"{statistics.mean(map(errors.get, seeds)):.2f}"]
+             for (start, row), errors in arms.items()]
+    contrasts = []
+    for title, pairs in (("weights of both less those of mix-up only, going on with {}",
+                          [(("both", row), ("mix-up", row)) for row in STARTS]),
+                         ("going on with both less with mix-up only, from the weights of {}",
+                          [((row, "both"), (row, "mix-up")) for row in STARTS])):
+        values = [[arms[first][seed] - arms[second][seed] for seed in seeds] for first, second in pairs]
+        values.append(list(map(statistics.mean, zip(*values))))
+        contrasts += [[title.format(name), *contrast(own)] for name, own in zip((*STARTS, "either: the mean"), values)]
+    return (markdown(["weights at step 6,000", "going on with", "n", "last"], means) + "\n\n"
+            + markdown(["difference", *CONTRAST], contrasts))
 
 
 def commands(groups):
@@ -177,11 +222,6 @@ def commands(groups):
 
 def markdown(head, rows):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
-
-
-def published(name, row):
-    value = CELLS[name].published.get(row)
-    return "-" if value is None else f"{value:.2f}"
 
 
 def mean_and_std(group, rule):

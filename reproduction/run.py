@@ -1,43 +1,56 @@
-"""One run of the tables: its command, its folder under results/reproduce, and its line of results/runs.csv."""
-import re
+"""One run of the tables: its command, its folder under results/reproduce, its lines of runs.csv and evaluations.csv."""
 import statistics
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from reproduction.cells import CELLS, ROWS, folder_of, scaled, training_flags
-from reproduction.report import QUARTERS, SELECTION_RULES
-from utils import flags
-from utils.cli import UsageError, option
-from utils.files import ARGS, LOG, METRICS, RESULTS
-from utils.records import read_flags, read_metrics, read_results
+from reproduction.cells import CELLS, flags_of_row, folder_of, scaled, training_flags
+from reproduction.report import SELECTION_RULES
+from utils.errors import UsageError
+from utils.experiment import differing, facts, options, plain_flags, resolve_flags
+from utils.files import ARGS, METRICS, RESULTS, read_flags, read_metrics, read_results
+from utils.flags import RESUME
 
-FOLDERS, SPLITS = Path("results", "reproduce"), Path("splits")
-COLUMNS = ("cell", "row", "seed", "scale", "steps", *SELECTION_RULES, "before_decay", "labeled",
-           *(f"before-{k}" for k in QUARTERS), *(f"after-{k}" for k in QUARTERS),
-           "seconds", "device", "threads", "precision", "torch", "commit")
+SPLITS = Path("splits")
+NAME = "cell", "row", "seed", "scale"       # columns that name a run
+COLUMNS = (*NAME, "steps", *SELECTION_RULES, "before_decay", "labeled", "seconds", "device", "threads", "precision", "torch",
+           "commit")
+EVALUATION_COLUMNS = (*NAME, "step", "test_error", "before", "after", "meta_shift")
+# column -> scalar and its factor: accuracy of the pseudo-labels in percent around the meta step, and how far it moves them
+TELEMETRY = {"before": ("train/unlabel-acc", 100), "after": ("train/pseudo-acc", 100), "meta_shift": ("train/meta-shift", 1)}
 
 
 class Run:
-    """One row of a cell with one seed."""
+    """One row of a cell, or of an experiment of the user's own, with one seed.
 
-    def __init__(self, cell, row, seed, scale):
-        self.cell, self.row, self.seed, self.scale = cell, row, seed, scale
-        self.flags = training_flags(cell, row, seed, scale)
+    own: the flags of that experiment, as `own_flags` returns them, or None; `cell` is then a name for its folders.
+    """
+
+    def __init__(self, cell, row, seed, scale=1.0, own=None):
+        self.cell, self.row, self.seed, self.scale, self.own = cell, row, seed, scale, own
+        self.name = dict(zip(NAME, (cell, row, seed, f"{scale:g}")))
+        self.flags = training_flags(cell, row, seed, scale) if own is None else flags_of_row(own, row, seed)
         self.folder = folder_of(cell, row, seed, scale)
         self.split = None                   # where the list of its labeled images is published
-        if row != "supervised":
+        if own is None and row != "supervised":
             self.split = SPLITS / f"{CELLS[cell].data_name}-{CELLS[cell].num_label}-seed{seed}.txt"
 
+    def check_start(self):
+        """Raises UsageError if the run whose weights it starts from is not finished."""
+        start = CELLS[self.cell].start if self.own is None else ()
+        if start and Run(*start, self.seed, self.scale).results() is None:
+            cell, row = start
+            raise UsageError(f"{self.folder} starts from a run that is not finished: python3 reproduce.py ablation --dataset "
+                             f"{cell} --rows {row} --first-seed {self.seed} --scale {self.scale:g}")
+
     def command(self):
-        """The flags of train_meta.py.  A run that was begun keeps its choice of labeled images, by the seed or by --split."""
+        """Returns the flags of train_meta.py; a run that was begun keeps its choice of labeled images, by seed or --split."""
         given = self.split is not None and self.split.exists()
         if (self.folder / ARGS).exists():
             given = read_flags(self.folder).get("split") is not None
         return [*self.flags, *(["--split", str(self.split)] if given else []), "--save-path", str(self.folder), "--resume"]
 
     def results(self):
-        """results.json, or None if the run is not finished.  Raises UsageError if it is of another experiment.
+        """Returns results.json, or None if the run is not finished.  Raises UsageError if it is of another experiment.
 
         A flag that the run is too old to know counts as left at its default.
         """
@@ -45,56 +58,57 @@ class Run:
         if not path.exists():
             return None
         results = read_results(self.folder)
-        found = {**resolved(), **results["args"], "total_steps": results["steps"]}
-        planned = resolved(*self.flags)
-        may_differ = flags.with_role(flags.RESUME) - {"test_freq", "total_steps"} | {"split"}
-        if name := flags.difference(planned, found, may_differ):
-            raise UsageError(f"{path} is of another experiment than {self.row} of {self.cell}: {option(name)} is {found[name]} "
+        planned, found = facts(resolved(*self.flags)), facts(results["args"] | {"total_steps": results["steps"]})
+        may_differ = options([RESUME]) - {"--test-freq", "--total-steps"} | {"--split"}
+        if self.own is not None and "num_label" not in self.own:    # the data or the split may say how many
+            may_differ |= {"--num-label"}
+        for name in differing(planned, found, may_differ):
+            raise UsageError(f"{path} is of another experiment than {self.row} of {self.cell}: {name} is {found[name]} "
                              f"there and {planned[name]} here: move it away")
         return results
 
     def line(self):
-        """Its line of runs.csv, column -> text.  Raises UsageError if the run is not finished."""
+        """Returns its line of runs.csv, column -> text.  Raises UsageError if the run is not finished."""
+        results, _ = self.finished()
+        decay = min((scaled(m, self.scale) for m in CELLS[self.cell].milestones), default=0)
+        before_decay = [line["test_error"] for line in self.evaluations() if int(line["step"]) <= decay]
+        values = {**self.name, "steps": results["steps"], **results["error_rate"],
+                  "before_decay": before_decay[-1] if before_decay else None, "labeled": results.get("labeled_error_rate"),
+                  **results["sessions"][-1], "seconds": round(results["seconds"])}
+        return texts({column: values[column] for column in COLUMNS})
+
+    def evaluations(self):
+        """Returns its lines of evaluations.csv, column -> text; means are over the log lines since the evaluation before."""
+        _, records = self.finished()
+        lines, since = [], []
+        for record in records:
+            if "test/accuracy" not in record:
+                since.append(record)
+                continue
+            means = {}
+            for name, (tag, factor) in TELEMETRY.items():
+                found = [factor * logged[tag] for logged in since if tag in logged]
+                means[name] = f"{statistics.mean(found):.4f}" if found else None
+            error = round(100 * (1 - record["test/accuracy"]), 4)
+            lines.append(texts({**self.name, "step": record["step"], "test_error": error, **means}))
+            since = []
+        return lines
+
+    def finished(self):
+        """Returns results.json and the records of metrics.jsonl.  Raises UsageError if the run is not finished."""
         results, records = self.results(), read_metrics(self.folder)
         if results is None or not records or records[-1]["step"] != results["steps"]:
             raise UsageError(f"{self.folder / METRICS} does not end with the last step of a finished run: restore "
                              "it, or move the run away")
-        values = {"cell": self.cell, "row": self.row, "seed": self.seed, "scale": f"{self.scale:g}", "steps": results["steps"],
-                  **results["error_rate"], "before_decay": self.error_before_decay(records),
-                  "labeled": results.get("labeled_error_rate"), **results["sessions"][-1], "seconds": round(results["seconds"])}
-        for name, tag in (("before", "train/unlabel-acc"), ("after", "train/pseudo-acc")):      # the meta step
-            for k in QUARTERS:
-                quarter = [r[tag] for r in records if tag in r and k - 1 < 4 * r["step"] / results["steps"] <= k]
-                values[f"{name}-{k}"] = f"{100 * statistics.mean(quarter):.2f}" if quarter else None
-        return {column: "" if values[column] is None else str(values[column]) for column in COLUMNS}
+        return results, records
 
-    def error_before_decay(self, records):
-        """Test error in percent at the last evaluation before the learning rate first decays, or None."""
-        decay = min((scaled(m, self.scale) for m in CELLS[self.cell].milestones), default=0)
-        accuracies = [record["test/accuracy"] for record in records if "test/accuracy" in record and record["step"] <= decay]
-        return round(100 * (1 - accuracies[-1]), 4) if accuracies else None
 
-    def progress(self):
-        """The last step, test error and time left that its log tells of, in one line; "" before it does."""
-        log = ""
-        with suppress(OSError):
-            log = (self.folder / LOG).read_text(encoding="utf-8", errors="replace")
-        patterns = r"  (step \d+/\d+)  ", r"  (test error \S+ %)", r"images/s  (.+ left)"
-        told = (re.findall(pattern, log)[-1:] for pattern in patterns)
-        return ", ".join(text for texts in told for text in texts)
+def texts(values):
+    """Returns the values of a line as text; None is empty."""
+    return {name: "" if value is None else str(value) for name, value in values.items()}
 
 
 @cache
 def resolved(*words):
-    """Flags of train_meta.py as args.json has them."""
-    return flags.experiment(flags.parse_training(words))
-
-
-def finished_runs():
-    """All finished runs in results/reproduce."""
-    for path in FOLDERS.glob(f"*/*/{RESULTS}"):
-        match = re.fullmatch(r"(.+)-([0-9]+(?:\.[0-9]+)?)/(.+)-([0-9]+)", str(path.parent.relative_to(FOLDERS)))
-        if match and match[1] in CELLS and match[3] in ROWS:
-            run = Run(match[1], match[3], int(match[4]), float(match[2]))
-            if run.folder == path.parent:
-                yield run
+    """Returns flags of train_meta.py as args.json has them."""
+    return plain_flags(resolve_flags(words)[0])

@@ -32,17 +32,17 @@ SERVER = get_context("forkserver")
 SERVER.set_forkserver_preload([
     "helpers", "train_meta", "plot_features", "torch", "torch._dynamo", "torch._decomp.decompositions_for_jvp",
     "torch.distributed", "torch.utils.serialization.config", "tensorboardX", "datasets.batches", "metasemi",
-    "models.convlarge", "models.synchronized", "utils.evaluation", "utils.setup", "utils.checkpoint", "reproduction.features",
+    "models.convlarge", "models.synchronized", "utils.evaluation", "utils.run_folder", "reproduction.features",
     "pytest", "hypothesis"])
-DIGITS = loading.load_digits(None, None)         # read once, by the server for all its runs
+DIGITS = loading.load_digits()         # read once, by the server for all its runs
 
 
 # Runs
 
-def few_digits(row, root, **options):
+def few_digits(*args, **options):
     """The digits with the first 100 of their 500 test images: evaluating all takes a third of a run of seven steps."""
-    train, test, names = DIGITS
-    return tuple(map(np.copy, train)), tuple(array[:100].copy() for array in test), names
+    return DIGITS._replace(train_images=DIGITS.train_images.clone(), train_labels=DIGITS.train_labels.clone(),
+                           test_images=DIGITS.test_images[:100].clone(), test_labels=DIGITS.test_labels[:100].clone())
 
 
 def start(flags, *patches, script="train_meta", output=None):
@@ -127,8 +127,11 @@ def become(rank, size, port):
 
 
 class Processes:
-    """train_meta.py in several processes, one for each list of flags; `end` gives their exit codes, and what each wrote to
-    standard error."""
+    """train_meta.py in several processes, one for each list of flags.
+
+    `end` gives their exit codes, and what each wrote to standard error; it ends the others once one has failed, as torchrun
+    does.
+    """
 
     def __init__(self, store, folder, flags, *patches):
         self.outputs = [folder / f"rank{rank}" for rank in range(len(flags))]
@@ -136,6 +139,10 @@ class Processes:
                           for rank, (own, output) in enumerate(zip(flags, self.outputs))]
 
     def end(self):
+        while {process.exitcode for process in self.processes} in ({None}, {0, None}):
+            time.sleep(0.02)
+        for process in self.processes:
+            process.terminate()
         codes = [finish(process) for process in self.processes]
         return codes, [Path(f"{output}.err").read_text() for output in self.outputs]
 
@@ -165,6 +172,11 @@ def tensors(value, path=""):
         return {path: value}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return {k: v for key, item in items for k, v in tensors(item, f"{path}/{key}").items()}
+
+
+def contents(folder):
+    """name -> bytes of the files of a run folder, but for its lock."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
 
 
 def differing(folder, other, name="checkpoint.pth"):
@@ -222,22 +234,6 @@ def orphans(group, seconds=600):
         time.sleep(0.05)
 
 
-def folder_of_digits(root):
-    """The digits as image files, for --dataset folder."""
-    from PIL import Image
-
-    from datasets import load_dataset
-
-    data = load_dataset("digits", ".")
-    for split, images, labels in (("train", data.train_images, data.train_labels),
-                                  ("test", data.test_images, data.test_labels)):
-        for k in range(10):
-            (root / split / str(k)).mkdir(parents=True)
-        for i, (image, label) in enumerate(zip(images.permute(0, 2, 3, 1).numpy(), labels.tolist())):
-            Image.fromarray(image).save(root / split / str(label) / f"{i}.png")
-    return root
-
-
 def wait_for(path, text, process):
     """Until a process has said so, or has ended."""
     while process.is_alive() and not (path.exists() and text in path.read_text()):
@@ -254,8 +250,8 @@ def finished_run(row, seed=1):
     results = {"error_rate": {"last": 5.0, "median_last_20": 6.0, "best_validation": None, "best_test": 4.0},
                "labeled_error_rate": 1.25, "steps": 8, "seconds": 3.4,
                "args": resolved(*training_flags("digits", row, seed, 0.01)),
-               "sessions": [{"device": "cpu", "threads": 2, "precision": "float32", "torch": "2", "commit": None}]}
-    lines = [{"step": s, "train/unlabel-acc": s / 10, "train/pseudo-acc": s / 5} for s in range(1, 9)]
+               "sessions": [{"device": "cpu", "threads": 2, "precision": "float32", "torch": "2", "commit": "0" * 40}]}
+    lines = [{"step": s, "train/unlabel-acc": s / 20, "train/pseudo-acc": s / 10} for s in range(1, 9)]
     lines += [{"step": 6, "test/accuracy": 0.75}, {"step": 8, "test/accuracy": 0.95}]
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -5,6 +5,7 @@ what was lost.  `patch` is None, or a function that takes one protection away in
 must be lost, or the injection proves nothing.  Runs are processes of their own, forked from a server that has already
 loaded torch, and really killed.
 """
+import argparse
 import contextlib
 import hashlib
 import io
@@ -20,6 +21,7 @@ import sys
 import time
 import zipfile
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import URLError
@@ -32,10 +34,10 @@ from helpers import (
     ROOT,
     SERVER,
     Malicious,
+    contents,
     few_images,
     finish,
     finished_run,
-    folder_of_digits,
     negative_variance,
     one_line,
     orphans,
@@ -51,8 +53,6 @@ from helpers import (
     wait_for,
     whole,
 )
-
-from datasets import loading
 
 # F1, F2, F3, F14: kills and resumes
 
@@ -153,17 +153,19 @@ def save_and_die(folder, point, patch):
 
 
 def resumed(folder, tries, rng, patch=None):
-    """Bitwise resume at k in {1, middle, a save, a save + 1, N - 1}, with and without mix-up, then a second resume."""
-    flags = [*FLAGS, "--test-freq", "3", "--total-steps"]
+    """Bitwise resume at k in {1, middle, a save, a save + 1, N - 1}, in every row of the ablation, then a second resume."""
+    flags = [*FLAGS, "--test-freq", "3"]
     plain = [flag for flag in flags if flag != "--mix-up"]
-    cases = [(row, k) for k in (3, 1, 4, 5, 6) for row in (flags, plain)]
-    for row, k in cases[:tries]:
-        parts = folder / f"parts{k}-{len(row)}"
+    rows = flags, [*plain, "--no-meta", "--momentum", "0"], plain, [*flags, "--no-meta"]
+    for i, (k, row) in enumerate(product((3, 1, 4, 5, 6), rows)):
+        if i == tries:
+            return
+        parts = folder / str(i)
         for steps in (k, min(k + 2, 6), 7):
-            code, _, error = run(folder, [*row, steps, "--save-path", parts, "--resume"], patch)
+            code, _, error = run(folder, [*row, "--total-steps", steps, "--save-path", parts, "--resume"], patch)
             if code:
                 break
-        yield f"k = {k}: {error}" if code else unequal(whole(*row, "7"), parts)
+        yield f"k = {k}: {error}" if code else unequal(whole(*row, "--total-steps", "7"), parts)
 
 
 def no_rng():
@@ -387,40 +389,44 @@ def every_failure_ends():
     from utils import run_folder
 
     save = run_folder.RunFolder.save
-    run_folder.RunFolder.save = lambda self, state, best, last: save(self, state, best, last=True)
+    run_folder.RunFolder.save = lambda self, state, seconds, device, best, last: save(self, state, seconds, device, best)
 
 
 # F6: signals
 
 def signaled(folder, tries, rng, patch=None):
     """SIGTERM, SIGINT or SIGUSR1 to the process or its group at random moments, also in start-up, evaluation and a save."""
-    images = folder_of_digits(folder / "images")
+    few = [*FEW, "--data-path", few_images(folder / "images", 100), "--num-workers", "2"]
     flags = [*FLAGS, "--test-freq", "3", "--total-steps", "60"]
     for i in range(tries):
         path, row = folder / str(i), flags
         number = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[i % 3]
         if i % 5 == 4:                      # while worker processes decode
-            row = [*flags, "--dataset", "folder", "--data-path", images, "--image-size", "16", "--num-workers", "2"]
+            row = [*flags, *few]
         process = start([*row, "--save-path", path], slow_disk, slow_evaluation, patch, output=folder / "output")
         time.sleep(rng.uniform(0.05, 2.0))
         (os.killpg if i % 2 else os.kill)(process.pid, number)
-        code = finish(process)
-        error, out = (Path(folder, f"output.{name}").read_text() for name in ("err", "out"))
-        stopped = re.search(r"stopped by a signal at step (\d+)/60", out)
-        fault = None
-        if code != (130 if number == signal.SIGINT else 143):
-            fault = f"{number.name}: exit code {code}: {error}"
-        elif stopped and (error or readable(path) != int(stopped[1])):
-            fault = f"{number.name}: stopped at step {stopped[1]}, kept {readable(path)}: {error}"
-        elif not stopped and one_line(1, 1, error, "stopped by a signal before the first step"):
-            fault = error or out
-        yield fault or orphans(process.pid)
+        yield badly_stopped(process, folder / "output", path, 130 if number == signal.SIGINT else 143)
+
+
+def badly_stopped(process, output, path, expected):
+    """What is wrong with the end of a run that got a signal, or None."""
+    code = finish(process)
+    error, out = (Path(f"{output}.{name}").read_text() for name in ("err", "out"))
+    stopped = re.search(r"stopped by a signal at step (\d+)/", out)
+    if code != expected:
+        return f"exit code {code}, not {expected}: {error}"
+    if stopped and (error or readable(path) != int(stopped[1])):
+        return f"stopped at step {stopped[1]}, kept {readable(path)}: {error}"
+    if not stopped and one_line(1, 1, error, "stopped by a signal before the first step"):
+        return error or out
+    return orphans(process.pid)
 
 
 def slow_evaluation():
-    from utils import metrics
+    from utils import evaluation
 
-    evaluate = metrics.evaluate
+    evaluate = evaluation.evaluate
 
     def slow(model, batches, dtype, stop, add):
         def paused():
@@ -429,14 +435,13 @@ def slow_evaluation():
                     time.sleep(0.01)
                     yield part
         return evaluate(model, paused(), dtype, stop, add)
-    metrics.evaluate = slow
+    evaluation.evaluate = slow
 
 
 def default_signals():
     from utils.interrupt import Interrupt
 
-    Interrupt.__enter__ = lambda self: self
-    Interrupt.__exit__ = lambda self, *exception: None
+    Interrupt.listen = lambda self: None
 
 
 # F7, F13: numbers
@@ -471,7 +476,7 @@ def spoiled(kind, value):
             elif kind == "weights":
                 weight.data[0] = value
             elif kind == "loss":
-                options["weight"] = value
+                options["weight"] = 1e308       # times the consistency loss in float32: infinity
             else:
                 weight.register_hook(lambda g: g + value)
         result = step(model, optimizer, x_l, y_l, x_u, **options)
@@ -482,9 +487,9 @@ def spoiled(kind, value):
 
 
 def no_finite_check():
-    from utils import metrics, state
+    from utils import meters, state
 
-    metrics.Meter.check = lambda self: None
+    meters.Meter.check = lambda self: None
     state.all_finite = lambda tensors: True
 
 
@@ -505,9 +510,9 @@ def permuted(folder, tries, rng, patch=None):
 
 
 def other_labels(seed):
-    from utils import setup, state
+    from utils import setup
 
-    load = state.load_dataset
+    load = setup.load_dataset
     labels = load("digits", ".").train_labels
     labeled, validation = setup.split_training(labels, 50, 0, 10, 1)
     setup.split_training = lambda *args: (labeled, validation)
@@ -519,7 +524,7 @@ def other_labels(seed):
         images.train_labels[unlabeled] = images.train_labels[rng.permutation(unlabeled)]
         order = torch.from_numpy(rng.permutation(len(images.test_labels)))
         return images._replace(test_images=images.test_images[order])
-    state.load_dataset = load_permuted
+    setup.load_dataset = load_permuted
 
 
 def leaking_labels():
@@ -557,8 +562,6 @@ def wrong_lines(folder, tries, rng, patch=None):
 
 
 def lines_of_argparse():
-    import argparse
-
     from utils.cli import Parser
 
     Parser.error = argparse.ArgumentParser.error
@@ -629,17 +632,16 @@ def no_lock():
 
 
 def odd_places(folder, tries, rng, patch=None):
-    """Paths with spaces, unicode and %, a symlinked run folder, closed or broken standard streams."""
+    """Paths with spaces, unicode and %, a symlinked run folder, a pipe that breaks."""
     flags = [*FLAGS, "--total-steps", "3", "--test-freq", "2"]
     (folder / "elsewhere").mkdir()
     (folder / "link").symlink_to(folder / "elsewhere")
-    places = [("closed", (0, 1, 2)), ("broken", "pipe"), ("closed too", (1,)), ("with space", ()), ("ünï ☃", ()),
-              ("100 % {x} $HOME", ()), ("link", ()), ("a:b", ()), ("run:x", ())]
-    for name, streams in places[:tries]:
+    places = ("broken", "with space", "ünï ☃", "100 % {x} $HOME", "link", "a:b", "run:x")
+    for name in places[:tries]:
         path = folder / name
         for steps in (2, 3):
-            process = start([*flags, "--total-steps", steps, "--save-path", path, "--resume"], partial(without, streams), patch,
-                            output=folder / "output")
+            process = start([*flags, "--total-steps", steps, "--save-path", path, "--resume"],
+                            broken_pipe if name == "broken" else None, patch, output=folder / "output")
             code = finish(process)
             if code:
                 break
@@ -647,64 +649,51 @@ def odd_places(folder, tries, rng, patch=None):
         if not fault and records(path) != records(whole(*flags)):
             fault = f"{name}: the records differ"
         yield fault
-    for name in ("ünï ☃", "100 % {x} $HOME")[:max(0, tries - 6)]:
-        flags = ["--checkpoint-path", folder / name / "checkpoint.pth", "--save-path", folder / f"figure {name}",
-                 "--method", "pca", "--num-point", "50"]
-        code, _, error = run(folder, flags, script="plot_features")
-        yield error if code else None
 
 
-def without(streams):
-    """Closes standard streams, or makes standard output a pipe that nobody reads."""
-    if streams == "pipe":
-        reader, writer = os.pipe()
-        os.dup2(writer, 1)
-        os.close(reader)
-        return
-    for number in streams:
-        os.close(number)
-        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+def broken_pipe():
+    """Makes standard output a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.close(reader)
 
 
-def no_streams():
-    from utils import cli
+def careless_output():
+    from utils.run_folder import RunFolder
 
-    cli.open_standard_streams = lambda: None
+    RunFolder.print = lambda self, *messages: [print(message, flush=True) for message in messages]
 
 
 def odd_values(folder, tries, rng, patch=None):
-    """python -P, an ASCII terminal, and for every flag of the three scripts a value of 400 or 5,000 digits or letters"""
-    for script, _ in VALUED:
-        command = [sys.executable, "-P", ROOT / f"{script}.py", "--nonsense"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-        yield one_line(done.returncode, 2, done.stderr, f"{script}.py: ")
+    """An ASCII terminal, and for every flag of the three scripts a value of 400 or 5,000 digits or letters, or --"""
     flags = [*FLAGS, "--total-steps", "1", "--save-path", folder / "ünï ☃", "--resume"]
     for said in ("images", r"n\xef \u2603: finished at step 1"):
         code, out, error = run(folder, flags, ascii_terminal, patch)
         yield error if code else None if said in out else f"{said!r} is not in {out!r}"
     before = sorted(folder.rglob("*"))
-    cases = [(script, flag, character * count) for script, given in VALUED for flag in given
-             for character in "1a" for count in (400, 5000)]
+    required = {"train_meta": ["--dataset", "folder", "--data-path", "x"], "reproduce": ["main", "--dry-run"],
+                "plot_features": ["--save-path", "figure", "--checkpoint-path", "x"]}
+    cases = [(script, f"{flag}={value}") for script, flag in valued_flags()
+             for value in ("--", *(character * count for character in "1a" for count in (400, 5000)))]
     for i in rng.permutation(len(cases))[:tries]:
-        script, flag, value = cases[i]
-        flags = [*REQUIRED[script], flag, value]
+        script, word = cases[i]
         with contextlib.chdir(folder):
-            code, _, error = run(folder, flags, patch, script=script)
-        yield one_line(code, 2, error, flag) or (None if sorted(folder.rglob("*")) == before else "it wrote something")
+            code, _, error = run(folder, [*required[script], word], patch, script=script)
+        yield one_line(code, 2, error, word.partition("=")[0]) or (
+            None if sorted(folder.rglob("*")) == before else "it wrote something")
 
 
-REQUIRED = {"train_meta": ["--dataset", "folder", "--data-path", "x"],
-            "plot_features": ["--save-path", "figure", "--checkpoint-path", "x"], "reproduce": ["main", "--dry-run"]}
-VALUED = [                  # the flags that take a value, but those for which any text is one
-    ("train_meta", ("--dataset", "--data-path", "--num-label", "--split", "--num-val", "--image-size", "--num-workers",
-                    "--arch", "--alpha", "--meta-gradient", "--epsilon", "--consistency", "--weight", "--ramp", "--total-steps",
-                    "--batch-size", "--lr", "--meta-lr", "--warmup", "--schedule", "--milestones", "--gamma", "--momentum",
-                    "--weight-decay", "--seed", "--device", "--precision", "--save-path", "--resume", "--print-freq",
-                    "--test-freq", "--evaluate", "--predictions")),
-    ("plot_features", ("--checkpoint-path", "--save-path", "--dataset", "--data-path", "--index-path", "--num-point",
-                       "--method", "--backend", "--perplexity", "--seed", "--device", "--num-workers", "--curves")),
-    ("reproduce", ("--dataset", "--seeds", "--scale", "--gpus", "--jobs")),
-]
+def valued_flags():
+    """(script, flag) of all that take a value, but those for which any text is one."""
+    from plot_features import plotting_parser
+    from utils.flags import training_parser
+
+    for script, parser, free in (("train_meta", training_parser(), ()),
+                                 ("plot_features", plotting_parser(), ("row_label", "arch"))):
+        for action in parser._actions:
+            if action.nargs != 0 and action.dest not in free:
+                yield script, action.option_strings[-1]
+    yield from (("reproduce", flag) for flag in ("--dataset", "--seeds", "--scale", "--gpus", "--jobs"))
 
 
 def ascii_terminal():
@@ -716,13 +705,14 @@ def careless_values():
 
     for module in (cli, flags):
         module.path, module.number = Path, lambda kind, **bounds: lambda text: kind(float(text))
+    cli.Parser.parse_known_args = argparse.ArgumentParser.parse_known_args
 
 
 # F25: networks of the user's own
 
 OWN = """import torch
 from torch import nn
-{}
+
 
 class Net(nn.Module):
     def __init__(self, num_classes):
@@ -735,32 +725,22 @@ class Net(nn.Module):
         fails = self.calls == 7     # in step 4, the first after a save
         logits = self.head(x.flatten(1))
         {}
-
-{}
 """
-MISBEHAVIOR = [     # import, constructor, end of forward, more; exit code, parts of the line
-    ("", "", "return logits if fails else logits / (1 // 0)", "", 2, ["fails in evaluation mode", "ZeroDivisionError"]),
-    ("", "", "return int('x') if fails else logits", "", 1, ["fails at step 4", "line 15: ValueError", "of step 3 is intact"]),
-    ("", "", "return logits[:-1] if fails else logits", "", 1, ["fails at step 4: RuntimeError", "of step 3 is intact"]),
-    ("", "", "return open('gone') if fails else logits", "", 1, ["fails at step 4", "line 15: FileNotFoundError", "is intact"]),
-    ("", "", "return logits.detach() if fails else logits", "", 0, []),
-    ("", "", "return logits + x.zero_().sum()", "", 2, ["changes its input"]),
-    ("", "", "return logits.softmax(dim=1)", "", 0, []),
-    ("from gone import x", "", "return logits", "", 2, ["net.py, line 3: ModuleNotFoundError: No module named 'gone'"]),
-    ("from beside import scale", "", "return scale(logits)", "", 0, []),
-    ("", "self.more = nn.LazyLinear(3)", "return logits", "", 2, ["lazy layers"]),
-    ("", "self.w = nn.Parameter(torch.ones(2) * 1j)", "return logits", "", 2, ["the complex parameter w"]),
-    ("", "self.w = nn.Parameter(torch.eye(2).to_sparse())", "return logits", "", 2, ["the sparse parameter w"]),
-    ("", "", "return logits", "    def get_extra_state(self):\n        return [1]\n", 2, ["the extra state _extra_state"]),
-    ("", "self.register_buffer('mask', torch.full((9,), -torch.inf))", "return logits", "", 0, []),
-    ("", "self.again = self.head", "return logits + self.again(x.flatten(1))", "", 0, []),
-    ("", "self.bn = nn.BatchNorm1d(num_classes)", "return self.bn(logits)", "", 2, ["take a larger --batch-size"]),
+MISBEHAVIOR = [     # constructor, end of forward; exit code, parts of the line
+    ("", "return logits if fails else logits / (1 // 0)", 2, ["fails in evaluation mode", "ZeroDivisionError"]),
+    ("", "return int('x') if fails else logits", 1, ["fails at step 4", "line 15: ValueError", "of step 3 is intact"]),
+    ("", "return logits[:-1] if fails else logits", 1, ["fails at step 4: RuntimeError", "of step 3 is intact"]),
+    ("", "return open('gone') if fails else logits", 1, ["fails at step 4", "line 15: FileNotFoundError", "is intact"]),
+    ("", "return logits.detach() if fails else logits", 0, []),
+    ("", "return logits.softmax(dim=1)", 0, []),
+    ("self.register_buffer('mask', torch.full((9,), -torch.inf))", "return logits", 0, []),
+    ("self.again = self.head", "return logits + self.again(x.flatten(1))", 0, []),
+    ("self.bn = nn.BatchNorm1d(num_classes)", "return self.bn(logits)", 2, ["take a larger --batch-size"]),
 ]
 
 
 def misbehaving(folder, tries, rng, patch=None):
-    """A network of the user's own that fails, imports, shares, changes its input or keeps what a checkpoint cannot."""
-    (folder / "beside.py").write_text("def scale(x):\n    return 2 * x\n")
+    """A network of the user's own that fails at once or later, shares a layer, or is not quite a network."""
     for i, (*parts, expected, said) in enumerate(MISBEHAVIOR[:tries]):
         (folder / "net.py").write_text(OWN.format(*parts))
         path = folder / str(i)
@@ -770,30 +750,29 @@ def misbehaving(folder, tries, rng, patch=None):
         fault = one_line(code, expected, error, *said) if expected else error[-300:] or (f"exit code {code}" if code else None)
         if expected == 2 and path.exists():
             fault = fault or "it wrote something"
-        if "softmax" in parts[2] and out.count("gives probabilities") != 1:
+        if "softmax" in parts[1] and out.count("gives probabilities") != 1:
             fault = fault or "no warning was said"
         yield fault
 
 
 def no_own_network():
-    import train_meta
-    from utils import evaluation
+    from utils import evaluation, trial
 
-    train_meta.network_failures = evaluation.network_failures = lambda name, step=None: contextlib.nullcontext()
+    trial.network_failures = evaluation.network_failures = lambda name, step=None: contextlib.nullcontext()
 
 
 # F19: reports
 
 def reported(folder, tries, rng, patch=None):
     """Foreign and damaged files under reproduce.py, two of them at once, and a locale without UTF-8."""
-    from utils import run_folder
+    from utils.files import lock
 
     with contextlib.chdir(folder), patch() if patch else contextlib.nullcontext():
         both, supervised = map(finished_run, ("both", "supervised"))
         readme, table = "Müller ± 1\n<!-- cells -->\n<!-- end -->\n", Path("results", "runs.csv")
         Path("README.md").write_text(readme, encoding="utf-8")
         flags = ["main", "--dataset", "digits", "--scale", "0.01", "--publish"]
-        done = subprocess.run([sys.executable, "-P", ROOT / "reproduce.py", *flags], capture_output=True,
+        done = subprocess.run([sys.executable, ROOT / "reproduce.py", *flags], capture_output=True,
                               env={**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"})
         text = Path("README.md").read_text(encoding="utf-8")
         yield None if (done.returncode, done.stderr) == (0, b"") and text.startswith(readme[:20]) and "±" in text else (
@@ -812,8 +791,7 @@ def reported(folder, tries, rng, patch=None):
             (table, lines.replace("digits", "mnist")), (table, lines.replace(",both,", ",all,")),
             (table, lines + "digits,both\n"), (table, lines.replace("5.0", "five")), (table, lines.replace("seed", "Seed")),
             (Path("README.md"), text.replace("cells", "sells")), (Path("README.md"), text.replace("<!-- end -->", ""))]
-        first = run_folder.RunFolder("results")
-        first.lock()
+        first = lock(Path("results"))
         yield one_line(*refused(flags), "results is in use by process")
         first.close()
         for path, content in cases[:tries]:
@@ -845,7 +823,7 @@ def believing():
     """Any results.json is that of the run in whose folder it lies."""
     from unittest import mock
 
-    with mock.patch("utils.flags.difference", lambda *args: None):
+    with mock.patch("reproduction.run.differing", lambda *args: None):
         yield
 
 
@@ -870,172 +848,108 @@ def no_numbers(folder, tries, rng, patch=None):
 
 
 def any_logits():
-    from utils import metrics
+    from utils import evaluation
 
-    metrics.check_logits = lambda broken, count: None
+    evaluation.check_logits = lambda broken, count: None
 
 
 # F18, F22, F23: folders, checkpoints and signals as others leave, make and send them
 
 def disturbed_folders(folder, tries, rng, patch=None):
-    """Run folders that lost their checkpoints, hold foreign files or symbolic links, or are removed under the run."""
-    flags = [*FLAGS, "--total-steps", "4", "--test-freq", "2"]
-    foreign = folder / "foreign"
-    foreign.write_text("foreign")
+    """Run folders that hold files of others, links or pipes in the place of a run's files."""
+    flags = [*FLAGS, "--total-steps", "1"]
 
-    def started(path, *more, after=None):
-        code, _, error = run(folder, [*flags, "--save-path", path, *more], after and partial(after_a_save, after, path), patch)
+    def started(path, *more):
+        code, _, error = run(folder, [*flags, "--save-path", path, "--overwrite", *more], patch)
         return code, error
 
-    def finished(name):
-        assert started(folder / name)[0] == 0
-        return folder / name
-
-    def lost_checkpoints(path):
-        path = finished(path.name)
-        for name in ("checkpoint.pth", "checkpoint.prev.pth"):
-            (path / name).unlink()
-        before = contents(path)
-        code, error = started(path, "--resume")
-        fault = one_line(code, 2, error, "has lost its checkpoint.pth", f"--resume {path / 'model_best.pth'}", "--overwrite")
-        return fault or (None if contents(path) == before else "files changed")
-
     def foreign_files(path):
-        path = finished(path.name)
-        names = ("notes.tmp", "events.out.tfevents.1.other")
+        assert started(path, "--total-steps", "2", "--test-freq", "1")[0] == 0
+        names = {"notes.tmp", "events.out.tfevents.1.other"}
         for name in names:
             (path / name).write_text("foreign")
         (path / "checkpoint.pth.tmp").write_text("half")
-        code, error = started(path, "--overwrite")
-        left = {file.name for file in path.iterdir() if ".tmp" in file.name or "tfevents" in file.name}
-        return error if code else None if set(names) < left and len(left) == 3 else f"{left} are left"
+        code, error = started(path)
+        left = {file.name for file in path.iterdir() if re.search("tmp|tfevents|prev", file.name)}
+        return error if code else None if names < left and len(left) == 3 else f"{left} are left"
+
+    def name_of_ours(path):
+        path.mkdir()
+        (path / "split.json").write_text("foreign")
+        code, error = started(path)
+        return one_line(code, 2, error, f"{path / 'split.json'} is not a file of a run") or (
+            None if list(contents(path)) == ["split.json"] else "files changed")
+
+    def pipe(path):
+        path.mkdir()
+        os.mkfifo(path / ("log.txt", "args.json", "metrics.jsonl", "split.json")[int(rng.integers(4))])
+        code, error = started(path)
+        return one_line(code, 2, error, "is not a regular file")
 
     def links(path):
+        (folder / "foreign").write_text("foreign")
         path.mkdir()
         for name in ("args.json.tmp", "checkpoint.pth.tmp", "metrics.jsonl.tmp"):
-            (path / name).symlink_to(foreign)
+            (path / name).symlink_to(folder / "foreign")
         code, error = started(path)
-        (path / ".lock").unlink()
-        (path / ".lock").symlink_to(foreign)
-        fault = code and error
-        code, error = started(path, "--overwrite")
-        fault = fault or one_line(code, 2, error, ".lock is a symbolic link")
-        return fault or (None if foreign.read_text() == "foreign" else "a foreign file was written to")
+        return code and error or (None if (folder / "foreign").read_text() == "foreign" else "a foreign file was written to")
 
-    def removed(path):
-        code, error = started(path, after=move_away)
-        return one_line(code, 1, error, f"{path} was removed or replaced", "step 4 was not saved") or (
-            "the folder was made again" if path.exists() else None)
-
-    def taken(path):
-        code, error = started(path, after=take_over)
-        return one_line(code, 1, error, f"{path} was removed or replaced", "step 4 was not saved") or (
-            None if contents(path) == {".lock": b"another"} else "it wrote into the folder of another run")
-
-    def no_record(name, path):
-        code, error = started(path, after=partial(unlink, name))
-        fault = one_line(code, 1, error, f"{path / name} was removed or replaced", "checkpoint.pth of step 4 is intact")
-        if fault or name == ".lock":
-            return fault
-        code, error = started(path, "--resume", "--total-steps", "6")
-        return error if code else None
-
-    cases = [lost_checkpoints, foreign_files, links, removed, taken, partial(no_record, "metrics.jsonl"),
-             partial(no_record, "log.txt"), partial(no_record, ".lock")]
+    cases = [foreign_files, name_of_ours, pipe, links]
     for i in range(tries):
         yield cases[i % len(cases)](folder / str(i))
 
 
-def contents(path):
-    return {file.name: file.read_bytes() for file in path.iterdir() if file.name != ".lock" or file.read_bytes() == b"another"}
-
-
-def after_a_save(action, path):
-    """Does something to the folder of a run when its first save has ended."""
-    from utils import checkpoint
-
-    save, saved = checkpoint.save, []
-
-    def acting(state, folder):
-        save(state, folder)
-        saved.append(state["step"])
-        if len(saved) == 1:
-            action(path)
-    checkpoint.save = acting
-
-
-def move_away(path):
-    path.rename(path.with_name(path.name + " elsewhere"))
-
-
-def take_over(path):
-    move_away(path)
-    path.mkdir()
-    (path / ".lock").write_text("another")
-
-
-def unlink(name, path):
-    (path / name).unlink()
-
-
 def trusted_folders():
-    from utils import run_folder
+    import train_meta
 
-    run_folder.RunFolder.lost = lambda self: None
-    run_folder.has_lost_checkpoints = lambda path: False
-    run_folder.EVENTS = ""
-    Path.is_symlink = lambda path: False
-    run_folder.open_lock = lambda path: open(path, "a+")
+    train_meta.check_paths = lambda *args: None
 
 
 def hostile_checkpoints(folder, tries, rng, patch=None):
-    """Checkpoints made to attack, as --resume, --evaluate and --checkpoint-path: paths, tensors, states, names, bombs."""
+    """Checkpoints made to attack, as --resume, --evaluate and --checkpoint-path: paths, states, names, compressed parts"""
     code, _, error = run(folder, [*FLAGS, "--total-steps", "1", "--save-path", folder / "run"])
     assert code == 0, error
     good, path, made = state_of(folder / "run"), folder / "hostile.pth", folder / "made"
-    bomb = ["x"]
-    for _ in range(40):
-        bomb = [bomb, bomb]
-    first = next(iter(good["model"]))
-    momenta = {i: {"momentum_buffer": values["momentum_buffer"].to_sparse()}
-               for i, values in good["optimizer"]["state"].items()}
     labeled = good["labeled"].clone()
     labeled[-1] = 10 ** 12
     changes = [
         {"args": {**good["args"], "dataset": "cifar10", "data_path": str(made)}},
-        {"rng": torch.full_like(good["rng"], 255)},
+        {"rng": [{"cpu": torch.full_like(good["rng"][0]["cpu"], 255)}]},
+        {"sessions": [{"x": torch.zeros(1)}]},
+        {"cuda_rng": None},
+        None,
+        "pipe",
         {"labeled": labeled},
-        {"labeled": good["labeled"].to_sparse()},
-        {"args": {**good["args"], "arch": "\x1b[2J\nstep 1/1  test error 0.00 %"}},
-        {"optimizer": {**good["optimizer"], "state": momenta}},
         {"labeled": torch.zeros(1, dtype=torch.int64).expand(10 ** 12)},
-        {"model": {**good["model"], first: torch.zeros(1).expand(good["model"][first].shape)}},
+        {"args": {**good["args"], "arch": "\x1b[2J\nstep 1/1  test error 0.00 %"}},
         {"step": 10 ** 5000},
-        {"cuda_rng": torch.full((16,), 255, dtype=torch.uint8)},
         {"mean": torch.full((3,), float("nan"))},
         {"std": good["std"].double()},
         {"args": {**good["args"], "image_size": 10 ** 9}},
         {"args": {**good["args"], "precision": "\x1b]0;x\x07"}},
-        {"sessions": [{"bomb": bomb}]},
-        None,
     ]
     commands = [("train_meta", ["--evaluate", path]),
                 ("plot_features", ["--checkpoint-path", path, "--save-path", folder / "figure", "--method", "pca"]),
                 ("train_meta", [*FLAGS, "--total-steps", "2", "--save-path", folder / "other", "--resume", path])]
     for i in range(tries):
         change = changes[i % len(changes)]
-        torch.save({**good, **(change or {})}, path)
+        path.unlink(missing_ok=True)
+        if change == "pipe":
+            os.mkfifo(path)
+        else:
+            torch.save({**good, **(change or {})}, path)
         if change is None:
             packed(path)
-        script, flags = commands[(i + i // len(changes)) % 3]
+        script, flags = commands[2 if change and "rng" in change else (i + i // len(changes)) % 3]     # who else draws numbers
         code, _, error = run(folder, flags, patch, script=script)
         left = {file.name for file in folder.iterdir()} - {"run", path.name, "output.out", "output.err"}
-        yield one_line(code, 2, error) or (None if error[:-1].isprintable() else f"printed raw: {error!r}") or (
+        said = "is a checkpoint of version 1 of this program" if change and "cuda_rng" in change else ""
+        yield one_line(code, 2, error, said) or (None if error[:-1].isprintable() else f"printed raw: {error!r}") or (
             f"it left {left}" if left else None)
 
 
 def packed(path):
-    """Compresses the parts of a checkpoint, as a bomb is."""
+    """Compresses the parts of a checkpoint, as one that is larger unpacked."""
     with zipfile.ZipFile(path) as archive:
         parts = {part.filename: archive.read(part) for part in archive.infolist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -1044,61 +958,27 @@ def packed(path):
 
 
 def trusting():
-    from utils import checkpoint, cli
+    from utils import checkpoint
 
-    fetch = loading.fetch
-    loading.fetch = lambda row, root, download, *splits: fetch(row, root, True, *splits)
-    checkpoint.find_fault = checkpoint.find_bomb = lambda state: None
-    cli.printable = str
+    checkpoint.SCHEMA = {}
+    checkpoint.parse_again = lambda *args: None
 
 
 def closed_terminals(folder, tries, rng, patch=None):
-    """SIGHUP and SIGXCPU, repeated, to the group of a run; SIGINT while a script is still importing."""
+    """SIGHUP and SIGXCPU, repeated, to the group of a run."""
+    few = [*FEW, "--data-path", few_images(folder / "images", 100), "--num-workers", "2"]
     flags = [*FLAGS, "--test-freq", "3", "--total-steps", "100000"]
-    scripts = ("train_meta.py", "plot_features.py", "reproduce.py")
     for i in range(tries):
-        if i % 6 in (2, 3, 4):
-            program = f"{IMPORTING}\nwatch({scripts[i % 6 - 2]!r}, {int(rng.integers(0, 8))}, {patch is None})"
-            done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-            yield one_line(done.returncode, 130, done.stderr, "interrupted")
-            continue
-        path, row = folder / str(i), flags
-        if i % 6 == 5:                      # while worker processes decode
-            if not (folder / "images").exists():
-                folder_of_digits(folder / "images")
-            row = [*flags, "--dataset", "folder", "--data-path", folder / "images", "--image-size", "16", "--num-workers", "2"]
+        path = folder / str(i)
+        row = [*flags, *few] if i % 3 == 2 else flags           # while worker processes decode
         (folder / "output.out").unlink(missing_ok=True)
         process = start([*row, "--save-path", path], slow_disk, patch, output=folder / "output")
         wait_for(folder / "output.out", "  loss ", process)
         for _ in range(3):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, (signal.SIGXCPU, signal.SIGHUP)[i % 6 != 1])
+                os.killpg(process.pid, (signal.SIGXCPU, signal.SIGHUP)[i % 3 != 1])
             time.sleep(rng.uniform(0, 0.01))
-        code = finish(process)
-        error, out = (Path(folder, f"output.{name}").read_text() for name in ("err", "out"))
-        stopped = re.search(r"stopped by a signal at step (\d+)/", out)
-        yield (f"exit code {code}: {error}" if code != 143 or error or not stopped
-               else None if readable(path) == int(stopped[1]) else f"kept {readable(path)}, not {stopped[1]}"
-               ) or orphans(process.pid)
-
-
-IMPORTING = """
-import os, runpy, signal, sys
-def watch(script, count, protected):
-    import utils.interrupt
-    if not protected:
-        utils.interrupt.end_at_once = lambda prog: None
-    sys.argv = [script, "--help"]
-    left = [count]
-    def hook(event, arguments):
-        if event == "import" and (left[0] < count or arguments[0] in ("datasets", "csv")):
-            left[0] -= 1
-            if left[0] < 0:
-                left[0] = 10 ** 6
-                os.kill(os.getpid(), signal.SIGINT)
-    sys.addaudithook(hook)
-    runpy.run_path(script, run_name="__main__")
-"""
+        yield badly_stopped(process, folder / "output", path, 143)
 
 
 def old_signals():
@@ -1110,17 +990,17 @@ def old_signals():
 # F16, F17: processes, and data, of another experiment
 
 def disagreeing(folder, tries, rng, patch=None):
-    """Two processes of which one has other flags, a wrong one, other data or another network; and a place of its own."""
+    """Two processes of which one has other flags, a wrong one, other data or another network; or another place alone."""
     for place, seed in (("here", 0), ("moved", 0), ("pixels", 1), ("file", 0)):
         few_images(folder / place, seed=seed)
         (folder / place / "net.py").write_text("from models import build_model\ndef Net(num_classes):\n"
                                                f"    return build_model('convsmall', num_classes)  # {seed}\n")
     (folder / "file" / "test" / "ant" / "4.bmp").write_bytes((folder / "file" / "test" / "ant" / "3.bmp").read_bytes())
     own = ["-a", "net.py:Net"]
-    cases = [(["--seed", "2"], "moved", "seed 2, not 1"), (["--lr", "fast"], "moved", "--lr: 'fast' is not a number"),
-             ([], "pixels", "training pixels"), (own, "pixels", "arch_sha256"), ([], "file", "names of test files"),
+    cases = [(["--seed", "2"], "moved", "--seed 2, not 1"), (["--lr", "fast"], "moved", "--lr: 'fast' is not a number"),
+             ([], "pixels", "training pixels"), (own, "pixels", "SHA-256 of --arch"), ([], "file", "names of test files"),
              ([*own, "--num-workers", "1", "--save-path", folder / "x"], "moved", None),
-             *((["--" + name, value], "moved", f"{name.replace('-', '_')} {value}, not ") for name, value in (
+             *((["--" + name, value], "moved", f"--{name} {value}, not ") for name, value in (
                  ("alpha", "0.5"), ("meta-lr", "0.2"), ("precision", "bfloat16"), ("batch-size", "2"), ("num-label", "2"),
                  ("total-steps", "4"), ("print-freq", "2"), ("test-freq", "2")))]
     flags = [*FLAGS, *FEW, "--total-steps", "3", "--save-path", folder / "run", "--data-path", "."]
@@ -1130,8 +1010,10 @@ def disagreeing(folder, tries, rng, patch=None):
         if message is None:
             fault = None if (codes, error) == ([0, 0], "") else error
         else:
-            fault = one_line(codes[0], 2, error, message) or ("it wrote something" if (folder / "run").exists() else None)
-        yield f"{odd} in {place}: exit codes {codes}: {fault}" if fault or len(set(codes)) > 1 else None
+            said = [line for line in error.splitlines(keepends=True) if message in line]
+            fault = one_line(2, 2, said[0] if said else error, message) or (
+                "it wrote something" if (folder / "run").exists() else "" if 2 in codes and 0 not in codes else str(codes))
+        yield f"{odd} in {place}: exit codes {codes}: {fault}" if fault else None
         if (folder / "run").exists():
             shutil.rmtree(folder / "run")
 
@@ -1176,15 +1058,15 @@ def other_data(folder, tries, rng, patch=None):
 
 
 def no_digest():
-    from utils import evaluation, state
+    from utils import setup
 
-    evaluation.differing = state.differing = lambda now, then: []
+    setup.differing = lambda now, then: []
 
 
 def no_agreement():
-    from utils import distributed
+    from utils import setup
 
-    distributed.check_agreement = lambda facts: None
+    setup.check_same_processes = lambda *args: None
 
 
 # F21: images
@@ -1246,7 +1128,7 @@ class Injection(NamedTuple):
 INJECTIONS = {
     "F1": Injection(killed, bare_save, 5, 50),
     "F2": Injection(dead_between_calls, bare_save, 99, 99),
-    "F3": Injection(resumed, no_rng, 2, 10),
+    "F3": Injection(resumed, no_rng, 4, 20),
     "F4": Injection(damaged, no_testzip, 60, 360),
     "F5": Injection(disk_full, every_failure_ends, 2, 20),
     "F6": Injection(signaled, default_signals, 5, 60),
@@ -1258,15 +1140,15 @@ INJECTIONS = {
     "F12": Injection(data_file, no_sums, 3, 30),
     "F13": Injection(permuted, leaking_labels, 1, 10),
     "F14": Injection(logged, no_truncation, 1, 10),
-    "F15": Injection(odd_places, no_streams, 5, 9),
+    "F15": Injection(odd_places, careless_output, 3, 7),
     "F16": Injection(disagreeing, no_agreement, 3, 99),
-    "F17": Injection(other_data, no_digest, 1, 99),
-    "F18": Injection(disturbed_folders, trusted_folders, 6, 40),
+    "F17": Injection(other_data, no_digest, 3, 99),
+    "F18": Injection(disturbed_folders, trusted_folders, 4, 28),
     "F19": Injection(reported, believing, 99, 99),
     "F20": Injection(no_numbers, any_logits, 3, 3),
     "F21": Injection(hostile_images, any_format, 5, 99),
-    "F22": Injection(hostile_checkpoints, trusting, 6, 48),
-    "F23": Injection(closed_terminals, old_signals, 5, 60),
+    "F22": Injection(hostile_checkpoints, trusting, 6, 42),
+    "F23": Injection(closed_terminals, old_signals, 3, 30),
     "F24": Injection(odd_values, careless_values, 6, 100),
     "F25": Injection(misbehaving, no_own_network, 2, 99),
 }

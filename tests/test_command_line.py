@@ -3,24 +3,24 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
-from helpers import differing
-from hypothesis import given
-from hypothesis import strategies as st
+from helpers import contents, differing
 
-import reproduce
 import train_meta
 from metasemi import METHODS
 from metasemi.losses import CONSISTENCY
+from plot_features import parse as parse_plotting
+from plot_features import plotting_parser
 from reproduction.cells import CELLS, ROWS, training_flags
 from utils.cli import parse_milestones
-from utils.device import BFLOAT16, slow_precision
-from utils.flags import parse_plotting, parse_training, plotting_parser, training_parser
+from utils.experiment import resolve_flags
+from utils.flags import training_parser
 from utils.setup import cut_short
 
 TRAINING = [       # (flags, what the line must contain)
@@ -32,26 +32,14 @@ TRAINING = [       # (flags, what the line must contain)
     (["--precision", "int8"], ["--precision", "int8", "float32"]),
     (["--device", "tpu"], ["--device", "tpu", "cpu"]),
     (["--lr", "nan"], ["--lr", "nan", "above 0"]),
-    (["--lr", "inf"], ["--lr", "inf", "above 0"]),
-    (["--lr", "0"], ["--lr", "0", "above 0"]),
-    (["--lr", "-0.1"], ["--lr", "-0.1", "above 0"]),
     (["--lr", "fast"], ["--lr", "fast", "above 0"]),
     (["--alpha", "0"], ["--alpha", "above 0"]),
-    (["--epsilon", "0"], ["--epsilon", "above 0"]),
     (["--gamma", "1.5"], ["--gamma", "1.5", "at most 1"]),
     (["--momentum", "1"], ["--momentum", "below 1"]),
     (["--weight-decay", "-1"], ["--weight-decay", "at least 0"]),
-    (["--weight", "-1"], ["--weight", "at least 0"]),
-    (["--meta-lr", "-1"], ["--meta-lr", "at least 0"]),
     (["--batch-size", "0"], ["--batch-size", "at least 1"]),
-    (["--total-steps", "0"], ["--total-steps", "at least 1"]),
     (["--total-steps", "1e5"], ["--total-steps", "1e5", "whole number"]),
-    (["--warmup", "-1"], ["--warmup", "at least 0"]),
-    (["--print-freq", "0"], ["--print-freq", "at least 1"]),
-    (["--test-freq", "0"], ["--test-freq", "at least 1"]),
     (["--image-size", "8"], ["--image-size", "at least 16"]),
-    (["--seed", "-1"], ["--seed", "at least 0"]),
-    (["--num-label", "0"], ["--num-label", "at least 1"]),
     (["--num-label", "4001"], ["--num-label", "4001", "use 4000 or 4010"]),
     (["--num-label", "60000"], ["--num-label", "60000", "50000"]),
     (["--num-val", "7"], ["--num-val", "use 10"]),
@@ -59,47 +47,37 @@ TRAINING = [       # (flags, what the line must contain)
     (["--dataset", "cifar100", "--num-label", "50"], ["--num-label", "cifar100", "use 100"]),
     (["--milestones", "[3, 2]"], ["--milestones", "[3, 2]", "ascending"]),
     (["--milestones", "2", "2"], ["--milestones", "2 2", "ascending"]),
-    (["--milestones", "0"], ["--milestones", "ascending"]),
     (["--milestones", "__import__('os').system('touch pwned')"], ["--milestones", "__import__", "300000,350000"]),
-    (["--milestones", "[1.5]"], ["--milestones", "1.5", "300000,350000"]),
-    (["--milestones", "[1"], ["--milestones", "[1", "300000,350000"]),
     (["--schedule", "linear"], ["--schedule", "linear", "cosine"]),
     (["--schedule", "cosine", "--milestones", "5"], ["--milestones", "--schedule cosine", "leave it out"]),
-    (["--ramp", "-1"], ["--ramp", "-1", "at least 0"]),
     (["--dataset", "imagenet", "--data-path", "nowhere"], ["--data-path", "nowhere/train is not a folder", "val/<class>"]),
-    (["--compile", "--meta-gradient", "unrolled"], ["--compile", "--meta-gradient unrolled", "leave it out"]),
-    (["--compile", "--no-meta"], ["--compile", "leave it out"]),
     (["--total", "5"], ["--total"]),                            # no abbreviations
     (["--nonsense"], ["--nonsense"]),
     (["stray"], ["stray"]),
     (["--seed"], ["--seed", "expected one argument"]),
     (["--alpha=-inf"], ["--alpha", "-inf", "above 0"]),
-    (["--warmup", "nan"], ["--warmup", "nan", "whole number"]),
-    (["--meta-lr", "nan"], ["--meta-lr", "nan", "at least 0"]),
-    (["--momentum", "-0.1"], ["--momentum", "-0.1", "at least 0"]),
-    (["--gamma", "0"], ["--gamma", "0", "above 0"]),
     (["--batch-size", "1000001"], ["--batch-size", "1000001", "at most 1e+06"]),
-    (["--seed", "1.0"], ["--seed", "1.0", "whole number"]),
     (["--image-size", "2000"], ["--image-size", "2000", "at most 1024"]),
-    (["--num-workers", "-1"], ["--num-workers", "-1", "at least 0"]),
-    (["--dataset", "svhn", "--num-label", "1001"], ["--num-label", "svhn", "1001", "use 1000 or 1010"]),
-    (["--dataset", "digits", "--num-label", "4000"], ["--num-label", "digits", "4000", "use 1 to 1297"]),
-    (["--lr", "0x10"], ["--lr", "0x10", "above 0"]),
+    (["--dataset", "digits", "--num-label", "4000"], ["--num-label", "digits", "4000", "use a multiple of 10 up to 1290"]),
     (["--milestones", "²"], ["--milestones", "²", "300000,350000"]),
     (["--mix-up=yes"], ["--mix-up", "yes"]),
+    (["--lr=--"], ["--lr", "'--' is no value"]),
+    (["-a--"], ["-a", "'--' is no value"]),
+    (["--evaluate", ""], ["--evaluate", "the path is empty"]),
+    (["--num-test", "2"], ["--num-test", "--dataset cifar10", "leave it out"]),
     (["--resume", "missing.pth"], ["--resume", "missing.pth", "a missing file never means a fresh start"]),
     (["--resume", "--overwrite"], ["--overwrite", "--resume", "give one of them"]),
     (["--resume", ""], ["--resume", "the path is empty"]),
     (["--resume", "a" * 300], ["--resume", "is too long"]),
     (["--resume", "empty"], ["--resume", "empty holds no run", "--save-path for a new run"]),
+    (["--save-path", ""], ["--save-path", "the path is empty"]),
     (["--save-path", "file"], ["--save-path", "file", "give a folder"]),
     (["--save-path", "run"], ["--save-path", "run", "add --resume to continue it or --overwrite to start afresh"]),
     (["--dataset", "folder", "--data-path", "nowhere"], ["--data-path", "nowhere/train is not a folder"]),
     (["-a", "net.py"], ["--arch", "net.py", "path/to/net.py:Net"]),
-    (["-a", "net.py:"], ["--arch", "net.py:", "path/to/net.py:Net"]),
-    (["-a", "none.py:Net"], ["--arch", "none.py cannot be read"]),
-    (["-a", "net.py:Other"], ["--arch", "net.py defines no class Other"]),
-    (["-a", "pairs.txt:Net"], ["--arch", "pairs.txt is not Python"]),
+    (["-a", "none.py:Net"], ["--arch", "none.py:Net: its file cannot be read"]),
+    (["-a", "net.py:Other"], ["--arch", "net.py:Other: its file defines no class Other"]),
+    (["-a", "pairs.txt:Net"], ["--arch", "pairs.txt:Net: its file is not Python"]),
     (["--split", "none.txt"], ["--split", "none.txt cannot be read"]),
     (["--split", "file"], ["--split", "file names no image"]),
     (["--split", "pairs.txt"], ["--split", "'1,2' is not the index of an image"]),
@@ -110,24 +88,16 @@ TRAINING = [       # (flags, what the line must contain)
     (["--split", "other/label_indices.txt"], ["--split", "is not the split whose SHA-256 is in split.json"]),
     (["--evaluate", "none.pth"], ["--evaluate", "none.pth does not exist"]),
     (["--evaluate", "file", "--resume"], ["--resume", "--evaluate, which trains nothing", "leave it out"]),
-    (["--evaluate", "file", "--overwrite"], ["--overwrite", "--evaluate, which trains nothing", "leave it out"]),
     (["--evaluate", "file", "--total-steps", "5", "--mix-up"], ["--mix-up, --total-steps", "--evaluate", "leave them out"]),
-    (["--evaluate", "file", "--save-path", "f"], ["--save-path", "--evaluate", "leave it out"]),
-    (["--evaluate", "file", "--milestones", "[5]"], ["--milestones", "--evaluate", "leave it out"]),
     (["--no-meta", "--meta-lr", "0"], ["--meta-lr", "--no-meta", "leave it out"]),
-    (["--no-meta", "--epsilon", "1", "--weight", "2"], ["--epsilon, --weight", "--no-meta", "leave them out"]),
     (["--no-meta", "--consistency", "kl", "--ramp", "0"], ["--consistency, --ramp", "--no-meta", "leave them out"]),
-    (["--no-meta", "--mix-up", "--meta-gradient", "unrolled"], ["--meta-gradient", "--no-meta", "leave it out"]),
     (["--no-meta", "--include-labeled"], ["--include-labeled", "--no-meta and no --mix-up", "leave it out"]),
     (["--meta-gradient", "unrolled", "--epsilon", "1"], ["--epsilon", "--meta-gradient unrolled", "leave it out"]),
     (["--schedule", "cosine", "--gamma", "0.5"], ["--gamma", "--schedule cosine", "leave it out"]),
     (["--dataset", "svhn", "--flip"], ["--flip", "--dataset svhn", "leave it out"]),
     (["--image-size", "64", "--skip-corrupt"], ["--image-size, --skip-corrupt", "--dataset cifar10", "leave them out"]),
-    (["--total-steps", "1" + "0" * 300], ["--total-steps", "at most 1e+12"]),
-    (["--num-workers", "1024"], ["--num-workers", "1024", "at most 256"]),
     (["--evaluate", "file", "--predictions", "run/args.json"], ["--predictions", "args.json is not the name of a .csv file"]),
     (["--evaluate", "file", "--predictions", "none/p.csv"], ["--predictions", "none is not a folder"]),
-    (["--evaluate", "file", "-a", "net.py:Other"], ["--arch", "net.py defines no class Other"]),
     (["--predictions", "p.csv"], ["--predictions", "it belongs to --evaluate"]),
 ]
 PLOTTING = [
@@ -137,23 +107,15 @@ PLOTTING = [
     (["--save-path", "f", "--checkpoint-path", "missing.pth"], ["--checkpoint-path", "missing.pth does not exist"]),
     (["--save-path", "f", "--checkpoint-path", "file", "--index-path", "none"], ["--index-path", "none does not exist"]),
     (["--save-path", "f", "--checkpoint-path", "file", "--index-path", "file", "file"], ["--index-path", "2 values for 1"]),
-    (["--save-path", "f", "--checkpoint-path", "file", "--row-label", "a", "b"], ["--row-label", "2 values for 1"]),
     (["--save-path", "file", "--checkpoint-path", "file"], ["--save-path", "file", "give a folder"]),
     (["--save-path", "f", "--curves", "missing"], ["--curves", "missing is not a folder"]),
-    (["--save-path", "f", "--curves", "run", "missing"], ["--curves", "missing is not a folder"]),
     (["--save-path", "f", "--checkpoint-path", "file", "--num-point", "0"], ["--num-point", "0", "at least 1"]),
-    (["--save-path", "f", "--checkpoint-path", "file", "--num-point", "many"], ["--num-point", "many", "whole number"]),
     (["--save-path", "f", "--checkpoint-path", "file", "--perplexity", "nan"], ["--perplexity", "nan", "at least 1"]),
-    (["--save-path", "f", "--checkpoint-path", "file", "--perplexity", "0.5"], ["--perplexity", "0.5", "at least 1"]),
     (["--save-path", "f", "--checkpoint-path", "file", "--seed", "4294967296"], ["--seed", "4294967296", "at most"]),
     (["--save-path", "f", "--checkpoint-path", "file", "--method", "mds"], ["--method", "mds", "tsne"]),
-    (["--save-path", "f", "--checkpoint-path", "file", "--backend", "cuml"], ["--backend", "cuml", "opentsne"]),
-    (["--save-path", "f", "--checkpoint-path", "file", "--dataset", "mnist"], ["--dataset", "mnist", "cifar10"]),
-    (["--save-path", "f", "--checkpoint-path", "file", "--device", "tpu"], ["--device", "tpu", "cpu"]),
     (["--save-path", "f", "--checkpoint-path", "file", "--check", "x"], ["--check"]),
-    (["--save-path", "f", "--checkpoint-path", "file", "-a", "none.py:Net"], ["--arch", "none.py cannot be read"]),
+    (["--save-path", "f", "--checkpoint-path", "file", "-a", "none.py:Net"], ["--arch", "none.py:Net: its file cannot"]),
     (["--save-path", "f", "--checkpoint-path"], ["--checkpoint-path", "expected at least one argument"]),
-    (["--save-path", "f", "--curves", "run", "--row-label", "a"], ["--row-label", "--curves", "leave it out"]),
     (["--save-path", "f", "--curves", "run", "--method", "pca", "--seed", "2"], ["--method, --seed", "leave them out"]),
     (["--save-path", "f", "--checkpoint-path", "file", "--method", "pca", "--perplexity", "5"], ["--perplexity", "leave"]),
 ]
@@ -161,16 +123,22 @@ REPRODUCING = [
     ([], ["table"]),
     (["table1"], ["table1", "ablation"]),
     (["main", "--dataset", "mnist"], ["--dataset", "mnist", "svhn"]),
-    (["main", "--seeds", "0"], ["--seeds", "0", "at least 1"]),
     (["main", "--seeds", "100000000"], ["--seeds", "100000000", "at most 1000"]),
-    (["main", "--jobs", "100000000"], ["--jobs", "100000000", "at most 1024"]),
-    (["main", "--gpus", "0", "-1"], ["--gpus"]),
     (["main", "--gpus", "0", "--jobs", "2"], ["--jobs", "--gpus", "leave it out"]),
     (["main", "--scale", "0"], ["--scale", "0", "at least 0.0001"]),
-    (["imagenet", "--gpus", "0"], ["--gpus", "imagenet", "leave it out"]),
+    (["main", "--format", "csv"], ["--format", "main", "leave it out"]),
     (["figure3", "--publish"], ["--publish", "figure3", "leave it out"]),
     (["figure3", "--rows", "both"], ["--rows", "figure3", "leave it out"]),
     (["curves", "--rows", "mixup"], ["--rows", "mixup", "mix-up"]),
+    (["table"], ["RUN", "`table`"]),
+    (["table", "run", "--seeds", "2"], ["--seeds", "table", "leave it out"]),
+    (["table", "run"], ["run", "is not the folder of a run"]),
+    (["ablation", "--flags=--lr 1", "--publish"], ["--publish", "--flags", "leave it out"]),
+    (["ablation", "--flags=--lr one"], ["--flags", "--lr", "'one' is not a number"]),
+    (["ablation", "--flags=--lr 1 '"], ["--flags", "cannot be split as a shell would"]),
+    (["ablation", "--flags=--mix-up"], ["--flags", "--mix-up makes a row of the table", "leave it out"]),
+    (["ablation", "--flags=--seed 1"], ["--flags", "--seed is given to each run", "leave it out"]),
+    (["differences", "--dataset", "digits"], ["two seeds in common", "publish more runs"]),
 ]
 WRONG = [(script, *case) for script, cases in (("train_meta", TRAINING), ("plot_features", PLOTTING),
                                                ("reproduce", REPRODUCING)) for case in cases]
@@ -230,7 +198,7 @@ def test_a_wrong_flag_exits_with_two_and_one_line_that_names_it(answers, i):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--device", "cuda"], "--device: cuda: no CUDA device is visible; use --device cpu"),
+    (["--device", "cuda"], "--device: cuda: no CUDA device is visible"),
     (["--precision", "tf32"], "--precision: tf32 exists on CUDA only"),
     (["--num-label", "1297"], "--num-label: 1297 leaves no unlabeled image: add --include-labeled"),
     (["--num-label", "1290"], "argument --num-label: 1290 labels need 129 images of class 0, which has 127: use at most 1220"),
@@ -251,16 +219,15 @@ def test_what_only_the_data_or_the_machine_can_refuse_writes_nothing_either(trai
     (["--resume", "--num-label", "60"], "--num-label: 60 now, 50 in the run"),
     (["--resume", "-a", "convlarge"], "--arch: convlarge now, convsmall in the run"),
     (["--resume", "--mix-up"], "--mix-up: True now, False in the run that --resume continues: leave it out, or give another"),
-    (["--resume", "--meta-lr", "0.1"], "--meta-lr: 0.1 now, None in the run that --resume continues: leave it out, or"),
+    (["--resume", "--momentum", "0.8"], "--momentum: 0.8 now, 0.9 in the run"),
     (["--resume", "--milestones", "1", "5"], "--milestones: [1] now, [] in the run"),
 ])
-def test_a_run_is_neither_overwritten_nor_continued_as_another_experiment(train, tmp_path, capsys, flags, message):
-    assert train("a", "--total-steps", "2") == 0
-    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir() if path.name != ".lock"}
-    capsys.readouterr()
-    assert train("a", *flags) == 2
+def test_a_run_is_neither_overwritten_nor_continued_as_another_experiment(train, whole, capsys, flags, message):
+    folder = whole("--no-meta", "--total-steps", "2")
+    before = contents(folder)
+    assert train(folder, "--no-meta", *flags) == 2
     assert message in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir() if path.name != ".lock"} == before
+    assert contents(folder) == before
 
 
 def resume(folder, *flags):
@@ -298,18 +265,16 @@ def test_a_finished_run_says_what_would_continue_it_unless_nothing_does(train, t
         assert capsys.readouterr().out == f"{tmp_path / schedule}: finished at step 1{more}\n"
 
 
-def test_a_run_that_has_lost_its_checkpoints_goes_on_from_its_best_as_it_says(train, tmp_path, capsys):
+def test_a_run_that_has_lost_its_checkpoints_is_refused_and_goes_on_from_its_best_as_it_says(train, tmp_path, capsys):
     assert train("a", "--no-meta", "--total-steps", "3") == 0
     for name in ("checkpoint.pth", "checkpoint.prev.pth"):
         (tmp_path / "a" / name).unlink(missing_ok=True)
+    before = contents(tmp_path / "a")
     capsys.readouterr()
-    assert resume(tmp_path / "a") == 2
+    assert resume(tmp_path / "a") == 2 and contents(tmp_path / "a") == before
     advice = re.search(r"give (--resume \S+ --save-path \S+), or", capsys.readouterr().err)[1].split()
     assert train_meta.main([*advice, "--total-steps", "5"]) == 0
     assert torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"] == 5
-    assert train("b", "--no-meta", "--total-steps", "1") == 0
-    assert train("b", "--no-meta", "--resume", advice[1]) == 2
-    assert "b holds a run: give another or --overwrite to start afresh" in capsys.readouterr().err
 
 
 def test_a_run_that_is_older_than_a_flag_is_resumed_with_the_default_of_the_flag(train, whole, tmp_path, capsys):
@@ -329,28 +294,16 @@ def test_a_run_that_is_older_than_a_flag_is_resumed_with_the_default_of_the_flag
 @pytest.mark.parametrize(("change", "message"), [
     ({"lr": "fast"}, "--lr: 'fast' is not a number"), ({"total_steps": 10 ** 400}, "--total-steps"),
     ({"dataset": ["digits"]}, "dataset"), ({"milestones": {"a": 1}}, "--milestones"), ({"seed": None}, "its seed is 'None'")])
-def test_damaged_flags_of_a_run_folder_are_one_line_that_names_the_file(train, tmp_path, capsys, change, message):
-    assert train("a", "--total-steps", "1") == 0
+def test_damaged_flags_of_a_run_folder_are_one_line_that_names_the_file(whole, tmp_path, capsys, change, message):
+    shutil.copytree(whole("--no-meta", "--total-steps", "2"), tmp_path / "a")
     path = tmp_path / "a" / "args.json"
     content = json.loads(path.read_text())
     content["args"] |= change
     path.write_text(json.dumps(content))
-    capsys.readouterr()
-    assert resume(tmp_path / "a", "--total-steps", "2") == 2
+    assert resume(tmp_path / "a", "--total-steps", "3") == 2
     error = capsys.readouterr().err
     assert str(path) in error and message in error and error.count("\n") == 1
     assert not (tmp_path / "a" / "checkpoint.prev.pth").exists()
-
-
-def test_overwrite_starts_afresh_and_leaves_files_of_others(train, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train("a", "--total-steps", "3")
-    (tmp_path / "a" / "notes.txt").write_text("mine")
-    assert train("a", "--total-steps", "2", "--overwrite", "--save-path", "a") == 0
-    assert torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"] == 2
-    assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
-    assert not (tmp_path / "a" / "checkpoint.prev.pth").exists()
-    assert len(list((tmp_path / "a").glob("*tfevents*"))) == 1
 
 
 def test_a_split_file_that_was_changed_is_refused(train, tmp_path, capsys):
@@ -360,17 +313,13 @@ def test_a_split_file_that_was_changed_is_refused(train, tmp_path, capsys):
     assert "label_indices.txt is not the split whose SHA-256 is in split.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["text", "empty", "foreign"])
-def test_a_file_that_is_no_checkpoint_is_refused(train, tmp_path, capsys, content):
+def test_a_file_of_another_program_is_no_checkpoint(train, tmp_path, capsys):
     path = tmp_path / "x.pth"
-    if content == "foreign":
-        torch.save({"weights": torch.zeros(2)}, path)
-    else:
-        path.write_text("" if content == "empty" else "hello")
+    torch.save({"weights": torch.zeros(2)}, path)
     assert train("a", "--resume", str(path)) == 2
     error = capsys.readouterr().err
     assert str(path) in error and error.count("\n") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.pth"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(("text", "steps"), [
@@ -378,16 +327,6 @@ def test_a_file_that_is_no_checkpoint_is_refused(train, tmp_path, capsys, conten
     ("[]", []), ("[7]", [7]), (" [ 1 , 2 ] ", [1, 2]), (["1,", "2"], [1, 2])])
 def test_milestones_in_every_accepted_form(text, steps):
     assert parse_milestones(text) == steps
-
-
-@given(st.one_of(st.text(max_size=40), st.text(alphabet="[]0123456789, -_.()e", max_size=40)))
-def test_any_other_text_is_a_value_error_and_never_evaluated(text):
-    try:
-        steps = parse_milestones(text)
-    except ValueError:
-        return
-    assert steps == sorted(set(steps)) and all(step > 0 for step in steps)
-    assert set(text) - set("[]0123456789,") <= set(" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0") | {c for c in text if c.isspace()}
 
 
 def test_the_choices_of_the_flags_are_those_of_the_code():
@@ -406,7 +345,7 @@ def test_every_command_of_the_documents_is_accepted_and_every_flag_is_described(
             words = ["python3", *words[words.index("train_meta.py"):]]
         script, flags = words[words.index("python3") + 1], words[words.index("python3") + 2:]
         if script == "train_meta.py":
-            parse_training(flags)
+            resolve_flags(flags)
             parsed += 1
         elif script == "plot_features.py":
             parse_plotting(flags)
@@ -415,24 +354,6 @@ def test_every_command_of_the_documents_is_accepted_and_every_flag_is_described(
     for parser in (training_parser(), plotting_parser()):
         for action in parser._actions:
             assert action.dest == "help" or f"`{action.option_strings[-1]}" in text, action.option_strings
-
-
-@pytest.mark.parametrize("value", ["1" * 400, "1" * 5000, "a" * 300, "a/" * 2500])
-def test_no_flag_takes_a_value_of_hundreds_of_characters(capsys, value):
-    """But for a list of names, and --resume, which looks for the file."""
-    lines = [(parse_training, [], action)
-             for action in training_parser()._actions]
-    lines += [(parse_plotting, ["--save-path", "figure", "--checkpoint-path", "x"], action)
-              for action in plotting_parser()._actions if action.dest not in ("arch", "row_label")]
-    lines = [(parse, start, action.option_strings[-1]) for parse, start, action in lines
-             if action.nargs != 0 and action.dest != "resume"]
-    lines += [(reproduce.parse, ["main"], flag) for flag in ("--seeds", "--jobs", "--gpus", "--scale", "--dataset")]
-    assert len(lines) >= 50
-    for parse, start, flag in lines:
-        with pytest.raises(SystemExit) as stop:
-            parse([*start, flag, value])
-        error = capsys.readouterr().err
-        assert (stop.value.code, error.count("\n")) == (2, 1) and flag in error, flag
 
 
 OFFICIAL = """
@@ -449,7 +370,7 @@ OFFICIAL = """
 def test_an_official_command_line_is_accepted_and_so_is_a_row_of_the_ablation_made_of_it(cell, epsilon, change):
     flags = [*shlex.split(OFFICIAL.format(*cell, "1e-2" if change == ["--no-meta"] else epsilon)), *change]
     for short in (flags, [flag for flag in flags if flag != "--mix-up"]):
-        assert parse_training(short).milestones == [300_000, 350_000]
+        assert resolve_flags(short)[0].milestones == [300_000, 350_000]
     plotting = ["--dataset", cell[0], "--checkpoint-path", "model_best.pth", "--index-path", "label_indices.txt",
                 "--save-path", "figure", "--num-point", "5000"]
     assert parse_plotting(plotting).num_point == 5000
@@ -458,7 +379,7 @@ def test_an_official_command_line_is_accepted_and_so_is_a_row_of_the_ablation_ma
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("row", ROWS)
 def test_every_command_of_the_tables_is_accepted(cell, row):
-    parse_training(training_flags(cell, row, 1, 1.0))
+    resolve_flags(training_flags(cell, row, 1, 1.0))
 
 
 def test_every_official_flag_has_its_official_default():
@@ -480,24 +401,11 @@ def test_every_official_flag_has_its_official_default():
      "warning: --total-steps 8 ends before the end of --warmup 10, so the learning rate reaches only 0.06 of 0.1"),
     (["--total-steps", "20", "--warmup", "10", "--ramp", "30", "--weight", "3", "--milestones", "[]"],
      "warning: --total-steps 20 ends before the end of --ramp 30, so the weight of the consistency loss reaches only 2 of 3"),
-    (["--total-steps", "350000"],
-     "warning: --total-steps 350000 ends before --milestones 350000, so the learning rate does not decay there"),
-    (["--total-steps", "10", "--warmup", "20", "--ramp", "0", "--schedule", "cosine"],
-     "warning: --total-steps 10 ends before the end of --warmup 20, so the learning rate reaches only 0.05 of 0.1"),
     ([], None),
     (["--total-steps", "4000", "--milestones", "3999"], None),
 ])
 def test_one_line_says_what_of_the_schedule_lies_beyond_the_run(flags, line):
-    assert cut_short(parse_training(flags)) == line
-
-
-@pytest.mark.parametrize("instructions", [None, *BFLOAT16])
-def test_bfloat16_is_called_slow_exactly_where_the_cpu_has_no_instructions_for_it(monkeypatch, instructions):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False, instructions: True})
-    line = slow_precision("bfloat16", torch.device("cpu"))
-    assert line is None if instructions else "this CPU has no bfloat16 instructions" in line and "\n" not in line
-    assert slow_precision("float32", torch.device("cpu")) is None
-    assert slow_precision("bfloat16", torch.device("cuda")) is None
+    assert cut_short(resolve_flags(flags)[0]) == line
 
 
 @pytest.mark.parametrize("fast", [False, True])

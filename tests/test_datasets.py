@@ -2,22 +2,26 @@
 import hashlib
 import os
 import pickle
+import shutil
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+from injections import other_sums, tiny_cifar
 from oracle import close
 from PIL import Image
+from scipy.io import savemat
+from torchvision.datasets import CIFAR10, SVHN
 from torchvision.transforms import functional as F
 
 import datasets.loading
-from datasets import DATASETS, Batches, DataError, load_dataset, normalized_batches, split_labels
+from datasets import DATASETS, Batches, DataError, data_digest, duplicates, load_dataset, split_labels
 from datasets.augment import crop_and_flip, normalize
+from datasets.batches import normalized_batches, ordered_batches
 from datasets.decoding import decode_file, decode_files
-from datasets.sampling import IndexStream, crop_and_flip_choices, mixup_weights
+from datasets.sampling import IndexStream, crop_and_flip_choices, mixup_weights, resized_crop_choices
 from datasets.splits import split_training
-from utils.flags import training_parser
 
 
 @pytest.fixture(scope="module")
@@ -29,38 +33,29 @@ def digits():
 
 # Splits
 
-def test_split_is_balanced_disjoint_complete_and_ascending(digits):
+def test_a_split_is_balanced_disjoint_complete_ascending_and_depends_on_nothing_but_the_seed(digits):
     labeled, unlabeled = split_labels(digits.train_labels, 50, 10, seed=3)
     assert torch.bincount(digits.train_labels[labeled]).tolist() == [5] * 10
     assert sorted([*labeled, *unlabeled]) == list(range(len(digits.train_labels)))
     assert list(labeled) == sorted(labeled)
-
-
-def test_split_depends_on_the_seed_and_on_nothing_else(digits):
-    first = split_labels(digits.train_labels, 50, 10, seed=3)[0]
     torch.manual_seed(99), np.random.seed(99)
-    assert np.array_equal(split_labels(digits.train_labels, 50, 10, seed=3)[0], first)
-    assert not np.array_equal(split_labels(digits.train_labels, 50, 10, seed=4)[0], first)
-
-
-@pytest.mark.parametrize(("num_label", "message"), [
-    (55, "55 labels cannot be split evenly over 10 classes: use 50 or 60"), (5, "use 10$"),
-    (0, "use 1 to 1297"), (1298, "use 1 to 1297"), (1290, "class 0, which has 127: use at most 1220")])
-def test_split_that_cannot_be_balanced_is_refused_with_the_remedy(digits, num_label, message):
-    with pytest.raises(ValueError, match=message):
-        split_labels(digits.train_labels, num_label, 10, seed=0)
-
-
-def test_all_images_can_be_labeled_whatever_their_balance(digits):
-    labeled, unlabeled = split_labels(digits.train_labels, 1297, 10, seed=0)
+    assert np.array_equal(split_labels(digits.train_labels, 50, 10, seed=3)[0], labeled)
+    assert not np.array_equal(split_labels(digits.train_labels, 50, 10, seed=4)[0], labeled)
+    labeled, unlabeled = split_labels(digits.train_labels, 1297, 10, seed=0)        # all, whatever their balance
     assert len(labeled) == 1297 and len(unlabeled) == 0
-
-
-def test_the_validation_set_is_balanced_and_disjoint_from_the_labeled_one(digits):
     labeled, validation = split_training(digits.train_labels, 50, 100, 10, seed=0)
     assert torch.bincount(digits.train_labels[validation]).tolist() == [10] * 10
     assert torch.bincount(digits.train_labels[labeled]).tolist() == [5] * 10
     assert not set(labeled) & set(validation)
+
+
+@pytest.mark.parametrize(("num_label", "message"), [
+    (55, "55 labels cannot be split evenly over 10 classes of 1297 images: use 50 or 60"), (5, "use 10$"), (0, "use 10$"),
+    (1298, "use a multiple of 10 up to 1220 or 1297 for all$"), (1215, "use 1210 or 1220$"), (1225, "use 1220$"),
+    (1290, "class 0, which has 127: use at most 1220")])
+def test_split_that_cannot_be_balanced_is_refused_with_the_remedy(digits, num_label, message):
+    with pytest.raises(ValueError, match=message):
+        split_labels(digits.train_labels, num_label, 10, seed=0)
 
 
 # Order
@@ -72,9 +67,6 @@ def test_every_pass_holds_every_image_once_in_an_order_of_its_own():
     passes = [tuple(order[i:i + 37]) for i in range(0, 37 * 30, 37)]
     assert all(sorted(p) == list(indices) for p in passes)
     assert len(set(passes)) == 30
-
-
-def test_a_batch_may_span_several_passes():
     stream = IndexStream(np.arange(3), batch_size=8, seed=1, stream="labeled")
     batch = np.concatenate([stream(step) for step in (1, 2, 3)])
     assert np.bincount(batch).tolist() == [8, 8, 8]
@@ -95,17 +87,13 @@ def test_a_batch_is_a_function_of_seed_and_step_alone(digits):
     assert not torch.equal(batches(seed=6)(3).x_u, drawn[3].x_u)
 
 
-def test_streams_do_not_share_random_numbers():
-    draws = [IndexStream(np.arange(50), 50, 1, stream)(1).tolist() for stream in ("labeled", "unlabeled")]
-    assert draws[0] != draws[1]
-    a, b = (crop_and_flip_choices(50, 4, True, 1, f"augment {part}", 1).tolist() for part in ("labeled", "unlabeled"))
-    assert a != b
-
-
-def test_memory_of_the_order_does_not_grow_with_the_step():
-    stream = IndexStream(np.arange(1000), batch_size=10, seed=0, stream="labeled")
-    stream(40_000_000)
-    assert sum(value.nbytes for value in vars(stream).values() if isinstance(value, np.ndarray)) == 2 * 1000 * 8
+@pytest.mark.parametrize("choices", [
+    lambda stream, step: IndexStream(np.arange(50), 50, 1, stream)(step),
+    lambda stream, step: crop_and_flip_choices(50, 4, True, 1, f"augment {stream}", step),
+    lambda stream, step: resized_crop_choices(50, 1, f"crop {stream}", step)])
+def test_streams_and_steps_do_not_share_random_numbers(choices):
+    drawn = [choices(stream, step).tolist() for stream in ("labeled", "unlabeled") for step in (1, 2)]
+    assert all(drawn[i] != drawn[j] for i in range(4) for j in range(i))
 
 
 def test_mixup_weights_follow_the_beta_distribution():
@@ -136,34 +124,26 @@ def test_all_81_offsets_and_both_flips_occur_evenly():
     expected = len(choices) / 81
     assert ((counts - expected) ** 2 / expected).sum() < 125           # chi-square, 80 degrees of freedom, p = 0.001
     assert choices[:, 2].mean() == pytest.approx(0.5, abs=0.005)
-
-
-def test_only_photographs_are_flipped():
-    assert {name for name, row in DATASETS.items() if row.flip} == {"cifar10", "cifar100", "stl10", "imagenet"}
     assert crop_and_flip_choices(1000, 4, False, 0, "augment labeled", 1)[:, 2].sum() == 0
-
-
-def test_evaluation_images_are_normalized_in_order_and_not_augmented(digits):
-    batches = list(normalized_batches(digits.test_images, digits.test_labels, digits.mean, digits.std, batch_size=130))
-    assert [len(x) for x, _ in batches] == [130, 130, 130, 110]
-    assert torch.equal(torch.cat([x for x, _ in batches]), normalize(digits.test_images, digits.mean, digits.std))
-    assert torch.equal(torch.cat([y for _, y in batches]), digits.test_labels)
 
 
 # Loading
 
-def test_digits_are_real_fixed_and_normalized_to_zero_mean_and_unit_deviation(digits):
+def test_digits_are_fixed_normalized_to_zero_mean_and_unit_deviation_and_evaluated_in_order(digits):
     assert digits.train_images.shape == (1297, 3, 16, 16) and digits.test_images.shape == (500, 3, 16, 16)
     assert digits.train_images.dtype == torch.uint8 and digits.num_classes == 10
-    assert digits.labels_sha256 == load_dataset("digits", "elsewhere").labels_sha256
+    assert data_digest(digits) == data_digest(load_dataset("digits", "elsewhere"))
+    batches = list(normalized_batches(digits.test_images, digits.test_labels, digits.mean, digits.std, batch_size=130))
+    assert [len(x) for x, _ in batches] == [130, 130, 130, 110]
+    assert torch.equal(torch.cat([x for x, _ in batches]), normalize(digits.test_images, digits.mean, digits.std))
+    assert torch.equal(torch.cat([y for _, y in batches]), digits.test_labels)
     x = normalize(digits.train_images, digits.mean, digits.std)
     assert x.mean().abs() < 1e-4 and x.std().item() == pytest.approx(1, abs=1e-3)
 
 
-def test_pixels_move_to_a_device_and_labels_stay(digits):
-    moved = digits.to("meta")
-    assert moved.train_images.is_meta and moved.test_images.is_meta and moved.image_size == digits.image_size == 16
-    assert moved.train_labels is digits.train_labels and moved.labels_sha256 == digits.labels_sha256
+def test_batches_are_made_on_a_device_even_without_pinned_memory(digits):
+    batches = Batches(digits, [1, 2], [3, 4], batch_size=2, seed=0, device="meta", mixup_gamma=1.0)
+    assert all(tensor.is_meta for tensor in batches(1)) and digits.image_size == 16 and not digits.train_images.is_meta
 
 
 def make_folder(root, classes=("ant", "bee"), count=6, size=(20, 24)):
@@ -177,42 +157,158 @@ def make_folder(root, classes=("ant", "bee"), count=6, size=(20, 24)):
     return root
 
 
-def test_folder_is_read_by_class_resized_and_measured(tmp_path):
+def test_a_folder_is_read_by_class_resized_and_measured_by_any_number_of_workers(tmp_path, monkeypatch):
     root = make_folder(tmp_path)
     (root / "train" / "ant" / "notes.txt").write_text("not an image")
-    images = load_dataset("folder", root, image_size=16, flip=True)
+    Image.new("RGB", (16, 16), (9, 99, 199)).save(root / "train" / "bee" / "01.png")
+    monkeypatch.setattr("datasets.folder.TASK_SIZE", 2)
+    images = load_dataset("folder", root, 16, True)
     assert images.train_images.shape == images.test_images.shape == (12, 3, 16, 16)
     assert images.class_names == ("ant", "bee") and images.train_labels.tolist() == [0] * 6 + [1] * 6
-    assert images.flip
+    assert images.flip and images.train_images[7, :, 3, 5].tolist() == [9, 99, 199]
+    assert torch.equal(load_dataset("folder", root, 16, num_workers=2).train_images, images.train_images)
     pixels = images.train_images.double() / 255
     assert close(images.mean, pixels.mean(dim=(0, 2, 3)))
     assert close(images.std, pixels.std(dim=(0, 2, 3), correction=0))
 
 
-def test_folder_keeps_the_pixels_of_images_that_have_the_size_and_any_number_of_workers_reads_the_same(tmp_path, monkeypatch):
-    root = make_folder(tmp_path, size=(16, 16))
-    monkeypatch.setattr("datasets.folder.TASK_SIZE", 2)
-    images = load_dataset("folder", root, image_size=16)
-    pixels = torch.from_numpy(np.array(Image.open(root / "train/bee/01.png"))).permute(2, 0, 1)
-    assert torch.equal(images.train_images[7], pixels)
-    assert torch.equal(load_dataset("folder", root, image_size=16, num_workers=2).train_images, images.train_images)
+def remove(root, *names):
+    for name in names:
+        shutil.rmtree(root / name)
+    return root
 
 
-def test_folders_that_cannot_be_trained_on_are_refused(tmp_path):
-    with pytest.raises(DataError, match="train is not a folder"):
-        load_dataset("folder", tmp_path)
-    root = make_folder(tmp_path / "a")
-    (root / "train" / "cow").mkdir()
-    with pytest.raises(DataError, match="only one has cow"):
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+
+
+@pytest.mark.parametrize(("damage", "options", "message"), [
+    (lambda root: (remove(root, "test") / "test").symlink_to("train"), {},
+     "test/ant/00.png is the same file as .*train/ant/00.png: remove one of them"),
+    (lambda root: os.link(root / "train/ant/03.png", root / "test/bee/x.png"), {}, "test/bee/x.png is .*train/ant/03.png"),
+    (lambda root: (root / "train/bee/x.png").symlink_to(root / "train/ant/03.png"), {}, "train/bee/x.png is .*/ant/03.png"),
+    (lambda root: os.link(root / "train/bee/03.png", root / "unlabeled/x.png"), {}, "unlabeled/x.png is .*train/bee/03.png"),
+    (lambda root: (root / "unlabeled/x.png").symlink_to(root / "test/bee/03.png"), {}, "test/bee/03.png is .*unlabeled/x.png"),
+    (lambda root: (root / "test/bee/x.png").symlink_to(root / "test/ant/03.png"), {}, "test/bee/x.png is .*test/ant/03.png"),
+    (lambda root: os.link(root / "train/ant/03.png", remove(root, "test") / "train/ant/x.png"), {"num_test": 2},
+     "train/ant/x.png is the same file as .*train/ant/03.png"),                    # one of the two might be held out
+    (lambda root: None, {"num_test": 2}, "argument --num-test: .*test has the test images: leave --num-test out"),
+    (lambda root: (remove(root, "test") / "train/bee/00.png").unlink(), {"num_test": 3}, "3 images cannot be held out evenly"),
+    (lambda root: (remove(root, "test") / "train/bee/00.png").unlink(), {"num_test": 10}, "bee has only 5: .* of 2 up to 8$"),
+    (lambda root: remove(root, "test"), {}, "test is not a folder: put test images in test/<class>/, or let --num-test N hold"),
+    (lambda root: remove(root, "train"), {}, "train is not a folder: --dataset folder reads train/<class>/"),
+    (lambda root: remove(root, "train/ant"), {}, "1 class folders: at least 2"),
+    (lambda root: touch(root, "test/cow/x.png"), {}, "train has no class cow: add training images of it, or remove its folder"),
+    (lambda root: remove(root, "test/ant", "test/bee"), {}, "test set: no image$"),
+    (lambda root: touch(root, *(f"test/{name}/{i:02d}.png" for name in ("ant", "bee") for i in range(6))),
+     {"skip_corrupt": True}, "test set: no image beside 12 that cannot be read"),
+    (lambda root: (remove(root, "unlabeled") / "unlabeled" / "deep").mkdir(parents=True), {}, "unlabeled holds no image: put"),
+    (lambda root: touch(remove(root, "unlabeled"), "unlabeled"), {}, "unlabeled is not a folder: put images without a class"),
+    (lambda root: (root / "unlabeled").rename(root / "train" / "unlabeled"), {}, "images without a class in .*es/unlabeled")])
+def test_folders_that_cannot_be_trained_on_are_refused_in_one_line_with_the_remedy(tmp_path, damage, options, message):
+    root = make_folder(tmp_path / "images")
+    shutil.copytree(root / "train" / "ant", root / "unlabeled")
+    damage(root)
+    with pytest.raises(DataError, match=message) as caught:
+        load_dataset("folder", root, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_without_images_is_refused_with_what_lies_there_and_one_without_test_images_is_a_warning(tmp_path):
+    root = make_folder(tmp_path)
+    assert load_dataset("folder", root).warnings == ()
+    shutil.rmtree(root / "test" / "ant")
+    images = load_dataset("folder", root)
+    assert images.warnings == ("1 of 2 classes have no test image: ant",) and images.test_labels.tolist() == [1] * 6
+    assert "12 (6 a class) training and 6 (0 to 6 a class) test images" in images.describe()
+    touch(root, *(f"train/cow/{name}" for name in ("x.heic", "y.heic", "deep/z.png", "train.png")))
+    with pytest.raises(DataError, match="train.png cannot be read as an image .*start anew with --skip-corrupt"):
         load_dataset("folder", root)
-    (root / "test" / "cow").mkdir()
-    with pytest.raises(DataError, match="training set: no image of class cow"):
-        load_dataset("folder", root)
-    (root / "train" / "bee" / "00.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match="00.png cannot be read as an image"):
-        load_dataset("folder", root)
-    with pytest.raises(DataError, match="1 class folders: at least 2"):
-        load_dataset("folder", make_folder(tmp_path / "b", classes=("ant",)))
+    with pytest.raises(DataError, match=r"train/cow: no image of class cow beside 1 a folder in a class folder \('deep'\); "
+                                        r"2 of another suffix \('x.heic', ...\); 1 unreadable \('train.png'\): add one"):
+        load_dataset("folder", root, skip_corrupt=True)
+
+
+def test_test_images_with_the_pixels_of_a_training_image_are_counted(tmp_path):
+    root = make_folder(tmp_path)
+    assert duplicates(load_dataset("folder", root)) == 0
+    for name in ("ant/02.png", "bee/03.png"):
+        shutil.copy(root / "train" / name, root / "test" / name)
+    shutil.copy(root / "train/ant/01.png", root / "train/ant/more.png")         # within one set
+    assert duplicates(load_dataset("folder", root)) == 2 and duplicates(load_dataset("folder", root, memory=0)) == 0
+
+
+# Images that are held out, and those that cannot be read
+
+@pytest.mark.parametrize("memory", [None, 0])
+def test_held_out_images_are_balanced_always_the_same_and_nowhere_else(tmp_path, memory):
+    root = make_folder(tmp_path, count=8)
+    shutil.rmtree(root / "test")
+    images = load_dataset("folder", root, 16, num_test=6, memory=memory)
+    names = [os.path.relpath(path, root) for path in images.test_files]
+    assert names == [f"train/{name}.png" for name in ("ant/00", "ant/02", "ant/07", "bee/00", "bee/01", "bee/03")]
+    assert images.test_labels.tolist() == [0] * 3 + [1] * 3 and images.train_labels.tolist() == [0] * 5 + [1] * 5
+    assert sorted(images.train_files + images.test_files) == sorted(map(str, root.glob("train/*/*")))
+    for files, index in ((images.train_files, images.train_images), (images.test_files, images.test_images)):
+        pixels = torch.cat([pixels for _, pixels in ordered_batches(index)])
+        assert np.array_equal(pixels, [decode_file(path, 16) for path in files])
+    for name in names:                                  # in the place of training images they would change the mean
+        Image.new("RGB", (9, 9), "white").save(root / name)
+    again = load_dataset("folder", root, 16, num_test=6, memory=memory)
+    assert torch.equal(again.mean, images.mean) and torch.equal(again.std, images.std)
+    assert data_digest(again)["names of test files"] == data_digest(images)["names of test files"]
+    with pytest.raises(DataError, match="argument --split: there is no training image ant/00.png: it is a test image"):
+        images.indices_of(["ant/01.png", "ant/00.png"])
+    assert len(load_dataset("folder", root, num_test=14).test_labels) == 14
+
+
+def drawn(images):
+    """Everything that a run takes from images, a list of tensors."""
+    labeled, unlabeled = split_labels(images.train_labels, 4, 2, seed=0)
+    with Batches(images, labeled, unlabeled, batch_size=8, seed=1) as batches:
+        return [images.mean, images.std, *batches(1)[:4], *batches(2)[:4],
+                *next(normalized_batches(images.test_images, images.test_labels, images.mean, images.std))]
+
+
+@pytest.mark.parametrize(("name", "memory"), [("folder", None), ("folder", 0), ("imagenet", None)])
+def test_what_cannot_be_read_is_left_out_as_if_it_were_not_there(tmp_path, monkeypatch, name, memory):
+    roots = [make_folder(tmp_path / root, count=8) for root in ("damaged", "clean")]
+    tests, unlabeled = DATASETS[name].folders[1], ["unlabeled/b.png"] * (name == "folder")
+    for root in roots:
+        (root / "test").rename(root / tests)
+        if unlabeled:
+            shutil.copytree(root / "train" / "ant", root / "unlabeled" / "deep")
+            shutil.copy(root / "train/bee/01.png", root / "unlabeled" / "b.png")
+    broken = ["train/ant/03.png", "train/bee/00.png", *unlabeled, f"{tests}/bee/07.png"]
+    for file in broken:
+        (roots[0] / file).write_bytes((roots[0] / file).read_bytes()[:100])
+        (roots[1] / file).unlink()
+
+    def load(root, **options):
+        return load_dataset(name, root, 16, memory=memory, **options)
+
+    if name == "folder":                                # decoded whole, to be kept or to be measured
+        others = "; nor can 3 more, such as .*bee/00.png.*" * (memory is None)
+        with pytest.raises(DataError, match=rf"ant/03.png cannot be read as an image .*\){others}: replace it, or"):
+            load(roots[0])
+    monkeypatch.setattr("datasets.folder.TASK_SIZE", 7)
+    images, clean = load(roots[0], skip_corrupt=True, num_workers=2), load(roots[1], skip_corrupt=True)
+    assert list(images.left_out) == broken and clean.left_out == {}
+    assert all(reason.startswith(f"{roots[0] / file} cannot be read as an image (") for file, reason in images.left_out.items())
+    assert data_digest(images) == data_digest(clean)
+    assert all(map(torch.equal, drawn(images), drawn(clean)))
+    with pytest.raises(DataError, match="there is no training image ant/03.png: --skip-corrupt left it out"):
+        images.indices_of(["ant/03.png"])
+    if memory == 0 or name == "imagenet":
+        monkeypatch.setattr("datasets.folder.decode_all", None)         # no need to look for them again
+    given = load(roots[0], skip_corrupt=True, left_out=broken)
+    assert given.left_out == dict.fromkeys(broken, "") and data_digest(given) == data_digest(images)
+    assert all(map(torch.equal, drawn(given), drawn(clean)))
+    if name == "folder" and memory is None:             # one that broke since
+        with pytest.raises(DataError, match="bee/07.png cannot be read"):
+            load(roots[0], skip_corrupt=True, left_out=broken[:-1])
 
 
 # Files of the user's own
@@ -222,33 +318,27 @@ def decoded(path, crop=None):
     return decode_file(path, 16, crop).transpose(1, 2, 0)
 
 
-def write_gray(path, values):
-    Image.fromarray(values).save(path)
-    return path
-
-
-def test_gray_images_of_16_bits_and_of_floats_keep_their_levels(tmp_path):
+def test_gray_images_of_16_bits_and_of_floats_keep_their_levels_and_those_of_unknown_range_are_refused(tmp_path):
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
     big_endian = Image.frombytes("I;16B", (16, 16), (levels * 257).astype(">u2").tobytes())
     big_endian.save(tmp_path / "b.tiff")
-    paths = [tmp_path / "b.tiff", write_gray(tmp_path / "float.tiff", levels.astype(np.float32) / 255),
-             *(write_gray(tmp_path / name, levels * 257) for name in ("a.png", "a.tiff", "a.pgm", "a.jp2"))]
+    Image.fromarray(levels.astype(np.float32) / 255).save(tmp_path / "float.tiff")
+    for name in ("a.png", "a.tiff", "a.pgm", "a.jp2"):
+        Image.fromarray(levels * 257).save(tmp_path / name)
+    paths = sorted(tmp_path.iterdir())
     assert {Image.open(path).mode for path in paths} == {"I;16", "I;16B", "I", "F"}
     for path in paths:
         assert np.array_equal(decoded(path), np.repeat(levels[:, :, None], 3, axis=2)), path.name
     odd = np.random.default_rng(0).integers(0, 65_536, (16, 16), dtype=np.uint16)
-    assert np.array_equal(decoded(write_gray(tmp_path / "odd.png", odd))[:, :, 0], (odd / 257).round())
+    Image.fromarray(odd).save(tmp_path / "odd.png")
+    assert np.array_equal(decoded(tmp_path / "odd.png")[:, :, 0], (odd / 257).round())
     Image.fromarray(levels * 257).save(tmp_path / "clear.png", transparency=257 * 7)
     assert (decoded(tmp_path / "clear.png")[:, :, 0] == np.where(levels == 7, 255, levels)).all()
-
-
-@pytest.mark.parametrize(("value", "words"), [(np.int32(65_536), "from 0 to 65536"), (np.int32(-1), "from -1 to 0"),
-                                              (np.float32(1.5), "from 0 to 1.5"), (np.float32(np.nan), "from nan")])
-def test_numbers_whose_range_is_unknown_are_refused_with_the_ranges_that_are_known(tmp_path, value, words):
-    values = np.zeros((16, 16), value.dtype)
-    values[3, 3] = value
-    with pytest.raises(DataError, match=f"{words}.*: scale whole ones to 0 to 65,535, floats to 0 to 1"):
-        decoded(write_gray(tmp_path / "a.tiff", values))
+    for value, words in ((np.int32(65_536), "from 0 to 65536"), (np.int32(-1), "from -1 to 0"),
+                         (np.float32(1.5), "from 0 to 1.5"), (np.float32(np.nan), "from nan")):
+        Image.fromarray(np.where(levels == 7, value, 0).astype(value.dtype)).save(tmp_path / "a.tiff")
+        with pytest.raises(DataError, match=f"{words}.*: scale whole ones to 0 to 65,535, floats to 0 to 1"):
+            decoded(tmp_path / "a.tiff")
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -300,28 +390,18 @@ def test_opaque_images_of_8_bits_are_what_pillow_makes_of_them(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_hostile_files_are_refused_before_they_cost_anything(tmp_path, monkeypatch):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
-    (tmp_path / "bin" / "gs").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
-    (tmp_path / "script.png").write_bytes(script)
+def test_files_that_are_cut_off_or_cost_too_much_are_named_whatever_pillow_raises(tmp_path, monkeypatch):
     Image.new("1", (20_000, 1)).save(tmp_path / "thin.png")
     Image.new("1", (1, 20_000)).save(tmp_path / "tall.png")
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
-    Image.new("RGB", (16, 16)).save(tmp_path / "a.avif")
-    Image.new("RGB", (16, 16)).save(tmp_path / "a.dds")
-    whole = {suffix: (tmp_path / f"a.{suffix}").read_bytes() for suffix in ("avif", "dds")}
-    (tmp_path / "cut.avif").write_bytes(whole["avif"][:-20])
-    (tmp_path / "cut.dds").write_bytes(whole["dds"][:60])
-    names = ["script.png", "bomb.png", "cut.avif", "cut.dds"]
-    for crop, more in ((None, ["none.png", "bin"]), ("center", ["thin.png", "tall.png"])):
-        _, faults = decode_files([tmp_path / name for name in names + more], 224, [crop] * 6)
-        assert len(faults) == 6 and all("cannot be read as an image (" in fault for fault in faults), faults
-    assert "20000x1 pixels are too long and thin to cut out the center" in faults[4] and not (tmp_path / "ran").exists()
+    for suffix, length in (("avif", -20), ("dds", 60)):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"a.{suffix}")
+        (tmp_path / f"cut.{suffix}").write_bytes((tmp_path / f"a.{suffix}").read_bytes()[:length])
+    for crop, names in ((None, ["cut.avif", "cut.dds", "none.png"]), ("center", ["cut.avif", "thin.png", "tall.png"])):
+        _, faults = decode_files([tmp_path / name for name in names], 224, [crop] * 3)
+        assert len(faults) == 3 and all("cannot be read as an image (" in fault for fault in faults), faults
+    assert "20000x1 pixels are too long and thin to cut out the center" in faults[1]
     assert decode_file(tmp_path / "thin.png", 16).shape == (3, 16, 16)
-    monkeypatch.setattr("datasets.decoding.to_rgb", lambda image: 1 / 0)         # whatever Pillow may raise
+    monkeypatch.setattr("datasets.decoding.to_rgb", lambda image: 1 / 0)
     with pytest.raises(DataError, match="division by zero"):
         decoded(tmp_path / "a.dds")
 
@@ -331,10 +411,7 @@ def test_what_is_no_image_is_ignored_with_its_number_and_reason_and_never_opened
     ant = root / "train" / "ant"
     for name in ("x.gif", "x.jfif", "x.tga", "x.bmp", "x.jp2", "x.PGM"):
         Image.new("RGB", (8, 8)).save(ant / name, format="JPEG" if name == "x.jfif" else None)
-    (ant / "._x.jpg").write_bytes(b"")
-    (ant / ".DS_Store").write_bytes(b"")
-    (ant / "notes.txt").write_bytes(b"")
-    (ant / "script.eps").write_bytes(b"%!PS")
+    touch(ant, "._x.jpg", ".DS_Store", "notes.txt", "script.eps")
     os.mkfifo(root / "test" / "bee" / "x.png")
     (ant / "more.png").mkdir()
     (root / "train" / ".thumbnails").mkdir()
@@ -343,71 +420,37 @@ def test_what_is_no_image_is_ignored_with_its_number_and_reason_and_never_opened
     assert images.ignored == ("1 outside a class folder ('train/.thumbnails'); 2 hidden ('train/ant/.DS_Store', ...); "
                               "1 a folder in a class folder ('train/ant/more.png'); "
                               "2 of another suffix ('train/ant/notes.txt', ...); 1 not a regular file ('test/bee/x.png')")
-    assert load_dataset("digits", root).ignored == ""
     (ant / "lost.png").symlink_to("nowhere")                             # an image that is missing
     with pytest.raises(DataError, match="lost.png cannot be read.*No such file"):
         load_dataset("folder", root, 16)
-
-
-def write_cifar(root, source, monkeypatch, label_key):
-    """Files in the layout of the CIFAR archives, five images each, with their sums made known to torchvision."""
-    folder = root / source.base_folder
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    classes = 10 if label_key == "labels" else 100
-
-    def put(name, content):
-        data = pickle.dumps(content)
-        (folder / name).write_bytes(data)
-        return [name, hashlib.md5(data).hexdigest()]
-
-    for attribute in ("train_list", "test_list"):
-        monkeypatch.setattr(source, attribute, [put(name, {"data": rng.integers(0, 256, (classes, 3072), dtype=np.uint8),
-                                                           label_key: list(range(classes))})
-                                                for name, _ in getattr(source, attribute)])
-    name, md5 = put(source.meta["filename"], {source.meta["key"]: [f"class {k}" for k in range(classes)]})
-    monkeypatch.setattr(source, "meta", {**source.meta, "filename": name, "md5": md5})
-    return folder
 
 
 def no_network(*args, **kwargs):
     raise URLError("no network")
 
 
-@pytest.mark.parametrize(("name", "source", "label_key", "classes", "count"), [
-    ("cifar10", "CIFAR10", "labels", 10, 50), ("cifar100", "CIFAR100", "fine_labels", 100, 100)])
-def test_cifar_files_that_are_there_are_used_without_a_network(tmp_path, monkeypatch, name, source, label_key, classes, count):
-    import torchvision.datasets
-
+def test_cifar_files_that_are_there_are_used_without_a_network(tmp_path, monkeypatch):
+    for attribute in ("train_list", "test_list", "meta"):       # put back afterwards
+        monkeypatch.setattr(CIFAR10, attribute, getattr(CIFAR10, attribute))
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", no_network)
-    folder = write_cifar(tmp_path, getattr(torchvision.datasets, source), monkeypatch, label_key)
-    images = load_dataset(name, tmp_path)
-    assert images.train_images.shape == (count, 3, 32, 32) and images.num_classes == classes and images.flip
-    assert images.test_labels.tolist() == list(range(classes))
-    first = pickle.loads((folder / ("data_batch_1" if name == "cifar10" else "train")).read_bytes())
+    other_sums(tiny_cifar(tmp_path))
+    images = load_dataset("cifar10", tmp_path)
+    assert images.train_images.shape == (50, 3, 32, 32) and images.num_classes == 10 and images.flip
+    assert images.test_labels.tolist() == list(range(10)) and images.class_names[3] == "class 3"
+    first = pickle.loads((tmp_path / "cifar-10-batches-py" / "data_batch_1").read_bytes())
     assert torch.equal(images.train_images[0].flatten(), torch.from_numpy(first["data"][0]))
 
 
-def test_missing_and_damaged_files_without_a_network_are_named_with_their_sum(tmp_path, monkeypatch):
-    from torchvision.datasets import CIFAR10
-
+@pytest.mark.parametrize(("name", "message"), [
+    ("cifar10", "data_batch_1 is missing and could not.*c99cafc152244af753f735de768cd75f"),
+    ("svhn", "train_32x32.mat is missing.*e26dedcc434d2e4c54c9b2d4a06d8373"), ("stl10", "train_X.bin is missing")])
+def test_missing_files_without_a_network_are_named_with_their_sum(tmp_path, monkeypatch, name, message):
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", no_network)
-    with pytest.raises(DataError, match="data_batch_1 is missing and could not.*c99cafc152244af753f735de768cd75f"):
-        load_dataset("cifar10", tmp_path)
-    with pytest.raises(DataError, match="train_32x32.mat is missing.*e26dedcc434d2e4c54c9b2d4a06d8373"):
-        load_dataset("svhn", tmp_path)
-    folder = write_cifar(tmp_path, CIFAR10, monkeypatch, "labels")
-    data = bytearray((folder / "data_batch_3").read_bytes())
-    data[1000] ^= 1
-    (folder / "data_batch_3").write_bytes(data)
-    with pytest.raises(DataError, match="data_batch_3 is damaged"):
-        load_dataset("cifar10", tmp_path)
+    with pytest.raises(DataError, match=message):
+        load_dataset(name, tmp_path)
 
 
 def test_svhn_maps_label_ten_to_zero_and_is_not_flipped(tmp_path, monkeypatch):
-    from scipy.io import savemat
-    from torchvision.datasets import SVHN
-
     files = {}
     for split in ("train", "test"):
         url, name, _ = SVHN.split_list[split]
@@ -420,8 +463,10 @@ def test_svhn_maps_label_ten_to_zero_and_is_not_flipped(tmp_path, monkeypatch):
     assert images.train_labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
 
 
-def test_the_table_names_every_data_set_once():
+def test_the_table_names_every_data_set_and_only_photographs_are_flipped():
     with pytest.raises(DataError, match="no data set is named 'mnist'; choose from cifar10"):
         load_dataset("mnist", "unused")
+    with pytest.raises(DataError, match="argument --num-test: digits has a test set of its own"):
+        load_dataset("digits", "unused", num_test=10)
     assert {row.loader for row in DATASETS.values()} == set(datasets.loading.LOADERS)
-    assert training_parser().parse_args(["--dataset", "digits"]).dataset == "digits"
+    assert {name for name, row in DATASETS.items() if row.flip} == {"cifar10", "cifar100", "stl10", "imagenet"}

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SHORT
 
-from utils.flags import parse_plotting, parse_training, training_parser
+from plot_features import parse as parse_plotting
+from utils.experiment import resolve_flags
+from utils.flags import training_parser
 
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 COMPOSE = (ROOT / "docker" / "compose.yaml").read_text()
@@ -29,6 +31,11 @@ def instructions(name=None):
     return [rest for key, rest in pairs if key == name] if name else pairs
 
 
+def requirements(*files):
+    """The lines of files that pip reads, without the comments."""
+    return [line for file in files for line in (ROOT / file).read_text().splitlines(True) if not line.startswith("#")]
+
+
 def is_sent(path):
     """Whether .dockerignore lets a path of the tree into the build: the last rule that names it or a folder above decides."""
     sent = True
@@ -42,7 +49,7 @@ def is_sent(path):
 def test_hadolint_finds_nothing():
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if not hadolint:
-        pytest.skip("no hadolint: pip install -r requirements.txt")
+        pytest.skip("no hadolint: pip install -r requirements-dev.txt")
     done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
 
@@ -50,8 +57,15 @@ def test_hadolint_finds_nothing():
 def test_the_base_is_a_pinned_pytorch_image_that_a_build_argument_replaces():
     assert instructions()[0][0] == "ARG" and instructions("FROM") == ["${BASE}"]
     assert re.fullmatch(r"BASE=docker\.io/pytorch/pytorch:\d+\.\d+\.\d+-cuda\d+\.\d+-cudnn\d+-runtime", instructions("ARG")[0])
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    assert all(line.startswith("#") or re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines)
+
+
+def test_every_requirement_is_a_range_and_has_one_exact_version_in_it():
+    wanted, exact = requirements("requirements.txt", "requirements-dev.txt"), requirements("constraints.txt")
+    ranges = dict(re.findall(r"^([\w-]+)>=([\d.]+)(?:$|;)", "".join(wanted), re.MULTILINE))
+    versions = dict(re.findall(r"^([\w-]+)==([\d.]+)$", "".join(exact), re.MULTILINE))
+    assert versions.keys() == ranges.keys() and len(versions) == len(exact) == len(wanted) > 15
+    for name, version in versions.items():
+        assert [int(n) for n in version.split(".")] >= [int(n) for n in ranges[name].split(".")], name
 
 
 def test_it_ends_as_a_numeric_user_and_starts_python_without_a_shell_between():
@@ -88,10 +102,11 @@ def pip_step(tmp_path):
     """
     fake = tmp_path / "bin" / "python3"
     fake.parent.mkdir()
-    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    for file in instructions("COPY")[0].split()[:-1]:
+        shutil.copy(ROOT / file, tmp_path)
 
     def run(after):
-        fake.write_text('#!/bin/sh\ncase "$*" in *pip*) cp runtime.txt asked.txt;; esac\n'
+        fake.write_text('#!/bin/sh\ncase "$*" in *pip*) echo "$*" > asked.txt; cat versions.txt >> asked.txt;; esac\n'
                         f'if [ -e asked.txt ]; then echo {after}; else echo 2.11.0; fi\n')
         fake.chmod(0o755)
         return subprocess.run(["sh", "-c", instructions("RUN")[0]], capture_output=True, text=True, cwd=tmp_path,
@@ -99,13 +114,14 @@ def pip_step(tmp_path):
     return run
 
 
-def test_pip_is_asked_for_all_that_the_code_needs_but_torch_and_the_tests(pip_step, tmp_path):
+def test_pip_is_asked_for_the_exact_versions_but_for_those_of_torch(pip_step, tmp_path):
     assert pip_step(after="2.11.0").returncode == 0
-    asked = re.findall("^(.*)==", (tmp_path / "asked.txt").read_text(), re.MULTILINE)
-    needed, tests = (ROOT / "requirements.txt").read_text().split("# tests\n")
-    assert asked == [name for name in re.findall("^(.*)==", needed, re.MULTILINE) if name not in ("torch", "torchvision")]
-    assert "numpy" in asked and "pytest" in tests and "pytest" not in asked
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["asked.txt", "bin", "requirements.txt"]
+    command, *versions = (tmp_path / "asked.txt").read_text().splitlines(True)
+    assert command.split()[-4:] == ["-r", "requirements.txt", "-c", "versions.txt"]
+    versions = [line for line in versions if not line.startswith("#")]
+    left_out = set(requirements("constraints.txt")) - set(versions)
+    assert {line.partition("==")[0] for line in left_out} == {"torch", "torchvision"} and "numpy" in "".join(versions)
+    assert {path.name for path in tmp_path.iterdir()} == {"asked.txt", "bin", "constraints.txt", "requirements.txt"}
 
 
 def test_the_build_fails_if_pip_replaced_torch(pip_step):
@@ -178,7 +194,6 @@ def test_its_readme_runs_commands_that_the_scripts_accept_and_whose_results_stay
     service = re.search(r"^services:\n  (\w+):", COMPOSE, re.MULTILINE)[1]
     commands = [shlex.split(line.split(f" {service} ")[1]) for line in (ROOT / "docker" / "README.md").read_text().splitlines()
                 if re.match(r"    .*docker (compose )?run ", line)]
-    kept = [parse_training(flags) if script == "train_meta.py"
-            else parse_plotting(flags) for script, *flags in commands]
+    kept = [resolve_flags(flags)[0] if script == "train_meta.py" else parse_plotting(flags) for script, *flags in commands]
     assert {script for script, *_ in commands} == {"train_meta.py", "plot_features.py"}
     assert {args.save_path.parts[0] for args in kept} == {"results"}

@@ -3,11 +3,12 @@ import torch
 import torchvision
 from oracle import close
 from torch import nn
-from torch.func import jvp
+from torch.autograd import forward_ad
+from torch.func import functional_call, jvp
 
 from models import NETWORKS, build_model
 from models.layers import ConvBN
-from models.shakeshake import shake
+from models.shakeshake import Block, shake
 
 
 @pytest.mark.parametrize(("name", "parameters", "width"), [
@@ -58,6 +59,34 @@ def test_batch_norm_folded_into_the_convolution_equals_the_two_layers(stride):
     assert close(folded, layer.bn(layer.conv(x)))
 
 
+@pytest.mark.parametrize("moving", [{"x"}, {"weight"}, {"bias", "x"}, {"conv.weight", "weight"}, {"conv.weight", "bias", "x"}])
+def test_the_forward_mode_derivative_of_our_layers_is_that_of_torchs_whatever_moves(moving):
+    torch.manual_seed(0)
+    ours = ConvBN(3, 5, 3).double().eval()
+    for values in (ours.bn.weight.data, ours.bn.bias.data, ours.bn.running_mean, ours.bn.running_var.fill_(0)):
+        values += torch.rand(5).double() + 0.5
+    theirs = nn.BatchNorm2d(5).double().eval()
+    theirs.load_state_dict(ours.bn.state_dict())
+    tensors = {"x": torch.randn(4, 3, 9, 9).double(), "conv.weight": ours.conv.weight.detach(),
+               "weight": ours.bn.weight.detach(), "bias": ours.bn.bias.detach()}
+    directions = {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
+
+    def derivative(norm, layer=None):
+        """Of one of our layers, or of a convolution and then a normalization, in those directions that move."""
+        with forward_ad.dual_level():
+            x, conv, weight, bias = (forward_ad.make_dual(tensor, directions[name]) if name in moving else tensor
+                                     for name, tensor in tensors.items())
+            if layer:
+                y = functional_call(layer, {"conv.weight": conv, "bn.weight": weight, "bn.bias": bias}, (x,))
+            else:
+                y = functional_call(norm, {"weight": weight, "bias": bias}, (nn.functional.conv2d(x, conv),))
+            return forward_ad.unpack_dual(y)
+
+    expected = derivative(theirs)
+    for found in (derivative(ours.bn), derivative(None, ours)):
+        assert close(found.primal, expected.primal) and close(found.tangent, expected.tangent)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_evaluation_mode_draws_no_random_number_and_training_mode_of_a_stochastic_network_does(name):
     model = build_model(name, 10)
@@ -80,6 +109,15 @@ def test_wideresnet_is_initialized_and_normalized_as_specified():
     assert [block.activate_before_shortcut for block in model.blocks] == [True] + [False] * 11
 
 
+@pytest.mark.parametrize(("channels", "stride"), [((6, 6), 1), ((6, 8), 1), ((6, 12), 2)])
+def test_a_block_of_shakeshake_activates_before_its_branches_and_before_a_shortcut_that_halves(channels, stride):
+    torch.manual_seed(0)
+    block, x = Block(*channels, stride).double().eval(), torch.randn(2, 6, 8, 8).double()
+    a, b = (second(first(x.relu()).relu()) for _, first, _, second in block.branches)
+    shortcut = block.shortcut(x if stride == 1 else x.relu())
+    assert close(block(x), shortcut + (a + b) / 2)
+
+
 def test_shake_uses_one_gate_for_the_value_and_another_for_every_derivative():
     torch.manual_seed(0)
     a, b, da, db, weight = torch.randn(5, 4, 2, 3, 3, dtype=torch.float64)
@@ -96,7 +134,7 @@ def test_shake_uses_one_gate_for_the_value_and_another_for_every_derivative():
     a.requires_grad_(), b.requires_grad_()
     to_a, to_b = torch.autograd.grad((shaken(a, b) * weight).sum(), (a, b))
     assert close(to_a, backward_gate * weight) and close(to_b, (1 - backward_gate) * weight)
-    assert torch.equal(shake(a, b, training=False), (a + b) / 2)
+    assert close(shake(a, b, training=False), (a + b) / 2)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -110,5 +148,5 @@ def test_the_residual_networks_are_those_of_torchvision_with_its_weights(name):
 
 
 def test_unknown_network_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="'resnet'; choose from convlarge"):
+    with pytest.raises(ValueError, match="^resnet: no network has that name; choose from convlarge, "):
         build_model("resnet", 10)

@@ -1,5 +1,5 @@
 """Figure 3: what is embedded, measured and written, and what is refused."""
-import importlib.util
+import csv
 import json
 import os
 
@@ -8,6 +8,9 @@ import pytest
 import torch
 from conftest import SHORT
 from helpers import FEW, Malicious, few_images
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from oracle import close
 from PIL import Image
 
@@ -15,8 +18,8 @@ import plot_features
 import train_meta
 from datasets import load_dataset
 from models import build_model
-from reproduction.figures import draw_features, style
-from utils.cli import UsageError
+from reproduction.figures import broken, draw_features, drawn_names, style, width
+from utils.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +96,10 @@ def test_measures_equal_a_plain_vote_of_the_features(runs, tmp_path):
 def test_same_seed_gives_the_same_coordinates_whatever_the_number_of_threads(runs, tmp_path):
     coordinates, before = [], torch.get_num_threads()
     for threads in (1, 2):
-        checkpoint = tmp_path / str(threads) / "model_best.pth"              # a folder of its own, so without cached features
-        checkpoint.parent.mkdir()
-        checkpoint.write_bytes((runs / "metasemi" / "model_best.pth").read_bytes())
         torch.set_num_threads(threads)
         try:
-            assert plot("--checkpoint-path", checkpoint, "--save-path", tmp_path / f"out{threads}", "--num-point", "100",
-                        "--perplexity", "10") == 0
+            assert plot("--checkpoint-path", runs / "metasemi" / "model_best.pth", "--save-path", tmp_path / f"out{threads}",
+                        "--num-point", "100", "--perplexity", "10") == 0
         finally:
             torch.set_num_threads(before)
         with np.load(tmp_path / f"out{threads}" / "embedding.npz") as data:
@@ -119,31 +119,7 @@ def test_one_labeled_image_a_class_has_no_silhouette_and_still_makes_the_figure(
     assert silhouette["labeled"] is None and -1 <= silhouette["test"] <= 1
 
 
-def test_embed_all_embeds_every_image_and_draws_the_sample(runs, tmp_path):
-    assert plot("--checkpoint-path", runs / "baseline" / "model_best.pth", "--save-path", tmp_path, "--method", "pca",
-                "--num-point", 60, "--embed-all") == 0
-    data = np.load(tmp_path / "embedding.npz")
-    assert len(data["coordinates_0"]) == 1297 + 100 and data["drawn_0"].sum() == 50 + 60 + 60
-
-
-def test_features_are_reused_until_the_checkpoint_or_the_sample_changes(runs, tmp_path, monkeypatch):
-    path = tmp_path / "model_best.pth"
-    path.write_bytes((runs / "baseline" / "model_best.pth").read_bytes())
-    built = []
-    monkeypatch.setattr("utils.state.build_model", lambda *args: built.append(args) or build_model(*args))
-    flags = ["--checkpoint-path", path, "--save-path", tmp_path / "out", "--method", "pca", "--num-point", "50"]
-    for extra, expected in (([], 1), ([], 1), (["--seed", "7"], 2)):
-        assert plot(*flags, *extra) == 0
-        assert len(built) == expected
-    path.write_bytes((runs / "baseline" / "checkpoint.prev.pth").read_bytes())
-    assert plot(*flags, "--seed", "7") == 0
-    assert len(built) == 3
-    path.with_suffix(".features.npz").write_bytes(b"damaged")
-    assert plot(*flags, "--seed", "7") == 0
-    assert len(built) == 4
-
-
-def test_features_of_other_images_are_never_taken_for_those_of_these(tmp_path, monkeypatch, capsys):
+def test_other_images_than_those_of_the_checkpoint_are_refused(tmp_path, capsys):
     roots = [str(few_images(tmp_path / f"images{seed}", seed=seed)) for seed in (0, 1)]
     assert train_meta.main([*SHORT, *FEW, "--total-steps", "1", "--data-path", roots[0], "--save-path", str(tmp_path)]) == 0
     path = tmp_path / "checkpoint.pth"
@@ -151,13 +127,19 @@ def test_features_of_other_images_are_never_taken_for_those_of_these(tmp_path, m
     assert plot(*flags) == 0
     assert plot(*flags, "--data-path", roots[1]) == 2
     assert f"{roots[1]} is not what {path} was trained on: the training pixels, test pixels differ" in capsys.readouterr().err
-    saved = torch.load(path, weights_only=True)
-    del saved["data"]                   # as of an earlier version, so that nothing is compared
-    torch.save(saved, path)
-    built = []
-    monkeypatch.setattr("utils.state.build_model", lambda *args: built.append(args) or build_model(*args))
-    for root, expected in ((roots[0], 1), (roots[0], 1), (roots[1], 2)):
-        assert plot(*flags, "--data-path", root) == 0 and len(built) == expected
+
+
+@pytest.mark.parametrize(("flags", "embedded", "drawn", "said"), [
+    (("--num-point", "60", "--embed-all"), 1297 + 100, 50 + 60 + 60, 0), (("--num-point", "5000"), 1397, 1397, 2)])
+def test_the_points_that_are_embedded_and_drawn_are_as_many_as_asked_for_or_there_are(runs, tmp_path, capsys, flags, embedded,
+                                                                                      drawn, said):
+    path = runs / "baseline" / "model_best.pth"
+    assert plot("--checkpoint-path", path, "--save-path", tmp_path, "--method", "pca", *flags) == 0
+    out = capsys.readouterr().out
+    assert out.count("images are drawn: there are fewer than --num-point 5000") == said
+    assert ("all 1,247 unlabeled" in out) == ("all 100 test" in out) == bool(said)
+    with np.load(tmp_path / "embedding.npz") as data:
+        assert (len(data["coordinates_0"]), data["drawn_0"].sum()) == (embedded, drawn)
 
 
 def spoiled(runs, tmp_path, **changes):
@@ -167,8 +149,6 @@ def spoiled(runs, tmp_path, **changes):
 
 
 def test_bad_input_is_one_line_and_writes_nothing(runs, tmp_path, capsys):
-    for cache in runs.glob("*/*.features.npz"):
-        cache.unlink()
     good = runs / "baseline" / "model_best.pth"
     state = torch.load(good, weights_only=True)["model"]
     for name, text in (("text", "1\nabc\n"), ("twice", "1\n1\n"), ("range", "1\n1297\n"), ("other", "1\n2\n")):
@@ -188,7 +168,6 @@ def test_bad_input_is_one_line_and_writes_nothing(runs, tmp_path, capsys):
         (["--checkpoint-path", good, "--index-path", tmp_path / "other"], "is not the split that the checkpoint was"),
         (["--checkpoint-path", good, "--index-path", tmp_path / "none"], "none does not exist"),
         (["--checkpoint-path", good, "--dataset", "svhn"], "--dataset: svhn, but"),
-        (["--checkpoint-path", good, "--num-point", "101"], "--num-point: 101, but there are 100 test images"),
         (["--checkpoint-path", good, "--num-point", "20", "--perplexity", "30"], "--perplexity: 30 is too large for 90 points"),
         (["--checkpoint-path", good, "--row-label", "a", "b"], "--row-label: 2 values for 1 checkpoints"),
         (["--checkpoint-path", good, "--method", "lda"], "--method"),
@@ -204,7 +183,6 @@ def test_bad_input_is_one_line_and_writes_nothing(runs, tmp_path, capsys):
         assert not (tmp_path / "out").exists()
     assert plot("--checkpoint-path", spoiled(runs, tmp_path, model=foreign), "--save-path", tmp_path / "out") == 2
     assert "do not fit convsmall" in capsys.readouterr().err
-    assert list(runs.glob("*/*.features.npz")) == []
     assert not (tmp_path / "pwned").exists() and not os.path.exists("pwned")
 
 
@@ -224,7 +202,7 @@ def test_features_that_make_no_figure_are_one_line(runs, tmp_path, monkeypatch, 
         model.features = lambda x: features(usual(x))
         return model
 
-    monkeypatch.setattr("utils.state.build_model", build)
+    monkeypatch.setattr("utils.setup.build_model", build)
     (tmp_path / "a.pth").write_bytes((runs / "baseline" / "model_best.pth").read_bytes())
     assert plot("--checkpoint-path", tmp_path / "a.pth", "--save-path", tmp_path / "out", "--num-point", "70") == 2
     error = capsys.readouterr().err
@@ -241,26 +219,66 @@ def test_names_are_drawn_as_they_are_and_never_read_as_mathematics(tmp_path, nam
     assert all(path.exists() for path in draw_features([row], names, tmp_path, "$x_{$"))
 
 
-def test_umap_without_its_package_is_one_line(runs, tmp_path, capsys, monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "umap" else find_spec(name))
-    assert plot("--checkpoint-path", runs / "baseline" / "model_best.pth", "--save-path", tmp_path / "o", "--method", "umap",
-                "--num-point", "20") == 2
-    assert "pip install umap-learn" in capsys.readouterr().err
+def legend_of(names, tmp_path, monkeypatch, label="row"):
+    """The figure with some classes, and the texts of its legend."""
+    drawn = {}
+    monkeypatch.setattr("reproduction.figures.save", lambda fig, *paths: drawn.update(fig=fig) or list(paths))
+    classes = np.arange(3 * len(names)) // 3
+    row = {"label": label, "knn_accuracy": {"test": 0.5}, "coordinates": np.eye(len(classes), 2), "classes": classes,
+           "part": np.array(["labeled", "unlabeled", "test"] * len(names)), "predictions": classes,
+           "drawn": np.full(len(classes), True)}
+    draw_features([row], names, tmp_path, "title")
+    fig = drawn["fig"]
+    return fig, [text.get_text() for legend in fig.legends for text in legend.get_texts()]
+
+
+@pytest.mark.parametrize("names", [
+    [f"Nova Scotia Duck Tolling Retriever {k}" for k in range(10)], [f"bird {k}" for k in range(30)], ["x" * 255, "y" * 254],
+    ["W" * 45] * 12])
+def test_no_name_leaves_the_figure(names, tmp_path, monkeypatch):
+    fig, texts = legend_of(names, tmp_path, monkeypatch, "W" * 45)
+    FigureCanvasAgg(fig).draw()
+    assert [text.replace("\n", "") for text in texts][:len(names)] == names
+    label = fig.axes[0].yaxis.label
+    assert label.get_text().replace("\n", "").startswith("W" * 45)
+    panels = min(ax.get_window_extent().y0 for ax in fig.axes)
+    for part in (*(text for legend in fig.legends for text in legend.get_texts()), label, fig._suptitle):
+        box = part.get_window_extent()
+        assert fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1 and fig.bbox.y0 <= box.y0 and box.y1 <= fig.bbox.y1
+        assert part in (label, fig._suptitle) or box.y1 < panels
+    assert min(ax.get_window_extent().height for ax in fig.axes) > 1.8 * fig.dpi
+
+
+def test_a_name_that_the_font_cannot_draw_is_a_number_and_so_are_more_classes_than_looks(tmp_path, monkeypatch):
+    fig, texts = legend_of(["кошка", "猫", "كلب", "a\n"], tmp_path, monkeypatch)
+    assert texts[:4] == ["кошка", "class 1", "كلب", r"a\n"]
+    assert fig._suptitle.get_text() == "title; the names of the numbers are in embedding.json"
+    assert drawn_names(["日本語"], "row", 5) == ["row 5"]
+    fig, texts = legend_of([f"{k}" for k in range(31)], tmp_path, monkeypatch)
+    assert texts[0] == "All: labeled" and fig.axes[-1].get_ylabel() == "number of the class in the list of embedding.json"
+
+
+@given(st.text(st.characters(codec="ascii"), min_size=1, max_size=80), st.floats(1, 4))
+def test_a_broken_text_is_as_narrow_as_it_can_be_and_loses_no_word(text, inches):
+    lines = broken(text, inches, 10).split("\n")
+    assert "".join("".join(lines).split()) == "".join(text.split())
+    assert all(width(line, 10) <= inches for line in lines)
 
 
 @pytest.fixture
 def curves(tmp_path, monkeypatch):
-    """curves(*runs): the axes of test error; a run is (seed, accuracies at step 400, 800, ..., more flags, labels' SHA-256)."""
+    """curves(*runs): the axes of test error; a run is (seed, accuracies at step 400, 800, ..., more flags, labels' SHA-256).
+
+    labels: as for `draw_curves`."""
     import reproduction.figures
 
     drawn = {}
     monkeypatch.setattr(reproduction.figures, "save", lambda fig, *args: drawn.update(fig=fig) or [])
 
-    def draw(*runs):
+    def draw(*runs, labels=None):
         folders = []
         for seed, accuracies, more, data in runs:
-            folders.append(tmp_path / f"run{len(list(tmp_path.iterdir()))}")
+            folders.append(tmp_path / f"run{len(list(tmp_path.glob('run*')))}")
             folders[-1].mkdir()
             flags = {"dataset": "cifar10", "num_label": 4000, "arch": "convlarge", "mix_up": True, "no_meta": False,
                      "seed": seed, "split": f"{seed}.txt", "data_path": "data", **more}
@@ -269,7 +287,7 @@ def curves(tmp_path, monkeypatch):
             lines = [{"step": 100, "train/loss": 1.0}, *({"step": 400 * i, "test/accuracy": a}
                                                          for i, a in enumerate(accuracies, 1))]
             (folders[-1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        reproduction.figures.draw_curves(folders, tmp_path)
+        reproduction.figures.draw_curves(folders, tmp_path, labels)
         return drawn["fig"].axes[0]
     return draw
 
@@ -282,11 +300,22 @@ def test_curves_of_other_data_are_other_lines_and_a_run_counts_once(curves):
         curves((1, [0.5], {}, "x"), (1, [0.5], {"data_path": "elsewhere"}, "x"))
 
 
-def test_curves_of_runs_that_only_another_flag_tells_apart_are_named_by_their_folders_and_one_evaluation_is_a_point(curves):
-    ax = curves((1, [0.5], {"lr": 0.1}, "x"), (1, [0.6, 0.7], {"lr": 0.2}, "x"), (1, [0.5], {"arch": "convsmall"}, "x"))
-    first, _, second, _, third, _ = ax.lines                 # each with the published value behind it
-    assert "run0, n = 1" in first.get_label() and "run1, n = 1" in second.get_label() and "run" not in third.get_label()
+def test_curves_are_named_by_the_flags_in_which_they_differ_or_as_the_user_says_and_one_evaluation_is_a_point(curves):
+    runs = (1, [0.5], {"lr": 0.1}, "x"), (1, [0.6, 0.7], {"lr": 0.2}, "x"), (1, [0.5], {"arch": "convsmall"}, "x")
+    first, _, second, _, third, _ = curves(*runs).lines      # each with the published value behind it
+    assert [line.get_label().rpartition("convlarge")[2] for line in (first, second)] == [
+        ", --lr 0.1, n = 1", ", --lr 0.2, n = 1"]
+    assert third.get_label().endswith("4000 labels, convsmall, n = 1")
     assert [line.get_marker() for line in (first, second, third)] == ["o", "", "o"]
+    ax = curves(*runs, labels=["slow", "fast", "小さい"])
+    assert [line.get_label() for line in ax.lines[::2]] == ["slow, n = 1", "fast, n = 1", "line 3, n = 1"]
+    with pytest.raises(UsageError, match="--row-label: 2 values for 3 lines: give one for each"):
+        curves(*runs, labels=["slow", "fast"])
+
+
+def test_the_axis_of_the_error_shows_what_there_is_to_see(curves):
+    ax = curves((1, [0.30, 0.42, 0.46], {"dataset": "digits"}, "x"))
+    assert 53 < ax.get_ylim()[0] < 54 and 70 < ax.get_ylim()[1] < 71
 
 
 def test_curves_say_when_their_runs_differ_in_length(curves, capsys):
@@ -302,7 +331,13 @@ def test_curves_average_seeds_and_show_the_published_value(curves, runs, tmp_pat
     assert published.get_linestyle() == "--" and "n = 2" in line.get_label()
     monkeypatch.undo()
     assert plot("--curves", runs / "baseline", runs / "metasemi", "--save-path", tmp_path / "out") == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["curves.pdf", "curves.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["curves.csv", "curves.pdf", "curves.png"]
+    with open(tmp_path / "out" / "curves.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert {line["measure"] for line in lines} == {"test error in percent", "training loss"}
+    record = json.loads((runs / "metasemi" / "metrics.jsonl").read_text().splitlines()[-1])
+    last = [line for line in lines if "MetaSemi" in line["name"] and line["measure"] == "test error in percent"][-1]
+    assert (last["step"], last["n"]) == ("7", "1") and float(last["mean"]) == pytest.approx(100 * (1 - record["test/accuracy"]))
 
 
 def test_up_to_thirty_classes_have_a_look_of_their_own():

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -81,3 +83,16 @@ def test_ramp_is_linear_then_constant_and_constant_without_warmup():
     assert [ramp(step, 4, 2.0) for step in (0, 1, 3, 4, 5)] == [0.0, 0.5, 1.5, 2.0, 2.0]
     assert ramp(1, 0, 2.0) == 2.0
     assert learning_rate(1, 0.1) == 0.1
+
+
+@pytest.mark.parametrize(("step", "rate"), [
+    (0, 0.0), (1, 0.02), (9, 0.18), (10, 0.2), (11, 0.1 * (1 + math.cos(math.pi / 40))), (20, 0.1 * (1 + math.sqrt(0.5))),
+    (30, 0.1), (40, 0.1 * (1 - math.sqrt(0.5))), (49, 0.1 * (1 - math.cos(math.pi / 40))), (50, 0.0)])
+def test_the_cosine_falls_from_the_full_rate_after_the_warm_up_to_zero_at_the_last_step(step, rate):
+    assert learning_rate(step, 0.2, warmup=10, milestones=[20], total_steps=50) == pytest.approx(rate, rel=1e-12, abs=1e-17)
+
+
+def test_defaults_of_the_schedules_are_a_constant_rate_and_a_weight_of_one():
+    assert [learning_rate(step, 0.1) for step in (1, 7)] == [0.1, 0.1]
+    assert learning_rate(3, 1.0, milestones=[1, 2]) == pytest.approx(0.01)
+    assert [ramp(step, 4) for step in (0, 1, 4, 5)] == [0.0, 0.25, 1.0, 1.0] and ramp(0, 0) == 1.0

@@ -1,5 +1,6 @@
 """One whole step against a plain implementation: loops over samples, classes and weights, nothing shared with the code."""
 import math
+import re
 from functools import partial
 
 import pytest
@@ -253,17 +254,202 @@ def test_an_autocast_around_a_step_changes_nothing_before_the_callers_own_operat
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"epsilon": 0.0, "method": "finite-difference"}, "epsilon is 0.0: expected a length above 0"),
+    *(({"epsilon": epsilon}, f"epsilon is {epsilon}: expected a length between 1.2e-07 and 8.4e+06, since the weights are")
+      for epsilon in (0.0, -1.0, math.nan, math.inf, 1e-300, 1e300)),
+    *(({name: value}, f"{name} is {value}: expected a finite number, 0 or more")
+      for name in ("alpha", "beta", "weight") for value in (math.nan, math.inf, -0.1)),
+    ({"beta": None}, "beta is missing: expected the meta learning rate, or meta=False for no meta step"),
     ({"x_u": None}, "x_u is None: only the supervised baseline, meta=False and lam=None, needs no unlabeled examples"),
     ({"x_u": None, "meta": False, "lam": torch.rand(4)}, "x_u is None"),
-    ({"y_l": torch.tensor([0, 1, 2]), "meta": False}, r"y_l is torch.int64 of the shape \(3,\)"),
-    ({"lam": torch.rand(3)}, r"lam has the shape \(3,\): expected \(6,\), since 4 labeled and 6 unlabeled"),
-    ({"x_u_strong": torch.ones(4, 3, 5, 5)}, r"x_u_strong has the shape \(4, 3, 5, 5\): expected a second view"),
+    ({"x_u": {"pixels": torch.ones(6, 3, 5, 5)}}, "x_u is a dict: expected a tensor; put a network of several inputs into a"),
+    ({"y_l": torch.tensor([0, 1, 2]), "meta": False}, "y_l is torch.int64 of the shape (3,)"),
+    *(({"y_l": torch.tensor([0, wrong, 2, 0]), "lam": lam, "meta": meta},
+       f"y_l holds the class {wrong}: expected 0 to 2, since the model gives 3")
+      for wrong in (3, -1, -100) for lam in (None, torch.rand(6)) for meta in (True, False)),
+    ({"lam": torch.rand(3)}, "lam has the shape (3,): expected (6,), since 4 labeled and 6 unlabeled"),
+    ({"lam": [0.5] * 5 + [1.5]}, "lam reaches from 0.5 to 1.5: expected shares between 0 and 1"),
+    ({"lam": torch.tensor([-1e-3] * 6)}, "lam reaches from -0.001 to -0.001"),
+    ({"lam": torch.tensor([math.nan] * 6), "meta": False}, "lam reaches from nan to nan"),
+    ({"x_u_strong": torch.ones(4, 3, 5, 5)}, "x_u_strong has the shape (4, 3, 5, 5): expected a second view"),
     ({"x_u_strong": torch.ones(6, 3, 5, 5), "meta": False}, "for the consistency loss, and meta=True")])
-def test_wrong_arguments_are_refused_by_a_sentence_and_no_weight_has_changed(options, message):
+def test_wrong_arguments_are_refused_by_a_sentence_and_nothing_has_moved(options, message):
     model = Network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    batch = {"x_l": torch.ones(4, 3, 5, 5), "y_l": torch.tensor([0, 1, 2, 0]), "x_u": torch.ones(6, 3, 5, 5), **options}
-    with pytest.raises(ValueError, match=message):
-        training_step(model, torch.optim.SGD(model.parameters(), lr=0.1), **batch)
+    batch = {"x_l": torch.ones(4, 3, 5, 5), "y_l": torch.tensor([0, 1, 2, 0]), "x_u": torch.ones(6, 3, 5, 5), "beta": 0.1}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        training_step(model, optimizer, **batch | options)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert optimizer.param_groups[0]["lr"] == 0.1 and not optimizer.state
+
+
+class Outputs(nn.Linear):
+    """Logits, in training mode with something beside them."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return (y, x) if self.training else y
+
+
+@pytest.mark.parametrize(("model", "meta", "message"), [
+    (nn.Linear(3, 1), True, "the model gives the shape (4, 1) for 4 examples in evaluation mode: expected .* K at least 2"),
+    (nn.Linear(3, 1), False, "the model gives the shape (4, 1) for 4 examples in training mode"),
+    (Outputs(3, 2), True, "the model gives a tuple for 4 examples in training mode: .*; put it into a module whose"),
+    (Outputs(3, 2), False, "the model gives a tuple for 4 examples in training mode"),
+    (nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(12, 2)), True,
+     "the gradient of 0.weight is sparse: make its embedding with sparse=False"),
+    (nn.Sequential(nn.EmbeddingBag(9, 4, sparse=True), nn.Linear(4, 2)), False, "the gradient of 0.weight is sparse"),
+    (nn.DataParallel(nn.Linear(3, 2)), True, "the model is in a DataParallel, .*: pass the module inside it, one"),
+    (nn.Sequential(nn.DataParallel(nn.Linear(3, 2))), False, "the model is in a DataParallel"),
+    (nn.LazyLinear(2), True, "the parameter weight has no shape yet: give its layer the number of its inputs")])
+def test_models_that_the_step_does_not_fit_are_refused_by_a_sentence_before_any_weight_moves(model, meta, message):
+    embeds = isinstance(model, nn.Sequential) and not isinstance(model[0], nn.DataParallel)
+    x = torch.randint(9, (4, 3)) if embeds else torch.randn(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = [] if isinstance(model, nn.LazyLinear) else [w.detach().clone() for w in model.parameters()]
+    with pytest.raises(ValueError, match=message.replace("(4, 1)", r"\(4, 1\)")):
+        training_step(model, optimizer, x, torch.tensor([0, 1, 0, 1]), x, beta=0.1, meta=meta)
+    assert all(torch.equal(w, value) for w, value in zip(model.parameters(), before))
+
+
+@pytest.mark.parametrize("options", [{}, {"meta": False}, {"lam": [0.5] * 4}, {"lam": [0.5] * 4, "meta": False}])
+def test_where_looking_would_wait_for_the_device_wrong_classes_and_shares_make_a_step_that_is_left_out(options, monkeypatch):
+    monkeypatch.setattr("metasemi.arguments.on_cpu", lambda x: False)
+    x_l, x_u = torch.randn(2, 4, 3, 5, 5)
+    lam = torch.tensor([0.5, 1.0, 0.0, 1.5])
+    wrong_labels = [{"y_l": torch.tensor(labels)} for labels in ([0, 3, 2, 0], [0, 1, -100, 0])]
+    wrong_shares = [{"lam": lam}, {"lam": -lam}] if "lam" in options else []
+    for wrong in [{}, *wrong_labels, *wrong_shares]:
+        model = Network()
+        before = [w.detach().clone() for w in model.parameters()]
+        result = training_step(model, torch.optim.SGD(model.parameters(), lr=0.1),
+                               **{"x_l": x_l, "y_l": torch.tensor([0, 1, 2, 0]), "x_u": x_u, "beta": 0.1} | options | wrong)
+        assert bool(result.finite) is not bool(wrong)
+        assert all(torch.equal(w, value) for w, value in zip(model.parameters(), before)) is bool(wrong)
+
+
+def test_only_the_gradients_that_the_optimizer_owns_are_cleared_and_judged():
+    model, head_only = make_model(), make_model()
+    for each in (model, head_only):
+        each.conv.requires_grad_(each is head_only), each.bn.requires_grad_(each is head_only)
+    optimizers = [torch.optim.SGD(each.linear.parameters(), lr=0.1) for each in (model, head_only)]
+    x_l, x_u = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
+    for step, spoiled in enumerate((False, True, False)):
+        results = []
+        for each, optimizer in zip((model, head_only), optimizers):
+            torch.manual_seed(step)
+            each.bn.reset_running_stats()
+            results.append(training_step(each, optimizer, x_l / (not spoiled), torch.tensor([0, 1, 2, 0]), x_u, beta=0.0))
+        assert [bool(result.finite) for result in results] == [not spoiled] * 2
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), head_only.parameters()))
+    assert head_only.conv.weight.grad.isnan().any()         # the caller's own
+
+
+def test_a_group_that_is_added_after_the_first_step_keeps_the_ratio_of_the_rates_that_the_groups_began_with():
+    model = make_model()
+    x_l, x_u = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.conv.parameters(), lr=0.1)
+    rates = []
+    for late in (None, {"params": model.bn.parameters(), "lr": 0.01}, {"params": model.linear.parameters()}):
+        if late:
+            optimizer.add_param_group(late)
+        training_step(model, optimizer, x_l, torch.tensor([0, 1, 2, 0]), x_u, alpha=0.05, beta=0.1)
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    assert rates == [[0.05], [0.05, pytest.approx(0.005)], [0.05, pytest.approx(0.005), 0.05]]
+
+
+class Branches(nn.Module):
+    """Three branches, the last of which takes no part at first; of the others one does, as with stochastic depth."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.branches, self.active = nn.ModuleList(nn.Linear(6, 3) for _ in range(3)), [0]
+
+    def forward(self, x):
+        return sum(self.branches[i](x) for i in self.active)
+
+
+@pytest.mark.parametrize("groups", ["one", "one of its own fused, beside one that is not", "one not fused, beside fused ones"])
+def test_fused_sgd_of_weights_that_get_their_first_gradient_late_is_what_plain_sgd_is(groups):
+    torch.manual_seed(0)
+    x, y_l = torch.randn(5, 4, 6), torch.tensor([0, 1, 2, 0])
+    results = []
+    for fused in (False, True):
+        model = Branches()
+        first, *rest = model.branches.parameters()
+        if groups == "one" or not fused:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=MOMENTUM, weight_decay=DECAY, fused=fused)
+        else:
+            own = groups.startswith("one of its own")
+            optimizer = torch.optim.SGD([{"params": [first], "fused": own}, {"params": rest}], lr=0.1, momentum=MOMENTUM,
+                                        weight_decay=DECAY, fused=None if own else True)
+        for step, active in enumerate(([0], [1], [0, 1], [0, 2], [1, 2])):
+            model.active = active
+            assert training_step(model, optimizer, x[step], y_l, x[0], beta=0.1).finite
+            assert not training_step(model, optimizer, x[step] / 0, y_l, x[0], beta=0.1).finite
+        results.append([*model.parameters(), *(optimizer.state[w]["momentum_buffer"] for w in model.parameters())])
+    assert all(close(a, b) for a, b in zip(*results))
+
+
+def test_fused_sgd_reads_momenta_of_another_layout_right_and_never_waits(monkeypatch):
+    x, y_l = torch.randn(4, 3, 5, 5), torch.tensor([0, 1, 2, 0])
+    results = []
+    for loaded in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=MOMENTUM, fused=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "__bool__", lambda value: pytest.fail("the host looked at a value"))
+            training_step(model, optimizer, x, y_l, x, beta=0.1)
+        if loaded:
+            state = optimizer.state[model[0].weight]
+            state["momentum_buffer"] = state["momentum_buffer"].contiguous(memory_format=torch.channels_last)
+        training_step(model, optimizer, x, y_l, x, beta=0.1)
+        results.append([w.detach() for w in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_fused_sgd_that_would_be_another_optimizer_is_refused_by_a_sentence():
+    model, x = nn.Linear(3, 2), torch.randn(2, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5, fused=True)
+    with pytest.raises(ValueError, match="a fused optimizer with dampening begins otherwise .*: take fused=False"):
+        training_step(model, optimizer, x, torch.tensor([0, 1]), x, beta=0.1)
+    sliced = nn.Linear(6, 2)
+    sliced.weight = nn.Parameter(torch.randn(2, 12)[:, ::2])
+    optimizer = torch.optim.SGD(sliced.parameters(), lr=0.1, momentum=0.9, fused=True)
+    with pytest.raises(ValueError, match="a weight of the shape .2, 6. has gaps in memory, .*: make it contiguous"):
+        training_step(sliced, optimizer, torch.randn(2, 6), torch.tensor([0, 1]), torch.randn(2, 6), beta=0.1)
+
+
+def test_every_telemetry_value_is_the_one_computed_by_hand():
+    # The logits are those of the input.  Labeled: p = (1/4, 3/4) and (1/2, 1/2), classes 0 and 0.
+    model = nn.Sequential(nn.Linear(2, 2, bias=False)).double()
+    nn.init.eye_(model[0].weight)
+    three, x_u = math.log(3), torch.tensor([[0.0, 1.0], [math.log(9), 1.0]], dtype=torch.float64)
+    x_l, y_l = torch.tensor([[0.0, three], [0.0, 0.0]], dtype=torch.float64), torch.tensor([0, 0])
+    # g, the mean of (p - y) x^T, is [[0, -3/8 log 3], [0, 3/8 log 3]], and moves the logits of both rows of x_u by
+    # (-3/8 log 3, 3/8 log 3).  So J g of class 0 is -(3/4) log 3 p_0 p_1.
+    p = [1 / (1 + math.e), 9 / (9 + math.e)]
+    speed = [2 * 0.75 * three * a * (1 - a) for a in p]         # minus the gradient of class 0
+    beta = 1.0
+    shift = [min(a + beta * v, 1.0) - a for a, v in zip(p, speed)]
+    clipped = sum((1 - a) < beta * v for a, v in zip(p, speed))
+    assert clipped == 1                                         # so the second row loses its other class
+    y_hat = [a + s for a, s in zip(p, shift)]
+    label_loss, norm = (math.log(4) + math.log(2)) / 2, math.sqrt(2) * 0.375 * three
+    expected = {"label-loss": label_loss, "label-acc": 0.5, "meta-shift": sum(shift) / 2, "meta-clipped": clipped / 4,
+                "meta-g-norm": norm, "unlabel-loss": sum(2 * s ** 2 for s in shift) / 2}
+
+    def telemetry(**options):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        result = training_step(model, optimizer, x_l, y_l, x_u, **options)
+        return {name: value.item() for name, value in result.telemetry.items()}
+
+    assert telemetry(beta=beta) == pytest.approx(expected, rel=1e-12)
+    assert telemetry(meta=False) == pytest.approx({"label-loss": label_loss, "label-acc": 0.5}, rel=1e-12)
+    # lam = 0 leaves the unlabeled examples and y_hat: KL(y_hat || p).
+    mixed = sum(y * math.log(y / a) + ((1 - y) * math.log((1 - y) / (1 - a)) if y < 1 else 0) for y, a in zip(y_hat, p)) / 2
+    assert telemetry(beta=beta, lam=[0.0, 0.0]) == pytest.approx(expected | {"interp-loss": mixed}, rel=1e-12)
+    # lam = 1 the labeled ones: KL(y || p) is their cross-entropy.
+    assert telemetry(meta=False, lam=[1.0, 1.0]) == pytest.approx({"interp-loss": label_loss}, rel=1e-12)

@@ -1,39 +1,33 @@
 """Images read from disk: the same batches as from memory, whatever the number of workers; ImageNet's crops and recipe."""
-import csv
 import json
 import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import Future
+from itertools import count
 from math import floor
-from threading import Timer
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import differing, finish, orphans, records, start, wait_for
+from helpers import FEW, differing, few_images, finish, orphans, records, start, state_of, wait_for
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from sklearn.metrics import top_k_accuracy_score
 from test_datasets import make_folder
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
 from torchvision.transforms import functional as F
 
-import datasets.loading
 import metasemi
-import plot_features
 import train_meta
-import utils.device
-import utils.metrics
+import utils.evaluation
+import utils.meters
+import utils.setup
 from datasets import Batches, DataError, load_dataset, normalized_batches, split_labels
 from datasets.decoding import decode_file, random_box
-from datasets.sampling import resized_crop_choices
 from datasets.streaming import PREFETCH, ImageFiles
-from metasemi import learning_rate
 
 CLASSES = 200
 
@@ -86,8 +80,7 @@ def test_the_rows_of_one_process_are_those_of_the_whole_batch(photographs, tmp_p
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_from_disk_equal_those_from_memory_bit_for_bit(tmp_path, workers):
     root = make_folder(tmp_path, count=17)
-    memory = load_dataset("folder", root, 16, flip=True)
-    disk = load_dataset("folder", root, 16, flip=True, num_workers=workers, memory=0)
+    memory, disk = (load_dataset("folder", root, 16, True, workers, memory=memory) for memory in (None, 0))
     assert isinstance(disk.train_images, ImageFiles) and isinstance(memory.train_images, torch.Tensor)
     assert equal((disk.mean, disk.std, disk.train_labels), (memory.mean, memory.std, memory.train_labels))
     plain = batches_of(memory)
@@ -98,16 +91,17 @@ def test_batches_from_disk_equal_those_from_memory_bit_for_bit(tmp_path, workers
     assert len(tests[1]) == 4 and all(equal(a, b) for a, b in zip(*tests, strict=True))
 
 
-def test_order_and_augmentation_are_the_same_for_0_2_and_4_workers_and_from_any_step(photographs):
+def test_crops_differ_from_step_to_step_and_are_the_same_for_0_2_and_4_workers_and_from_any_step(photographs):
     drawn = {}
     for workers in (0, 2, 4):
-        images = load_dataset("imagenet", photographs, 64, num_workers=workers)
-        with batches_of(images) as batches:
+        with batches_of(load_dataset("imagenet", photographs, 64, num_workers=workers)) as batches:
             drawn[workers] = [batches(step) for step in (1, 2, 3)]
-        with batches_of(images._replace(train_images=load_dataset("imagenet", photographs, 64).train_images)) as late:
-            assert equal(late(3), drawn[workers][2])
     assert all(equal(a, b) for other in (2, 4) for a, b in zip(drawn[0], drawn[other]))
-    assert not torch.equal(drawn[0][0].x_u, drawn[0][1].x_u)
+    images = load_dataset("imagenet", photographs, 64)
+    assert equal(batches_of(images)(3), drawn[0][2])
+    same = Batches(images, [7], [7], batch_size=1, seed=1)
+    means = [x.mean().item() for step in (1, 2, 3) for x in (same(step).x_l, same(step).x_u)]      # flips keep them
+    assert len({round(mean, 4) for mean in means}) == 6
 
 
 def test_what_is_decoded_ahead_is_canceled_when_the_steps_jump_or_end(tmp_path, monkeypatch):
@@ -115,56 +109,56 @@ def test_what_is_decoded_ahead_is_canceled_when_the_steps_jump_or_end(tmp_path, 
 
     def submit(paths, image_size, crops):
         futures.append(Future())
-        futures[-1].size = len(paths)
+        futures[-1].result = lambda: (np.zeros((len(paths), 3, 16, 16), np.uint8), [None] * len(paths))
         return futures[-1]
 
-    workers = images.train_images.workers
-    monkeypatch.setattr(workers, "submit", submit)
-    monkeypatch.setattr(workers, "result", lambda future: (np.zeros((future.size, 3, 16, 16), np.uint8), []))
-    batches = batches_of(images)
-    batches(1), batches(2)
+    monkeypatch.setattr(images.train_images.workers, "submit", submit)
     tasks = 2 * 2                                       # 20 + 20 images in tasks of 16
-    assert len(futures) == (2 + PREFETCH) * tasks and not any(future.cancelled() for future in futures)
-    batches(50)
-    assert [future.cancelled() for future in futures] == (
-        [False] * 2 * tasks + [True] * PREFETCH * tasks + [False] * (1 + PREFETCH) * tasks)
-    batches.cancel()
+    with batches_of(images) as batches:
+        batches(1), batches(2)
+        assert len(futures) == (2 + PREFETCH) * tasks and not any(future.cancelled() for future in futures)
+        batches(50)
+        assert [future.cancelled() for future in futures] == (
+            [False] * 2 * tasks + [True] * PREFETCH * tasks + [False] * (1 + PREFETCH) * tasks)
     assert sum(future.cancelled() for future in futures) == 2 * PREFETCH * tasks
 
 
-def test_a_step_that_could_not_be_read_can_be_asked_for_again(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_step_that_cannot_be_read_comes_with_its_fault_and_can_be_asked_for_again(tmp_path, workers):
     root = make_folder(tmp_path, count=17)
     whole = batches_of(load_dataset("folder", root, 16))
-    batches = batches_of(load_dataset("folder", root, 16, memory=0, statistics=(whole.mean, whole.std)))
-    batches(1)
-    (root / "train" / "ant").rename(root / "away")
-    assert isinstance(batches.fault(2), DataError)
-    (root / "away").rename(root / "train" / "ant")
-    assert batches.fault(2) is None and equal(batches(2), whole(2)) and equal(batches(3), whole(3))
+    images = load_dataset("folder", root, 16, num_workers=workers, memory=0, statistics=(whole.mean, whole.std))
+    with batches_of(images) as batches:
+        batches(1)
+        batches.next_step = None                        # what is decoded ahead would still be read
+        (root / "train" / "ant").rename(root / "away")
+        batch, fault = batches.read(2)
+        assert batch is None and isinstance(fault, DataError)
+        assert re.search(r"train/ant/..\.png cannot be read .*: replace it, or start anew with --skip-corrupt", str(fault))
+        with pytest.raises(DataError, match="No such file"):
+            batches(2)
+        (root / "away").rename(root / "train" / "ant")
+        batch, fault = batches.read(2)
+        assert fault is None and equal(batch, whole(2)) and equal(batches(3), whole(3))
 
 
-def test_every_step_crops_the_same_image_anew(photographs):
-    batches = Batches(load_dataset("imagenet", photographs, 64), [7], [7], batch_size=1, seed=1)
-    means = [x.mean().item() for step in (1, 2, 3) for x in (batches(step).x_l, batches(step).x_u)]    # flips keep them
-    assert len({round(mean, 4) for mean in means}) == 6
-
-
-def test_what_an_image_looks_like_depends_on_its_place_in_the_step_alone():
-    whole = resized_crop_choices(8, 1, "crop labeled", 3)
-    assert not np.array_equal(whole, resized_crop_choices(8, 1, "crop unlabeled", 3))
-    assert not np.array_equal(whole, resized_crop_choices(8, 1, "crop labeled", 4))
-    assert len({tuple(row.ravel()) for row in whole}) == 8
-    assert np.array_equal(whole[:4], resized_crop_choices(4, 1, "crop labeled", 3))
+def test_a_worker_that_dies_is_one_line_and_the_next_step_starts_others(tmp_path):
+    images = load_dataset("folder", make_folder(tmp_path, count=17), 16, num_workers=2, memory=0)
+    with batches_of(images) as batches:
+        first = batches(1)
+        for process in images.train_images.workers.pool._processes.values():
+            process.kill()
+        faults = [fault for _, fault in map(batches.read, range(2, 20)) if fault]
+        assert len(faults) == 1 and isinstance(faults[0], OSError) and "lower --num-workers; in a program" in str(faults[0])
+        assert equal(batches(1), first)
 
 
 def test_images_stay_in_memory_exactly_as_long_as_they_fit(tmp_path):
     root = make_folder(tmp_path)
     size = 24 * 3 * 16 ** 2
     fits, does_not = (load_dataset("folder", root, 16, memory=memory) for memory in (size, size - 1))
-    assert isinstance(fits.train_images, torch.Tensor) and fits.source.startswith("in memory: 0.00 GB")
-    assert isinstance(does_not.train_images, ImageFiles) and "they may take 0.00 GB of memory" in does_not.source
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0 < utils.device.memory_for_images(torch.device("cpu")) < physical / 2
+    assert isinstance(fits.train_images, torch.Tensor) and fits.where == "0.00 GB as pixels, in memory"
+    assert isinstance(does_not.train_images, ImageFiles) and "they may take 0.00 GB of memory" in does_not.where
 
 
 # The crops of ImageNet
@@ -199,63 +193,11 @@ def test_pixels_are_those_of_torchvision(tmp_path, size):
     assert np.array_equal(decode_file(tmp_path / "a.png", 64, "center"), np.asarray(expected).transpose(2, 0, 1))
 
 
-# Files that cannot be read
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_image_is_named_or_gives_way_to_the_next_of_its_set(tmp_path, workers):
-    root = make_folder(tmp_path, count=8)
-    whole = load_dataset("folder", root, 16)
-    bad = root / "train/ant/03.png"
-    bad.write_bytes(bad.read_bytes()[:100])
-    (root / "test/bee/07.png").write_bytes(b"")
-    statistics = whole.mean, whole.std
-    labeled, unlabeled = np.array([1, 3, 9]), np.setdiff1d(np.arange(16), [1, 3, 9])
-
-    def draw(skip):
-        images = load_dataset("folder", root, 16, num_workers=workers, memory=0, skip_corrupt=skip, statistics=statistics)
-        images.train_images.task_size = images.test_images.task_size = 1
-        with Batches(images, labeled, unlabeled, batch_size=3, seed=1) as batches:
-            return images, batches(1)
-
-    with pytest.raises(DataError, match=r"train/ant/03.png cannot be read.*replace or remove it; --skip-corrupt trains"):
-        draw(skip=False)
-    images, batch = draw(skip=True)
-    expected = Batches(whole, labeled, unlabeled, batch_size=3, seed=1)
-    order = expected.streams["labeled"](1)
-    assert sorted(order) == [1, 3, 9] and batch.y_l.tolist() == [int(i != 1) for i in order]       # 9 stands for 3
-    kept = torch.from_numpy(order != 3)
-    assert torch.equal(batch.x_l[kept], expected(1).x_l[kept]) and torch.equal(batch.x_u, expected(1).x_u)
-    assert [line.split(" cannot")[0] for line in images.skipped()] == [f"skipped: {bad}"] and images.skipped() == []
-    x, y = map(torch.cat, zip(*normalized_batches(images.test_images, images.test_labels, *statistics, batch_size=5)))
-    assert equal((x, y), next(normalized_batches(whole.test_images[:15], whole.test_labels[:15], *statistics)))
-
-
-def test_a_set_of_which_nothing_can_be_read_is_refused(tmp_path):
-    root = make_folder(tmp_path, count=2)
-    for path in root.glob("train/*/*"):
-        path.write_bytes(b"")
-    images = load_dataset("folder", root, 16, skip_corrupt=True, statistics=(torch.zeros(3), torch.ones(3)))
-    with pytest.raises(DataError, match="nor can any other of 2 images"):
-        Batches(images, [0, 2], batch_size=2, seed=1)(1)
-
-
 # Whole runs
-
-def test_a_run_from_disk_equals_the_run_from_memory_bit_for_bit(train, tmp_path, monkeypatch):
-    root = make_folder(tmp_path / "images", classes=("ant", "bee", "cow"), count=8)
-    flags = ["--dataset", "folder", "--data-path", str(root), "--image-size", "16", "--flip", "--num-label", "6",
-             "--num-val", "3", "--mix-up", "--num-workers", "1"]
-    assert train("memory", *flags) == 0
-    monkeypatch.setattr("utils.state.memory_for_images", lambda device: 1000)
-    assert train("disk", *flags) == 0
-    assert differing(tmp_path / "memory", tmp_path / "disk") == []
-    assert "images in memory: " in (tmp_path / "memory" / "log.txt").read_text()
-    assert "images read from disk by 1 worker:" in (tmp_path / "disk" / "log.txt").read_text()
-
 
 def test_resnet18_learns_200_classes_from_disk_with_top_five_and_resumes_bit_for_bit(imagenet, tmp_path, monkeypatch, capsys):
     assert imagenet("whole") == 0
-    monkeypatch.setattr(utils.metrics, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(utils.evaluation, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
     assert imagenet("parts") == 143
     monkeypatch.undo()
     capsys.readouterr()
@@ -274,71 +216,43 @@ def test_resnet18_learns_200_classes_from_disk_with_top_five_and_resumes_bit_for
     assert "200 classes" in log and "random resized crops need the files" in log and "test top-5 error" in log
 
 
-@pytest.mark.filterwarnings("ignore:The number of unique classes")
-def test_features_of_a_run_from_disk_are_drawn(imagenet, tmp_path):
-    import plot_features
-
-    assert imagenet("a", "--total-steps", "1") == 0
-    assert plot_features.main(["--checkpoint-path", str(tmp_path / "a/checkpoint.pth"), "--save-path", str(tmp_path / "f"),
-                               "--method", "pca", "--num-point", "30", "--num-workers", "0"]) == 0
-    assert (tmp_path / "f" / "features.png").exists()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_to_the_whole_group_saves_the_run_or_kills_it_and_leaves_no_worker_behind(tmp_path, photographs, number):
+def test_workers_end_when_the_run_is_killed(tmp_path, photographs):
     flags = ["--dataset", "imagenet", "--data-path", photographs, "--image-size", "64", "--num-label", "200", "-a", "convsmall",
              "--no-meta", "--batch-size", "8", "--total-steps", "100000", "--print-freq", "1", "--num-workers", "2",
              "--save-path", tmp_path / "a"]
     process = start(flags, output=tmp_path / "output")
     wait_for(tmp_path / "output.out", "step 2/", process)
-    if number == signal.SIGKILL:
-        process.kill()                                  # the parent alone: its workers have to notice
-    else:
-        os.killpg(process.pid, number)
-    assert finish(process) == (143 if number == signal.SIGTERM else -9)
-    assert number == signal.SIGKILL or (tmp_path / "output.err").read_text() == ""
-    assert (tmp_path / "a" / "checkpoint.pth").exists() == (number == signal.SIGTERM)
-    assert orphans(process.pid) is None
+    process.kill()                                      # the parent alone
+    assert finish(process) == -9 and orphans(process.pid) is None
 
 
 @pytest.fixture
 def from_disk(train, tmp_path, monkeypatch):
-    """from_disk(folder, *flags): four steps on a folder of images that are read from disk; at_step(step, action) during one."""
-    root = make_folder(tmp_path / "images", count=8)
-    flags = ["--dataset", "folder", "--data-path", str(root), "--image-size", "16", "--num-label", "4", "--total-steps", "4",
-             "--batch-size", "2", "--num-workers", "0", "--print-freq", "2", "--test-freq", "2"]
-    monkeypatch.setattr("utils.state.memory_for_images", lambda device: 0)
-
-    def run(folder, *more, actions=()):
-        load, step, calls = datasets.loading.load_dataset, metasemi.training_step, []
-
-        def loading(*args, **options):
-            run.images = load(*args, **options)
-            return run.images
-
-        def stepping(*args, **options):
-            result = step(*args, **options)
-            calls.append(1)
-            dict(actions).get(len(calls), lambda images: None)(run.images)
-            return result
-
-        with monkeypatch.context() as patch:
-            patch.setattr("utils.state.load_dataset", loading)
-            patch.setattr(metasemi, "training_step", stepping)
-            return train(folder, *flags, *more)
-    run.root = root
-    return run
+    """from_disk(folder, *flags): four steps on the images under tmp_path / "images", read from disk."""
+    monkeypatch.setattr("utils.setup.memory_for_images", lambda device: 0)
+    flags = [*FEW, "--data-path", str(few_images(tmp_path / "images", count=8)), "--total-steps", "4", "--test-freq", "2"]
+    return lambda folder, *more: train(folder, *flags, *more)
 
 
-@pytest.mark.parametrize(("part", "step"), [("train", 1), ("test", 2)])
-def test_images_that_vanish_end_a_run_once_it_is_saved_and_a_resume_is_exact(from_disk, tmp_path, capsys, part, step):
+@pytest.mark.parametrize(("part", "last", "saved"), [("train", 1, 1), ("test", 3, 2)])
+def test_images_that_vanish_end_a_run_with_a_checkpoint_and_a_resume_is_exact(
+        from_disk, tmp_path, monkeypatch, capsys, part, last, saved):
     assert from_disk("whole") == 0
+    folder, away = tmp_path / "images" / part / "ant", tmp_path / "away"
+    training_step, steps = metasemi.training_step, count(1)
+
+    def vanishing(*args, **options):
+        result = training_step(*args, **options)
+        if next(steps) == last:
+            folder.rename(away)
+        return result
+
+    monkeypatch.setattr(metasemi, "training_step", vanishing)
     capsys.readouterr()
-    folder, away = from_disk.root / part / "ant", from_disk.root / "away"
-    assert from_disk("a", actions=[(step, lambda images: folder.rename(away))]) == 1
+    assert from_disk("a") == 1
     error = capsys.readouterr().err
-    assert re.fullmatch(rf"train_meta.py: {folder}/0.\.png cannot be read .*No such file.*; step {step} is saved.*\n", error)
-    assert torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"] == step
+    assert re.fullmatch(rf"train_meta.py: {folder}/.\.bmp cannot .*No such file.*checkpoint.pth of step {saved} .*\n", error)
+    assert state_of(tmp_path / "a")["step"] == saved
     away.rename(folder)
     assert from_disk("a", "--resume") == 0
     assert differing(tmp_path / "whole", tmp_path / "a") == []
@@ -346,119 +260,30 @@ def test_images_that_vanish_end_a_run_once_it_is_saved_and_a_resume_is_exact(fro
     assert whole == parts and len(whole) == 2
 
 
-def test_a_worker_that_is_killed_ends_the_run_with_one_line_once_its_weights_are_saved(from_disk, tmp_path, capsys):
-    def kill(images):
-        workers = images.train_images.workers
-        os.kill(workers.processes()[0].pid, signal.SIGKILL)
-        while not workers.pool._broken:                         # until the pool knows
-            time.sleep(0.01)
-
-    assert from_disk("a", "--num-workers", "2", "--total-steps", "9", "--test-freq", "9", actions=[(1, kill)]) == 1
-    error = capsys.readouterr().err
-    assert re.fullmatch(r"train_meta.py: .*killed for its memory perhaps: lower --num-workers; step 1 is saved.*\n", error)
-    assert torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"] == 1
-
-
-def test_a_signal_ends_a_run_whose_workers_are_stopped(from_disk, tmp_path, capsys):
-    processes = []
-
-    def stop(images):
-        processes.extend(images.train_images.workers.processes())
-        for process in processes:
-            os.kill(process.pid, signal.SIGSTOP)
-        Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
-
-    assert from_disk("a", "--num-workers", "1", "--total-steps", "50", "--test-freq", "90", actions=[(1, stop)]) == 143
-    assert 1 <= torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"] < 50
-    for process in processes:
-        process.join()                                  # it goes on, and ends
-    assert capsys.readouterr().err == ""
-
-
-def test_a_program_without_a_main_guard_is_told_so(tmp_path):
-    root = make_folder(tmp_path / "images", count=2)
-    (tmp_path / "own.py").write_text(f"from datasets import load_dataset\nimages = load_dataset('folder', {str(root)!r}, 16, "
-                                     "num_workers=1, memory=0, statistics=(0, 1))\nnext(images.test_images.batches(4))\n")
-    done = subprocess.run([sys.executable, tmp_path / "own.py"], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.stderr.splitlines()[-1].endswith('start the work under if __name__ == "__main__":')
-
-
-def test_every_evaluation_of_fewer_images_says_so_and_the_run_can_be_evaluated_and_plotted(from_disk, tmp_path, capsys):
-    (from_disk.root / "train/bee/02.png").write_bytes(b"")
-    (from_disk.root / "test/ant/03.png").write_bytes(b"")
-
-    def damage(images):
-        (from_disk.root / "test/bee/07.png").write_bytes(b"")
-        kind, number = divmod(int((tmp_path / "a" / "label_indices.txt").read_text().split()[0]), 8)
-        (from_disk.root / "train" / ("ant", "bee")[kind] / f"0{number}.png").write_bytes(b"")
-
-    assert from_disk("a", "--skip-corrupt", "--num-val", "2", actions=[(4, damage)]) == 0
-    log = (tmp_path / "a" / "log.txt").read_text()
-    for name in ("train/bee/02", "test/ant/03", "test/bee/07"):
-        assert log.count(f"skipped: {from_disk.root}/{name}.png") == 1
-    tests = [record for record in records(tmp_path / "a") if "test/accuracy" in record]
-    assert [record["test/images"] for record in tests] == [15, 14]
-    assert "over 15 of 16 test images" in log and "over 14 of 16 test images: the others cannot be read" in log
-    results = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert results["images_covered"] == {"test": [14, 16], "labeled": [3, 4]} and "; over 3 of 4 labeled images" in log
-
-    capsys.readouterr()
-    path = str(tmp_path / "a" / "checkpoint.pth")
-    assert train_meta.main(["--evaluate", path, "--num-workers", "0", "--predictions", str(tmp_path / "p.csv")]) == 0
-    out = capsys.readouterr().out
-    assert out.count("skipped: ") == 2 and "over 14 of 16 images" in out
-    assert int(re.search(r"of (\d+) are right", out)[1]) == 14
-    assert f"{100 * tests[-1]['test/accuracy']:.2f} %" in out
-    with open(tmp_path / "p.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [int(row["index"]) for row in rows] == [i for i in range(16) if i not in (3, 15)]
-    assert all(row["file"].endswith(f"{row['label_name']}/{int(row['index']) % 8:02d}.png") for row in rows)
-    for _ in range(2):                                  # the second time from the features that are kept
-        assert plot_features.main(["--checkpoint-path", path, "--save-path", str(tmp_path / "f"), "--method", "pca",
-                                   "--num-workers", "0"]) == 0
-        assert "images, the others cannot be read" in capsys.readouterr().out
-        with np.load(tmp_path / "f" / "embedding.npz") as arrays:
-            test = arrays["sample_0"][arrays["part_0"] == "test"]
-            assert test.tolist() == [i for i in range(16) if i not in (3, 15)]
-            assert arrays["classes_0"][arrays["part_0"] == "test"].tolist() == [int(i > 7) for i in test]
-
-
-def test_a_test_set_without_one_readable_image_is_one_line(from_disk, tmp_path, capsys):
-    for path in from_disk.root.glob("test/*/*"):
+def test_a_run_that_leaves_images_out_names_them_and_is_evaluated_without_them(from_disk, tmp_path, capsys):
+    broken = [tmp_path / "images" / name for name in ("train/bee/2.bmp", "test/ant/3.bmp", "test/bee/7.bmp")]
+    for path in broken:
         path.write_bytes(b"")
-    assert from_disk("a", "--skip-corrupt") == 1
-    assert capsys.readouterr().err == ("train_meta.py: not one of the images to evaluate can be read: give readable ones; "
-                                       "step 2 is saved, and --resume continues from there\n")
-    with pytest.raises(SystemExit, match="2"):
-        train_meta.main(["--evaluate", str(tmp_path / "a" / "checkpoint.pth"), "--num-workers", "0"])
-    assert capsys.readouterr().err == "train_meta.py: not one of the images to evaluate can be read: give readable ones\n"
+    assert from_disk("a", "--skip-corrupt", "--num-val", "2") == 0
+    log = (tmp_path / "a" / "log.txt").read_text()
+    assert all(log.count(str(path)) == 1 for path in broken) and "14 (7 a class) test images" in log
+    capsys.readouterr()
+    assert train_meta.main(["--evaluate", str(tmp_path / "a"), "--num-workers", "0"]) == 0
+    last = [record for record in records(tmp_path / "a") if "test/accuracy" in record][-1]
+    assert re.search(rf"accuracy {100 * last['test/accuracy']:.2f} %.* of 14 are right", capsys.readouterr().out)
 
 
-# Schedule and top-5
+# Top-5
 
-def test_the_cosine_starts_at_the_end_of_the_warm_up_and_ends_at_zero():
-    rates = [learning_rate(step, 0.4, 2, total_steps=10) for step in range(11)]
-    assert rates[:3] == [0, 0.2, 0.4] and rates[6] == pytest.approx(0.2) and rates[10] == 0
-    assert rates[4] == pytest.approx(0.2 * (1 + 0.5 ** 0.5)) and rates[2:] == sorted(rates[2:], reverse=True)
-    assert learning_rate(5, 0.4, 10, total_steps=10) == 0.2 and learning_rate(10, 0.4, 10, total_steps=10) == 0.4
-    assert learning_rate(1, 0.4, 0, total_steps=1) == 0
-
-
-def test_top_five_counts_the_classes_among_the_five_likeliest():
-    from sklearn.metrics import top_k_accuracy_score
-
+def test_top_five_counts_the_classes_among_the_five_likeliest_and_is_reported_for_what_top_one_selects():
     torch.manual_seed(0)
     x, y = torch.randn(90, 12), torch.randint(0, 12, (90,))
-    measured = utils.metrics.evaluate(torch.nn.Identity(), [(x[:50], y[:50]), (x[50:], y[50:])])
-    assert measured == {"accuracy": pytest.approx(top_k_accuracy_score(y, x, k=1, labels=range(12))),
-                        "top5": pytest.approx(top_k_accuracy_score(y, x, k=5, labels=range(12))), "images": 90}
-    assert set(utils.metrics.evaluate(torch.nn.Identity(), [(x[:, :10], y % 10)])) == {"accuracy", "images"}
-
-
-def test_top_five_is_reported_for_what_the_rules_select_by_top_one():
+    measured = utils.evaluation.evaluate(torch.nn.Identity(), [(x[:50], y[:50]), (x[50:], y[50:])])
+    assert measured == {name: pytest.approx(top_k_accuracy_score(y, x, k=k, labels=range(12)))
+                        for name, k in (("accuracy", 1), ("top5", 5))}
+    assert set(utils.evaluation.evaluate(torch.nn.Identity(), [(x[:, :10], y % 10)])) == {"accuracy"}
     evaluations = [{"step": s, "test": t, "test_top5": f, "validation": v, "validation_top5": 1.0}
                    for s, t, f, v in ((1, 0.5, 0.9, 0.9), (2, 0.8, 0.85, 0.7), (3, 0.7, 0.95, 0.6))]
-    assert utils.metrics.error_rates(evaluations, "test_top5") == {"last": 5.0, "median_last_20": 10.0, "best_validation": 10.0,
+    assert utils.meters.error_rates(evaluations, "test_top5") == {"last": 5.0, "median_last_20": 10.0, "best_validation": 10.0,
                                                                    "best_test": 15.0}
-    assert utils.metrics.error_rates([{"step": 1, "test": 0.5}], "test_top5") is None
+    assert utils.meters.error_rates([{"step": 1, "test": 0.5}], "test_top5") is None

@@ -1,7 +1,8 @@
 """Checkpoints that a kill cannot break and that run no code when loaded.
 
 A save writes a temporary file, syncs it and renames it; the generation before stays as `checkpoint.prev.pth`.
-A load checks every byte against the sums of the archive, then reads tensors and plain types only.
+A load checks every byte against the sums of the archive, then reads tensors and plain types only, and checks their names and
+types by the schema of `utils.state`.
 """
 import pickle
 import warnings
@@ -11,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import UsageError, first_line
+from utils.errors import CheckpointError, UsageError, first_line
+from utils.experiment import parse_again
 from utils.files import BEST, CHECKPOINT, PREVIOUS, replacing
-from utils.flags import unnamed_code
-from utils.state import CheckpointError, find_fault
+from utils.state import SCHEMA, VERSION
 
 
 def save(state, folder):
@@ -27,13 +28,13 @@ def save(state, folder):
 
 
 def load(path, bare=False):
-    """The dict in a checkpoint file, on the CPU.
-
-    bare: whether it may be a bare state dict, too, or another program's checkpoint with one under "state_dict", as a dict
-        with nothing but "model".
+    """Returns the dict in a checkpoint file, on the CPU.
 
     Raises CheckpointError if the file is missing, damaged, or holds more than tensors and plain types; the message names a
     checkpoint beside it that is intact.
+
+    bare: whether it may be a bare state dict, too, or another program's checkpoint with one under "state_dict": then the dict
+        has nothing but "model".
     """
     try:
         return load_alone(path, bare)
@@ -42,32 +43,35 @@ def load(path, bare=False):
 
 
 def intact_beside(path):
-    """"; PATH of step N is intact", of another checkpoint in the folder of one that cannot be read; "" if there is none."""
+    """Returns "; PATH of step N is intact", of another checkpoint in the folder of one that cannot be read, or ""."""
     for name in (CHECKPOINT, PREVIOUS, BEST):
-        other = Path(path).with_name(name)
+        other = Path(path).parent / name
         with suppress(CheckpointError):
             return f"; {other} of step {load_alone(other)['step']} is intact"
     return ""
 
 
 def load_alone(path, bare=False):
-    """As `load`, without a look beside the file."""
-    state = read(path)
-    weights = state.get("state_dict", state) if bare and isinstance(state, dict) else None
+    """Returns what `load` does; its errors do not look beside the file."""
+    content = read(Path(path))
+    weights = content.get("state_dict", content) if bare and isinstance(content, dict) else None
     if isinstance(weights, dict) and weights and all(isinstance(w, torch.Tensor) for w in weights.values()):
         return {"model": weights}
-    if fault := find_fault(state):
-        raise CheckpointError(f"{path} is {'neither a state dict nor' if bare else 'not'} a checkpoint of train_meta.py: "
-                              + fault)
-    return state
+    if isinstance(content, dict) and "cuda_rng" in content:
+        raise CheckpointError(f"{path} is a checkpoint of version 1 of this program: continue it with that version")
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        raise CheckpointError(f"{path} is {'neither a state dict nor' if bare else 'not'} a checkpoint of train_meta.py")
+    if wrong := next((name for name, check in SCHEMA.items() if name not in content or not check(content[name])), None):
+        raise CheckpointError(f"{path} is damaged: its {wrong} is missing or impossible")
+    try:
+        parse_again(content["args"], path)
+    except UsageError as error:
+        raise CheckpointError(str(error)) from None
+    return content
 
 
 def read(path):
-    """What torch.save wrote into a file, on the CPU; raises CheckpointError unless that can be read safely.
-
-    What comes back takes no more memory than the file: there is no tensor in it that is expanded, and nothing twice.
-    """
-    path = Path(path)
+    """Returns what torch.save wrote into a file, on the CPU; raises CheckpointError unless that can be read safely."""
     try:
         if not path.exists():
             raise CheckpointError(f"{path}: no such checkpoint (a missing file never means a fresh start)")
@@ -81,10 +85,7 @@ def read(path):
             raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")             # of torch, about what is refused below
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if fault := find_bomb(state):
-            raise CheckpointError(f"{path} is not a checkpoint that can be read safely: {fault}")
-        return state
+            return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError:
@@ -94,42 +95,8 @@ def read(path):
         raise CheckpointError(f"{path} is not a checkpoint that can be read safely ({first_line(error)})") from None
 
 
-def find_bomb(state):
-    """What makes a small file into something large, or into tensors that cannot be written to; or None."""
-    todo, seen = [state], set()
-    while todo:
-        value = todo.pop()
-        if isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-                return "it holds a tensor that is not dense"
-            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                return f"it holds an expanded tensor of shape {tuple(value.shape)}"
-        elif isinstance(value, (dict, list, tuple)) and value:
-            if id(value) in seen:       # lists of lists of lists, each twice, are endless to whoever goes through them
-                return "a part of it occurs twice"
-            seen.add(id(value))
-            todo += [*value, *value.values()] if isinstance(value, dict) else value
-    return None
-
-
-def check_arch(saved, path, given):
-    """Raises UsageError unless the command line allows the network of a checkpoint to be built; saved: its args.
-
-    given: name -> SHA-256 of its file, of the networks of the command line; the sum is None for those of this repository.
-    The network must be one of them, its file unchanged; with none given, it may be any but one in a file.
-    """
-    name = saved["arch"]
-    if ":" in name and not given:
-        raise unnamed_code(path, name)
-    if given and name not in given:
-        raise UsageError(f"argument --arch: {', '.join(given)}, but {path} was trained with {name}")
-    if given and given[name] != saved.get("arch_sha256"):
-        raise UsageError(f"argument --arch: {name} has changed since {path} was trained (SHA-256 {saved.get('arch_sha256')} "
-                         f"then, {given[name]} now): restore the file")
-
-
 def load_last(folder, warn=lambda message: None):
-    """The newest readable checkpoint of a run folder and why it was taken, or None if the folder has none.
+    """Returns the newest readable checkpoint of a run folder, its path and why it was taken, or None if the folder has none.
 
     A damaged last checkpoint falls back to the one before, with a line to `warn`; if both are, CheckpointError.
     """
@@ -146,7 +113,7 @@ def load_last(folder, warn=lambda message: None):
 
 
 def describe_last(folder):
-    """For the last line of a run that failed: what it can continue from."""
+    """Returns what a run that failed can continue from, for its last line."""
     try:
         last = load_last(folder)
     except CheckpointError as error:

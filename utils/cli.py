@@ -11,44 +11,10 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from utils.files import printable
+from utils.errors import fail
 
-MOST = 10 ** 12                         # the bound of whole numbers without one of their own: all of them are exact as floats
+MOST = 10 ** 12                         # default upper bound of whole numbers: all of them are exact as floats
 LONGEST_NAME, LONGEST_PATH = 255, 3840  # bytes; Linux takes 255 and 4,095, and files with names of their own come below
-
-
-class UsageError(ValueError):
-    """Something given cannot be used as it is: one line with what, why and the remedy; the program exits with code 2."""
-
-
-def one_line(message):
-    return printable(" ".join(str(message).split()))
-
-
-def first_line(error):
-    """What an error says, in at most 100 characters."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:100] if lines else type(error).__name__
-
-
-def fail(prog, message, code):
-    """One line on standard error, then out."""
-    print(f"{prog}: {one_line(message)}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def processes():
-    """(rank, local rank, size): which of how many processes of one run this is, as torchrun says in the environment; else
-    (0, 0, 1).  Raises UsageError for an environment that is neither."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size == "1":
-        return 0, 0, 1
-    given = [os.environ.get("RANK", ""), os.environ.get("LOCAL_RANK", "0"), size, os.environ.get("MASTER_PORT", "")]
-    numbers = [int(text) for text in given if re.fullmatch("[0-9]{1,9}", text)]
-    if len(numbers) < 4 or numbers[0] >= numbers[2] or not os.environ.get("MASTER_ADDR"):
-        raise UsageError(f"WORLD_SIZE={size[:20]!r} in the environment is not as torchrun sets it, with RANK, MASTER_ADDR and "
-                         "MASTER_PORT: start with torchrun, or unset it")
-    return tuple(numbers[:3])
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,6 +22,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     fail = staticmethod(fail)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        if word := next((word for word in args if word.startswith("-") and word.endswith("--") and len(word) > 2), None):
+            # argparse would make an empty list of it
+            self.error(f"argument {word[:-2].rstrip('=')}: '--' is no value: give another")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message):
         self.fail(self.prog, f"{message} (usage: {self.prog} --help)", 2)
@@ -85,18 +58,14 @@ def number(kind, low=None, high=None, above=None, below=None):
 
 
 def path(text):
-    """An argparse type: a path that is short enough for the system, with room for the files that are written under it."""
+    """An argparse type: a path that is not empty, as by a variable without a value, and short enough for the system, with room
+    for the files that are written under it."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty: name a file or folder")
     if len(os.fsencode(text)) > LONGEST_PATH or any(len(os.fsencode(name)) > LONGEST_NAME for name in text.split("/")):
         raise argparse.ArgumentTypeError(f"{text[:80]!r}... is too long: give a path of at most {LONGEST_PATH} bytes, and at "
                                          f"most {LONGEST_NAME} between two slashes")
     return Path(text)
-
-
-def folder(text):
-    """An argparse type: a path that names a folder of its own, not the current one by a variable that is empty."""
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty: name a folder")
-    return path(text)
 
 
 def parse_milestones(texts):
@@ -117,11 +86,11 @@ def parse_milestones(texts):
 
 
 def option(key):
-    """The spelling of a flag on the command line; key: its name among the parsed arguments."""
+    """Returns the spelling of a flag on the command line; key: its name among the parsed arguments."""
     return f"--{key.replace('_', '-')}"
 
 
-def refuse_idle(parser, args, choice, keys):
+def refuse_without_effect(parser, args, choice, keys):
     """Exits with code 2 if flags among `keys`, which have no effect with a choice, are not at their defaults.
 
     A default that is spelled out is no contradiction: the official command lines spell out many.
@@ -131,17 +100,8 @@ def refuse_idle(parser, args, choice, keys):
         parser.error(f"argument {', '.join(flags)}: without effect with {choice}: leave {'them' if flags[1:] else 'it'} out")
 
 
-def open_standard_streams():
-    """Puts the null device where standard input, output or error was closed: else the next file would take its place.
-
-    What the locale cannot write, such as a name in another alphabet, is escaped on standard output as on standard error.
-    """
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)                              # takes the lowest free number: this one
-            setattr(sys, name, os.fdopen(number, mode, closefd=False, encoding="utf-8"))
+def escape_output():
+    """Makes standard output escape what the locale cannot write, such as a name in another alphabet."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         with suppress(OSError):             # a pipe that has taken the place of a file
             sys.stdout.reconfigure(errors="backslashreplace")

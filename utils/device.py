@@ -1,70 +1,184 @@
-"""The device a program runs on, the precision of its arithmetic, and what bitwise equality of results depends on."""
+"""The device a program runs on: which it is, its arithmetic, its random numbers, its memory and its name.
+
+No other file knows kinds of device: elsewhere the question is whether `device.type` is "cpu".
+"""
+import ctypes
 import os
 import platform
 import re
-import shutil
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from utils.cli import UsageError
+from utils.errors import UsageError
 
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")      # instructions of x86, and of ARM
+DRIVERS = {12: "525", 13: "580"}        # major version of CUDA -> the oldest NVIDIA driver that runs it
 
 
-def choose_device(name):
-    """"auto" is CUDA if there is one (CUDA_VISIBLE_DEVICES is respected), else the CPU."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("argument --device: cuda: no CUDA device is visible; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+def choose_device(name, local_rank=0):
+    """Returns the device of a --device name: "auto" is the accelerator that torch finds, else the CPU.
+
+    local_rank: which process of its run on this machine this one is; each gets an accelerator of its own, which is then also
+    torch's current device. Raises UsageError for a device that is not there, or for more processes than accelerators.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "cpu" or (name == "auto" and found is None):
+        return torch.device("cpu")
+    if found is None or name not in ("auto", found.type):
+        raise UsageError(f"argument --device: {name}: {why_missing(name)}; use --device {found.type if found else 'cpu'}")
+    count = torch.accelerator.device_count()
+    if local_rank >= count:
+        raise UsageError(f"argument --device: this machine has {count} of type {found.type} and more processes than that: give "
+                         f"torchrun --nproc-per-node={count} or less, or take --device cpu")
+    device = torch.device(found.type, local_rank)
+    call(device, "set_device", device)
+    return device
+
+
+def why_missing(name="cuda"):
+    """Returns why torch finds no device of a type, in one line: what torch is built for, and which driver is there."""
+    built, runtime = f"torch {torch.__version__}", torch.version.cuda
+    if name != "cuda" or runtime is None:
+        return f"no {name.upper()} device is visible to {built}"
+    major, driver = int(runtime.partition(".")[0]), newest_cuda()
+    needed = f"CUDA {major} needs driver {DRIVERS.get(major, 'of its time')} or newer"
+    if driver is None:
+        said = f"no NVIDIA driver is found ({needed}; a container needs docker run --gpus all)"
+    elif driver[0] < major:
+        said = (f"the NVIDIA driver ends at CUDA {driver[0]}.{driver[1]} ({needed}: update it, or take a build of torch for "
+                f"CUDA {driver[0]}; the container of docker/ has CUDA 12)")
+    else:
+        said = f"the NVIDIA driver knows CUDA {driver[0]}.{driver[1]} (does CUDA_VISIBLE_DEVICES hide the GPU?)"
+    return f"no CUDA device is visible: {built} is built for CUDA {runtime}, and {said}"
+
+
+def newest_cuda():
+    """Returns (major, minor) of the newest CUDA that the NVIDIA driver of this machine runs, or None without a driver."""
+    number = ctypes.c_int()
+    with suppress(OSError, AttributeError):
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)) == 0:
+            return number.value // 1000, number.value % 1000 // 10
+    return None
+
+
+def call(device, function, *args, default=None):
+    """Returns what a function of torch's module of a device gives, such as torch.cuda; default: where the module lacks it."""
+    return getattr(torch.get_device_module(device), function, lambda *args: default)(*args)
 
 
 def set_precision(precision, device):
-    """Sets the arithmetic of float32 tensors; returns the type for autocast, or None."""
+    """Sets the arithmetic of float32 tensors; returns the type for autocast, or None.
+
+    float32 forbids TF32 to products, convolutions and recurrent layers alike, whatever was set before.
+    """
     if precision == "tf32" and device.type != "cuda":
         raise UsageError("argument --precision: tf32 exists on CUDA only; use float32 or bfloat16")
-    mode = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = mode
-    torch.backends.cudnn.conv.fp32_precision = mode     # by default cuDNN would round float32 convolutions to TF32
+    # These two switches keep all others of torch consistent; by default cuDNN would round float32 convolutions to TF32.
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = True
     return torch.bfloat16 if precision == "bfloat16" else None
 
 
 def slow_precision(precision, device):
-    """Why a precision is slower than float32 on this CPU, in one line, or None."""
-    if precision != "bfloat16" or device.type != "cpu" or any(map(torch.cpu.get_capabilities().get, BFLOAT16)):
+    """Returns why a precision is slower than float32 on this CPU, in one line, or None."""
+    has = getattr(torch.cpu, "get_capabilities", None)           # not before torch 2.11
+    if precision != "bfloat16" or device.type != "cpu" or has is None or any(map(has().get, BFLOAT16)):
         return None
     return ("warning: --precision bfloat16 is slow here: this CPU has no bfloat16 instructions, so torch imitates them "
             "(on a CPU with AVX2 a step of convlarge took 8 to 9 times as long as in float32); take float32")
 
 
-def check_compiler():
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise UsageError("argument --compile: no C++ compiler is found; install g++, or leave it out")
-
-
 def memory_for_images(device):
-    """Bytes that the images of a set may take: a third of what is free on the GPU, and on the machine, where loading holds
-    them twice and torchrun's processes share."""
+    """Returns how many bytes the images of a set may take: a third of what is free on the accelerator, and on the machine,
+    where loading holds them twice and torchrun's processes share."""
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError):
         text = Path("/proc/meminfo").read_text(encoding="utf-8")
         free += [1024 * int(size) for size in re.findall(r"MemAvailable:\s+(\d+)", text)]
     with suppress(OSError, ValueError):                 # of a container; "max" is none
         free.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
-    shared = min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(shared, torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else shared) // 3
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    shared = min(free) // (int(processes) if re.fullmatch("0*[1-9][0-9]{0,8}", processes) else 1)
+    return min(shared, call(device, "mem_get_info", device, default=(shared,))[0]) // 3
 
 
-def fingerprint(device, precision, compiled, processes):
-    """Two parts of a run are equal bit for bit only where all of these agree."""
-    if device.type == "cuda":
-        name = f"cuda: {torch.cuda.get_device_name(device)}, cuDNN {torch.backends.cudnn.version()}"
+def can_pin(device):
+    """Whether host memory can be pinned, so that no copy from there to the device has to be waited for."""
+    if device.type in ("cpu", "mps"):                   # MPS shares the memory of the host
+        return False
+    try:
+        return torch.empty(1).pin_memory().is_pinned()
+    except RuntimeError:
+        return False
+
+
+def backend(device):
+    """Returns the name of the backend of torch.distributed for tensors of a device."""
+    return {"cuda": "nccl", "xpu": "xccl"}.get(device.type, "gloo")
+
+
+def synchronize(device):
+    """Waits until the device has done all its work."""
+    call(device, "synchronize")
+
+
+# Random state: type of device -> the state of its generator, a ByteTensor of the host.
+
+def get_random_state(device):
+    """Returns the states of torch's generators that a program on a device draws from: those of the CPU and of the device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states |= {device.type: call(device, "get_rng_state", device)}
+    return {kind: state for kind, state in states.items() if state is not None}
+
+
+def set_random_state(states, device):
+    """Sets torch's generators to what `get_random_state` returned, perhaps on another device.
+
+    Returns lines about what could not be set: the generator of another type of device, whose numbers do not go on here.
+    Raises ValueError for states that `is_random_state` lets pass and the device does not take.
+    """
+    torch.set_rng_state(states["cpu"])
+    kinds = sorted(set(states) - {"cpu"})
+    if device.type in states and device.type != "cpu":
+        try:
+            call(device, "set_rng_state", states[device.type], device)
+        except (RuntimeError, TypeError):
+            raise ValueError(f"the random state of {device.type} is impossible") from None
+    elif device.type != "cpu" or kinds:
+        return [f"warning: the random numbers of {', '.join(kinds) or 'the cpu'} do not go on on {device.type}: from here on "
+                "the run is not what it would have been there"]
+    return []
+
+
+def is_random_state(states):
+    """Whether something read from a file may be what `get_random_state` returned."""
+    if not (isinstance(states, dict) and "cpu" in states and all(
+            isinstance(kind, str) and re.fullmatch("[a-z0-9_]{1,20}", kind) and isinstance(state, torch.Tensor)
+            and state.dtype == torch.uint8 and state.dim() == 1 and state.layout == torch.strided and len(state) < 100_000
+            for kind, state in states.items())):
+        return False
+    cuda = states.get("cuda")                           # seed and offset, of eight bytes each; the offset goes by fours
+    if cuda is not None and (cuda.shape != (16,) or cuda[8] % 4):
+        return False
+    try:
+        torch.Generator().set_state(states["cpu"])
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def fingerprint(device, precision, processes):
+    """Returns what two parts of a run must have in common to be equal bit for bit, name -> number or text."""
+    if device.type == "cpu":
+        name = f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     else:
-        name = f"cpu: {platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+        name = call(device, "get_device_name", device, default=platform.processor() or platform.machine())
+    name = f"{device.type}: {name}" + (f", cuDNN {torch.backends.cudnn.version()}" if device.type == "cuda" else "")
     name += f", {processes} processes" * (processes > 1)
-    return {"device": name, "threads": torch.get_num_threads(), "precision": precision + ", compiled" * compiled,
-            "python": platform.python_version(), "torch": str(torch.__version__),
-            **{package: version(package) for package in ("torchvision", "numpy")}}
+    return {"device": name, "threads": torch.get_num_threads(), "precision": precision, "python": platform.python_version(),
+            "torch": str(torch.__version__), **{package: version(package) for package in ("torchvision", "numpy")}}

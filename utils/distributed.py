@@ -1,71 +1,70 @@
-"""What the processes of one run, started by torchrun, do together.  With one process every method is a formality.
+"""What the processes of one run, started by torchrun, do together.  With one process every method returns its input.
 
-Rank 0 alone reads and writes the run folder; all others only train.  Tensors of the model travel over NCCL on CUDA and
-over gloo on the CPU; flags, counts and messages over gloo, where no device has to be waited for.  gloo notices at once when
-the other end of a connection dies, and flags travel at every step: so no process waits for one that is gone.  Before there
-is a connection the store of torchrun carries what a process has to say: its flags, or that it has failed.
+Rank 0 alone reads and writes the run folder; all others only train.  Tensors of the model travel by the backend of their
+device; flags, counts and messages over gloo, where no device has to be waited for.  gloo notices at once when the other end of
+a connection dies, and flags travel at every step: so no process waits for one that is gone.  A process that fails says why and
+exits; torchrun ends the others.
 """
-import json
 import os
-import signal
+import re
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import NamedTuple
 
-from utils.cli import UsageError, fail, one_line, processes
-from utils.interrupt import heard
-from utils.records import differing
+from utils.errors import UsageError, WorldError, fail, one_line
 
 TIMEOUT = timedelta(minutes=10)         # for a process that neither answers nor dies
 LOADING = timedelta(days=1)             # for the first process of a machine, which may download
+FAULT = 1000                            # sent instead of a signal's number: a process cannot read the next batch
 
 
-class WorldError(RuntimeError):
-    """The processes of a run cannot go on together; one line."""
+class Stop(NamedTuple):
+    """Why all processes of a run stop after the same step."""
+
+    signal: int | None                  # the number of a signal, or None
+    fault: str | None                   # what keeps a process from reading its next batch, or None
+
+
+def processes():
+    """Returns (rank, local rank, size): which of how many processes of one run this is, as torchrun says in the environment;
+    else (0, 0, 1).  Raises UsageError for an environment that is neither.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return 0, 0, 1
+    found = [os.environ.get("RANK", ""), os.environ.get("LOCAL_RANK", "0"), size, os.environ.get("MASTER_PORT", "")]
+    numbers = [int(text) for text in found if re.fullmatch("[0-9]{1,9}", text)]
+    if len(numbers) < 4 or numbers[0] >= numbers[2] or not os.environ.get("MASTER_ADDR"):
+        raise UsageError(f"WORLD_SIZE={size[:20]!r} in the environment is not as torchrun sets it, with RANK, MASTER_ADDR and "
+                         "MASTER_PORT: start with torchrun, or unset it")
+    return tuple(numbers[:3])
 
 
 class World:
-    """The processes of a run, from torchrun's environment, this one by its rank; `join` connects them, and needs torch."""
+    """The processes of a run, from torchrun's environment, this one by its rank; `join` connects them."""
 
     def __init__(self):
         self.rank, self.local_rank, self.size = processes()
-        self.store = self.control = self.dist = None
+        self.dist = self.control = None
 
-    def join(self, device, facts=()):
-        """Connects the processes; device: of --device; facts: name -> number or text, of which they must hold the same."""
+    def join(self, device, backend):
+        """Connects the processes.  device: a torch.device, that of this one; backend: of its tensors, such as "nccl"."""
         if self.size == 1:
             return
-        with dying_of_signals():        # torch would keep a signal waiting until every process has come
-            import torch
-
-            self.connect()
-            cuda = device != "cpu" and torch.cuda.is_available()
-            with calls():
-                self.store.set(f"start {self.rank}", json.dumps({**dict(facts), "device": "cuda" if cuda else "cpu"}))
-                found = [json.loads(self.store.get(f"start {rank}")) for rank in range(self.size)]
-            if None in found:
-                raise WorldError("another process of this run has failed")      # and has said why
-            check_agreement(found)
-            if cuda:
-                if self.local_rank >= torch.cuda.device_count():
-                    raise UsageError(f"argument --device: {torch.cuda.device_count()} CUDA devices are visible: give torchrun "
-                                     "--nproc-per-node at most as many, or take --device cpu")
-                torch.cuda.set_device(self.local_rank)
-            with calls():
-                self.dist.init_process_group("nccl" if cuda else "gloo", store=self.store, rank=self.rank, world_size=self.size,
-                                             timeout=TIMEOUT)
-                self.control = self.dist.new_group(backend="gloo", timeout=TIMEOUT) if cuda else self.dist.group.WORLD
-                self.dist.barrier(self.control)
-
-    def connect(self):
-        """To the store of torchrun."""
         import torch.distributed
 
         self.dist = torch.distributed
         with calls():
             store = next(iter(self.dist.rendezvous("env://", timeout=TIMEOUT)))[0]
-        # torchrun may keep one store over its restarts, and with it what the processes before have left there.
-        self.store = self.dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            # torchrun may keep one store over its restarts, and with it what the processes before have left there.
+            store = self.dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            self.dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=TIMEOUT,
+                                         device_id=None if backend == "gloo" else device)
+            self.control = self.dist.group.WORLD
+            if backend != "gloo":
+                self.control = self.dist.new_group(backend="gloo", timeout=TIMEOUT)
+            self.dist.barrier(self.control)
 
     def leave(self):
         """Waits until every process has come here, then disconnects."""
@@ -74,10 +73,27 @@ class World:
                 self.dist.barrier(self.control)
             self.dist.destroy_process_group()
 
+    def fail(self, prog, message, code):
+        """Ends this process as `errors.fail` does, without waiting for another on its way out."""
+        if self.size == 1:
+            fail(prog, message, code)
+        print(f"{prog}: {one_line(message)}", file=sys.stderr, flush=True)
+        os._exit(code)
+
     # Messages
 
+    def agree_to_stop(self, signal, fault=None):
+        """Returns a Stop if some process got a signal or has a fault, else None; the same in every process.
+
+        signal: its number, or None.  fault: an exception, or None.
+        """
+        largest = int(self.all_reduce_numbers([FAULT if fault else signal or 0], "MAX")[0])
+        if largest == FAULT:
+            return Stop(None, next(text for text in self.all_gather_object(fault and str(fault)) if text))
+        return Stop(largest, None) if largest else None
+
     def broadcast_object(self, value):
-        """The value that rank 0 gave, in every process: tensors and plain types."""
+        """Returns the value that rank 0 gave, in every process: tensors and plain types."""
         if self.size == 1:
             return value
         box = [value]
@@ -86,7 +102,7 @@ class World:
         return box[0]
 
     def all_gather_object(self, value):
-        """The values of all processes, a list by rank."""
+        """Returns the values of all processes, a list by rank."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -94,16 +110,8 @@ class World:
             self.dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def check_same(self, facts):
-        """Raises UsageError, which names what differs, unless name -> value is the same in all processes."""
-        check_agreement(self.all_gather_object(facts))
-
-    def all_reduce_max(self, number):
-        """The largest of a number over the processes, in which None counts as 0 and comes back for it."""
-        return int(self.all_reduce_numbers([number or 0], "MAX")[0]) or None
-
     def all_reduce_numbers(self, numbers, operation="SUM"):
-        """Sums of numbers over the processes, or with "MAX" the largest of them, a list."""
+        """Returns the sums of numbers over the processes, or with "MAX" the largest of them, a list."""
         if self.size == 1:
             return numbers
         import torch
@@ -115,7 +123,7 @@ class World:
 
     @contextmanager
     def local_first(self):
-        """On every machine the process of local rank 0 is through the block before the others enter it."""
+        """Lets the process of local rank 0 through the block before the others of its machine enter it."""
         if self.local_rank == 0:
             yield
         if self.size > 1:
@@ -127,7 +135,7 @@ class World:
     # Tensors of the model
 
     def all_reduce_mean(self, tensors):
-        """Means of tensors over the processes, a list of new tensors."""
+        """Returns the means of tensors over the processes, a list of new tensors."""
         if self.size == 1:
             return tensors
         return self.flattened(tensors, lambda flat: self.dist.all_reduce(flat.div_(self.size)))
@@ -139,7 +147,7 @@ class World:
                 tensor.copy_(first)
 
     def flattened(self, tensors, call):
-        """The results of a collective call on tensors, a list of new ones; those of one type travel as one tensor."""
+        """Returns the results of a collective call on tensors, a list of new ones; those of one type travel as one tensor."""
         import torch
 
         with torch.no_grad():
@@ -168,58 +176,18 @@ class World:
     # What each process does for itself
 
     def rows(self, batch_size):
-        """Which rows of every batch this process takes, a slice; batch_size: a multiple of `size`."""
+        """Returns which rows of every batch this process takes, a slice; batch_size: a multiple of `size`."""
         count = batch_size // self.size
         return slice(self.rank * count, (self.rank + 1) * count)
 
     def shard(self, sequence):
-        """Every size-th entry, from that of the rank on: the shards of all processes are the sequence."""
+        """Returns every size-th entry, from that of the rank on: the shards of all processes are the sequence."""
         return sequence[self.rank::self.size]
-
-    # The end of a run that fails
-
-    def fails_first(self, code):
-        """Whether this process is the first to fail, and so the one that says why; code: with which it will exit."""
-        if self.store is None:
-            return self.rank == 0
-        try:
-            first = self.store.add("failures", 1) == 1
-            if first:
-                self.store.set("exit code", str(code))
-        except RuntimeError:            # the machine that keeps the store is gone
-            return True
-        return first
-
-    def fail(self, prog, message, code):
-        """`cli.fail`, but one process speaks for all, and none waits for another on its way out."""
-        if self.size == 1:
-            fail(prog, message, code)
-        if self.store is None:
-            with dying_of_signals(), suppress(WorldError):
-                self.connect()
-        if self.fails_first(code):
-            print(f"{prog}: {one_line(message)}", file=sys.stderr, flush=True)
-        if self.store is not None:
-            with suppress(RuntimeError):
-                self.store.set(f"start {self.rank}", json.dumps(None))          # for those who still wait in `join`
-                if self.store.check(["exit code"]):
-                    code = int(self.store.get("exit code"))                     # of the process that failed first
-        os._exit(code)
-
-
-def check_agreement(facts):
-    """Raises UsageError, which names what differs, unless all processes hold the same; facts: those of each, by rank."""
-    for rank, own in enumerate(facts):
-        names = differing(own, facts[0])
-        if names:
-            raise UsageError(f"process {rank} is in another experiment than process 0: "
-                             + ", ".join(f"{name} {str(own[name])[:40]}, not {str(facts[0][name])[:40]}" for name in names)
-                             + ": start all with the same flags, data, network and versions")
 
 
 @contextmanager
 def calls():
-    """Whatever goes wrong between processes is a WorldError."""
+    """Makes a WorldError of whatever goes wrong between processes."""
     try:
         yield
     except RuntimeError as error:
@@ -227,19 +195,8 @@ def calls():
         raise WorldError(f"another process of this run is gone or does not answer ({said[:80]})") from None
 
 
-@contextmanager
-def dying_of_signals():
-    """Within the block a signal ends the process."""
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in heard()}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 def checksum(tensor):
-    """() int64 of all bits of a tensor and of their places."""
+    """Returns () int64 of all bits of a tensor and of their places."""
     import torch
 
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]

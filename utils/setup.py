@@ -1,54 +1,92 @@
 """What comes before the first step of a run: its data, its network, and what the log says of them."""
-from functools import partial
-
 import numpy as np
 import torch
 
-from datasets import DataError
-from datasets.splits import split_training
-from metasemi import learning_rate, meta_gradient, ramp
-from models import build_model, dry_run
+from datasets import DataError, data_digest, duplicates, load_dataset
+from datasets.splits import check_split, split_training
+from datasets.table import UNLABELED_FOLDER
+from metasemi import learning_rate, ramp
+from models import build_model
 from models.synchronized import synchronize_batch_norm
 from utils import checkpoint
-from utils.device import slow_precision
-from utils.state import check_same_data, check_same_split, load_data, load_weights
+from utils.device import memory_for_images, slow_precision, why_missing
+from utils.errors import UsageError
+from utils.experiment import check_same_list, check_same_processes, describe_data, differing
+from utils.flags import default
+from utils.state import load_weights
+from utils.trial import try_network
 
 
-def prepare_data(args, world, device, saved, source, interrupt):
-    """Images, their digest, and the indices of labeled, unlabeled and validation images; the same in every process.
+def prepare_data(args, files, world, device, saved):
+    """Returns images, their digest, and the indices of labeled, validation and unlabeled images; the same in every process.
 
-    Without meta step and mix-up no unlabeled image is used, and None stands for their indices.
+    files: `NamedFiles`.  saved: the checkpoint that the run continues, or None.  Indices are (N,) int64 tensors on the CPU.
+    Without meta step and mix-up no unlabeled image is used, and None stands for their indices.  Sets args.num_label.
     """
     with world.local_first():           # it may download
-        images = load_data(vars(args), device, saved, source, stop=interrupt)
-    data = images.digest
-    if args.labeled and isinstance(args.labeled[0], str):
-        args.labeled = images.indices_of(args.labeled)
+        images = load_images(vars(args), device, saved)
+    data, split = data_digest(images), files.labels
+    if split and isinstance(split[0], str):
+        split = images.indices_of(split)
     if saved is None:
-        labeled, validation = split_training(images.train_labels[:images.num_train], args.num_label, args.num_val,
-                                             images.num_classes, args.seed, args.labeled)
+        try:
+            labeled, validation = map(torch.from_numpy, split_training(
+                images.train_labels[:images.num_train], args.num_label, args.num_val, images.num_classes, args.seed, split))
+        except DataError as error:
+            raise explained(error, args, images) from None
         args.num_label = len(labeled)
     else:
         check_same_data(data, saved, "the run that --resume continues", args.data_path)
-        check_same_split(args, saved)
-        labeled, validation = saved["labeled"].numpy(), saved["validation"].numpy()
-    images = images.to(device)
-    world.check_same({**data, "labeled images": labeled.tolist(), "validation images": validation.tolist()})
+        labeled, validation = saved["labeled"], saved["validation"]
+        check_split(labeled.numpy(), validation.numpy(), images.num_train, "the run that --resume continues")
+        if split:
+            check_same_list(args, split, saved)
+    check_same_processes(world, args, files.sums, describe_data(data, labeled.tolist(), validation.tolist()))
     unlabeled = None
     if not args.no_meta or args.mix_up:
-        taken = validation if args.include_labeled else np.concatenate([validation, labeled])
-        unlabeled = np.setdiff1d(np.arange(len(images.train_labels)), taken)
+        taken = validation if args.include_labeled else torch.cat([validation, labeled])
+        unlabeled = torch.from_numpy(np.setdiff1d(np.arange(len(images.train_labels)), taken.numpy()))
         if len(unlabeled) == 0:
             raise DataError(f"argument --num-label: {args.num_label} leaves no unlabeled image: add --include-labeled, "
                             "or train supervised with --no-meta and no --mix-up")
-    return images, data, labeled, unlabeled, validation
+    return images, data, labeled, validation, unlabeled
+
+
+def explained(error, args, images):
+    """Returns the DataError of a split that is not possible; that of a folder where --num-label has its default says more."""
+    if args.num_label != default("num_label") or not images.train_files or "--num-label" not in str(error):
+        return error
+    counts = torch.bincount(images.train_labels[:images.num_train]).tolist()
+    smallest = min(range(len(counts)), key=counts.__getitem__)
+    return DataError(f"argument --num-label: {args.num_label:,}, its default, is too many or not a multiple of "
+                     f"{len(counts):,} classes, of which {images.class_names[smallest]} has {counts[smallest]:,} images: give "
+                     f"--num-label N, or a list by --split, or put images without a class in {UNLABELED_FOLDER}/ beside train/")
+
+
+def load_images(flags, device, saved=None, **options):
+    """Returns the images of a run, as `load_dataset` does; normalized, and without what was left out, as in a checkpoint.
+
+    flags: name -> value, of those that say which images, and how they are read.  options: further ones of `load_dataset`.
+    Raises DataError for images that are missing or damaged.
+    """
+    if saved and "left_out" in saved:
+        options |= {"statistics": (saved["mean"], saved["std"]), "left_out": saved["left_out"]}
+    return load_dataset(flags["dataset"], flags["data_path"], flags["image_size"], flags.get("flip", False),
+                        flags["num_workers"], memory=memory_for_images(device), skip_corrupt=flags.get("skip_corrupt", False),
+                        num_test=flags.get("num_test", 0), **options)
+
+
+def check_same_data(data, saved, name, path):
+    """Raises UsageError if images at `path`, of the digest `data`, are not those of a checkpoint; name: what to call that."""
+    if names := differing(data, saved["data"]):
+        raise UsageError(f"argument --data-path: {path} is not what {name} was trained on: the {', '.join(names)} differ")
 
 
 def prepare_model(args, world, device, dtype, images):
-    """A network with its first weights, the same in every process, and warnings about it."""
-    method = partial(meta_gradient, method=args.meta_gradient, consistency=args.consistency, dtype=dtype)
-    warned = dry_run(args.arch, images.num_classes, images.image_size, device, dtype,
-                     None if args.no_meta else method, min(4, args.batch_size // world.size))
+    """Returns a network with its first weights, the same in every process, and warnings about it."""
+    warned = try_network(args.arch, images.num_classes, images.image_size, device, dtype,
+                         None if args.no_meta else args.meta_gradient, args.consistency, args.epsilon,
+                         min(4, args.batch_size // world.size))
     torch.manual_seed(args.seed)
     model = build_model(args.arch, images.num_classes, device)
     if args.init:
@@ -59,41 +97,63 @@ def prepare_model(args, world, device, dtype, images):
     return model, warned
 
 
+def load_model(arch, num_classes, device, weights, name):
+    """Returns the network of a checkpoint; name: what to call that."""
+    model = build_model(arch, num_classes, device)
+    load_weights(model, arch, weights, name)
+    return model
+
+
 def load_first_weights(model, args):
     """Puts the weights of --init into a model.  Returns lines about what is left as it was: the last layer of torchvision's
     networks, if it is for another number of classes.  All else must fit."""
     from torchvision.models import ResNet  # takes a second to load
 
     weights, own, left = dict(checkpoint.load(args.init, bare=True)["model"]), model.state_dict(), []
-    given = weights.get("fc.weight", torch.empty(0))
-    if isinstance(model, ResNet) and given.dim() == 2 and len(given) != len(own["fc.weight"]):
-        left.append(f"{args.init}: its last layer, fc, is for {len(given):,} classes: that for {len(own['fc.weight']):,} "
+    last = weights.get("fc.weight", torch.empty(0))
+    if isinstance(model, ResNet) and last.dim() == 2 and len(last) != len(own["fc.weight"]):
+        left.append(f"{args.init}: its last layer, fc, is for {len(last):,} classes: that for {len(own['fc.weight']):,} "
                     "starts at random")
         weights |= {name: own[name] for name in ("fc.weight", "fc.bias")}
-    load_weights(model, args.arch, {"model": weights}, f"argument --init: {args.init}")
+    load_weights(model, args.arch, weights, f"argument --init: {args.init}")
     return left
 
 
 def describe_run(args, state, images, unlabeled, device, warned):
-    """The first lines of the log: data, network, device, and warnings."""
+    """Yields the first lines of the log: data, network, device, plan and warnings."""
     yield (f"{images.describe()}; {len(state.labeled)} labeled" + ("" if unlabeled is None else f", {len(unlabeled)} unlabeled")
            + (f", {len(state.validation)} for validation" if len(state.validation) else ""))
     if count := len(images.train_labels) - images.num_train:
         yield f"{count:,} images have no class: validation, unlabel-acc and pseudo-acc leave them out"
     yield (f"{args.arch}, {sum(w.numel() for w in state.model.parameters()):,} parameters, {state.sessions[-1]['device']}"
-           + (" (no CUDA device is visible)" if args.device == "auto" and device.type == "cpu" else ""))
-    if images.source:
-        yield f"images {images.source}"
+           + (f" ({why_missing()})" if args.device == "auto" and device.type == "cpu" else ""))
+    if images.where:
+        yield f"images {images.where}"
     if images.ignored:
         yield f"ignored: {images.ignored}"
+    for name, reason in images.left_out.items():
+        yield f"left out: {reason or name}"
+    yield from images.warnings
+    if count := duplicates(images):
+        yield f"warning: {count:,} of the test images are also among the training images, pixel by pixel"
     if args.meta_gradient == "finite-difference" and args.precision == "bfloat16" and not args.no_meta:
         yield ("warning: with --precision bfloat16 a half-step of the finite difference can be less than the resolution of the "
                "weights, and the meta-gradient mostly rounding: take --meta-gradient jvp, or float32")
     yield from filter(None, (cut_short(args), slow_precision(args.precision, device), *warned))
+    yield describe_plan(args, len(state.labeled), None if unlabeled is None else len(unlabeled))
+
+
+def describe_plan(args, labeled, unlabeled):
+    """Returns one line about the length of a run: steps, batches, and passes over the images."""
+    seen = args.total_steps * args.batch_size
+    return (f"{args.total_steps:,} steps of {args.batch_size}"
+            + (" labeled images" if unlabeled is None else f" + {args.batch_size} images")
+            + f": {seen / labeled:,.1f} passes over the labeled"
+            + (" ones" if unlabeled is None else f" and {seen / unlabeled:,.1f} over the unlabeled ones"))
 
 
 def cut_short(args):
-    """What of the schedule lies beyond the last step of a run, and what that means: one line, or None."""
+    """Returns one line about what of the schedule lies beyond the last step of a run, and what that means, or None."""
     steps, ramp_steps = args.total_steps, args.warmup if args.ramp is None else args.ramp
     milestones = args.milestones if args.schedule == "step" else []
     late = [step for step in milestones if step >= steps]
@@ -111,11 +171,9 @@ def cut_short(args):
     return f"warning: --total-steps {steps} ends " + "; ".join(faults) if faults else None
 
 
-def describe_resumption(state, saved, source):
-    """Lines about where a run goes on, and what is not as it was before."""
-    yield f"resumed at step {state.step} from {source}"
-    if "data" not in saved:
-        yield f"{source}: of an earlier version, which kept no digest of its images: they could not be compared"
+def describe_resumption(state, where):
+    """Yields lines about where a run goes on, and what is not as it was before."""
+    yield f"resumed at step {state.step} from {where}"
     before, now = state.sessions[-2:]
     for key, value in now.items():
         if key not in ("from_step", "commit") and value != before.get(key):

@@ -25,28 +25,34 @@ one Jacobian-vector product: the speed of each prediction on x_u as theta moves 
 Stepping against it, y_hat = y_tilde - beta grad, is to first order the prediction after a labeled SGD step of
 size 2 beta.  As in Algorithm 2 the factor alpha / B_u is left to beta; the factor 2 is kept.
 """
-import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from inspect import signature
-from types import ModuleType
 
 import torch
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy
 from torch.nn.utils import get_total_norm
 
-from metasemi.losses import CONSISTENCY, Consistency
+from metasemi.arguments import check_call, check_dense, check_logits
+from metasemi.losses import CONSISTENCY, Consistency, labeled_loss
+
+Average = Callable[[list[Tensor]], list[Tensor]]
 
 
-def meta_gradient(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency="mse", dtype=None, average=None):
+def meta_gradient(model: nn.Module, x_l: Tensor, y_l: Tensor, x_u: Tensor, method: str = "jvp", epsilon: float = 1e-2,
+                  consistency: str = "mse", dtype: torch.dtype | None = None,
+                  average: Average | None = None) -> tuple[Tensor, Tensor]:
     """Pseudo-labels of x_u and the gradient of the labeled loss with respect to them, alpha / B_u left out.
 
     Everything is evaluated in evaluation mode: dropout and batch statistics would make theta and its neighbors
     different functions.  The model is read, never written: parameters, buffers, `.grad`, training flags and random
-    number generators are afterwards what they were, bit for bit, unless the model itself changes them in evaluation mode.
+    number generators are afterwards what they were, bit for bit, unless the model itself changes them in evaluation mode
+    or in `train`.  Whether a method is right for a network of your own, `check_model` says.
+
+    Two threads must not call at once: evaluation mode belongs to the model, and the attention kernels to all of torch.
 
     Args:
         model: maps (B, ...) to logits (B, K).  It may be compiled; "jvp" and "unrolled" then run the original where
@@ -56,9 +62,10 @@ def meta_gradient(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency=
         x_u: (B_u, ...).
         method: "jvp", forward-mode differentiation, exact and the cheapest; "finite-difference", the central
             difference of the paper (eqs. 15, 16), also for operations without a forward-mode derivative; "unrolled",
-            double backward through the virtual step (eqs. 2-5); or what `compiled_jvp` returns.
-        epsilon: > 0, the length in parameter space of each half-step of the finite difference.  In a half type that is
-            often less than the resolution of the weights, and the difference mostly rounding.
+            double backward through the virtual step (eqs. 2-5).
+        epsilon: the length in parameter space of each half-step of the finite difference, between the machine precision
+            of the weights' type and its inverse.  With a half dtype that is often less than the resolution of the weights,
+            and the difference mostly rounding.
         consistency: "mse" or "kl", the Phi of the consistency loss, or another key of `metasemi.losses.CONSISTENCY`.
         dtype: computing type of the network, e.g. torch.bfloat16; default: that of the parameters, also inside autocast.
         average: where x_l and x_u are one of several equal parts of a batch, each with a process: a function from a list of
@@ -69,40 +76,46 @@ def meta_gradient(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency=
         gradient: (B_u, K), 2 J g for "mse" (rows sum to zero), J_log g for "kl".  Zero where g is zero.
 
     Raises:
-        ValueError: for an unknown method or consistency, a consistency that is not a `Consistency`, a wrong shape, an
-            epsilon that is not above 0, or a model without a parameter that requires a gradient.
+        ValueError: for an unknown method or consistency, a consistency that is not a `Consistency`, a wrong shape, a class
+            outside 0..K-1 (on an accelerator the gradient is not finite instead), an epsilon out of range, logits that
+            depend on no parameter, a sparse gradient, DataParallel, and inside inference_mode or parametrize.cached.
     """
-    return meta_gradient_with_telemetry(model, x_l, y_l, x_u, method, epsilon, consistency, dtype, average)[:2]
+    y_tilde, gradient, *_ = meta_gradient_with_telemetry(model, x_l, y_l, x_u, method, epsilon, consistency, dtype, average)
+    return y_tilde, gradient
 
 
-def meta_gradient_with_telemetry(model, x_l, y_l, x_u, method="jvp", epsilon=1e-2, consistency="mse", dtype=None,
-                                 average=None):
-    """As `meta_gradient`, with what it meets on its way: the labeled logits (B_l, K), and ||g||, ()."""
-    if method not in METHODS and not callable(method):
+def meta_gradient_with_telemetry(model: nn.Module, x_l: Tensor, y_l: Tensor, x_u: Tensor, method: str = "jvp",
+                                 epsilon: float = 1e-2, consistency: str = "mse", dtype: torch.dtype | None = None,
+                                 average: Average | None = None) -> tuple[Tensor, ...]:
+    """The two results of `meta_gradient`, then the labeled logits (B_l, K), their mean loss, (), and ||g||, ()."""
+    check_names(method, consistency)
+    check_call(model, x_l, y_l, x_u)
+    with (evaluation_mode(model), differentiable_attention(), torch.enable_grad(),
+          torch.autocast(x_l.device.type, enabled=False)):      # under it, forward-mode differentiation fails
+        theta = {k: w for k, w in model.named_parameters() if w.requires_grad}
+        if not theta:
+            raise ValueError("no parameter of the model requires a gradient, so nothing answers to the pseudo-labels")
+        check_epsilon(epsilon, next(iter(theta.values())).dtype)
+        result = METHODS[method](model, theta, x_l, y_l, x_u, epsilon, CONSISTENCY[consistency], dtype, average)
+    return tuple(tensor.detach() for tensor in result)
+
+
+def check_names(method: str, consistency: str) -> None:
+    """Raises ValueError unless there is such a method and such a consistency loss."""
+    if method not in METHODS:
         raise ValueError(f"no method is named {method!r}; choose from {', '.join(METHODS)}")
     if consistency not in CONSISTENCY:
         raise ValueError(f"no consistency is named {consistency!r}; choose from {', '.join(CONSISTENCY)}")
     if not isinstance(CONSISTENCY[consistency], Consistency):
         raise ValueError(f"the consistency {consistency!r} is a loss without its derivative: register a Consistency")
-    check_batch(x_l, y_l, x_u)
-    if not epsilon > 0:
-        raise ValueError(f"epsilon is {epsilon}: expected a length above 0")
-    theta = {k: w for k, w in model.named_parameters() if w.requires_grad}
-    if not theta:
-        raise ValueError("no parameter of the model requires a gradient, so nothing answers to the pseudo-labels")
-    with (evaluation_mode(model), differentiable_attention(), torch.enable_grad(),
-          torch.autocast(x_l.device.type, enabled=False)):      # under it, forward-mode differentiation fails
-        result = METHODS.get(method, method)(model, theta, x_l, y_l, x_u, epsilon, CONSISTENCY[consistency], dtype, average)
-    return tuple(tensor.detach() for tensor in result)
 
 
-def check_batch(x_l, y_l, x_u):
-    for name, x in (("x_l", x_l), ("x_u", x_u)):
-        if x.dim() == 0 or len(x) == 0:
-            raise ValueError(f"{name} has the shape {tuple(x.shape)}: expected (B, ...) with at least one example")
-    if y_l.shape != x_l.shape[:1] or y_l.dtype != torch.int64:
-        raise ValueError(f"y_l is {y_l.dtype} of the shape {tuple(y_l.shape)}: expected the class index of each example of "
-                         f"x_l, torch.int64 of the shape ({len(x_l)},)")
+def check_epsilon(epsilon: float, dtype: torch.dtype) -> None:
+    """Raises ValueError for a half-step that weights of this type cannot make, or after which they would be nothing else."""
+    unit = torch.finfo(dtype).eps
+    if not unit <= epsilon <= 1 / unit:
+        raise ValueError(f"epsilon is {epsilon}: expected a length between {unit:.2g} and {1 / unit:.2g}, since the weights "
+                         f"are {dtype}")
 
 
 @contextmanager
@@ -120,6 +133,8 @@ def by_jvp(model, theta, g, g_norm, x_u, epsilon, consistency, dtype):
         dual = {k: forward_ad.make_dual(w, g[k]) for k, w in theta.items()}
         logits_u = logits(model, dual, x_u, dtype)
         linked, gradient = forward_ad.unpack_dual(consistency.link(logits_u))           # line 7
+        if gradient is None:
+            raise ValueError(UNREACHED.format("predictions on x_u depend"))
         return consistency.inverse(linked), gradient                                    # line 3
 
 
@@ -139,12 +154,14 @@ def by_finite_difference(model, theta, g, g_norm, x_u, epsilon, consistency, dty
 def along_g(derivative, model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, average):
     """A method that takes a derivative of the predictions along g, `by_jvp` or `by_finite_difference`."""
     logits_l = logits(model, theta, x_l, dtype)                                         # line 4
-    g = torch.autograd.grad(cross_entropy(logits_l, y_l), list(theta.values()), materialize_grads=True)     # line 5
+    loss_l = labeled_loss(logits_l, y_l)
+    g = gradient_of(loss_l, theta)                                                      # line 5
+    check_dense(model, zip(theta.values(), g))
     g = average(g) if average else g
     theta = {k: w.detach() for k, w in theta.items()}
     g_norm = get_total_norm(g)
     y_tilde, gradient = derivative(model, theta, dict(zip(theta, g)), g_norm, x_u, epsilon, consistency, dtype)
-    return y_tilde, gradient, logits_l, g_norm
+    return y_tilde, gradient, logits_l, loss_l, g_norm
 
 
 @without_compiled_code()
@@ -152,23 +169,32 @@ def by_unrolling(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, avera
     logits_u = logits(model, theta, x_u, dtype)
     y_tilde = logits_u.softmax(dim=1).detach().requires_grad_()                     # eq. 2
     loss_u = consistency.loss(logits_u, y_tilde).mean()
-    g_u = torch.autograd.grad(loss_u, list(theta.values()), create_graph=True, materialize_grads=True)   # eq. 3
+    g_u = gradient_of(loss_u, theta, create_graph=True)                             # eq. 3
+    check_dense(model, zip(theta.values(), g_u))
     virtual = {k: w - d for (k, w), d in zip(theta.items(), g_u)}                   # eq. 4 with alpha = 1
     logits_l = logits(model, virtual, x_l, dtype)
-    loss_l = cross_entropy(logits_l, y_l)
-    g = torch.autograd.grad(loss_l, list(virtual.values()), retain_graph=True, materialize_grads=True)
+    loss_l = labeled_loss(logits_l, y_l)
+    g = gradient_of(loss_l, virtual, retain_graph=True)
     g = average(g) if average else g
     gradient, = torch.autograd.grad(list(virtual.values()), y_tilde, g)             # eq. 5
-    return y_tilde, len(x_u) * gradient, logits_l, get_total_norm(g)
+    return y_tilde, len(x_u) * gradient, logits_l, loss_l, get_total_norm(g)
 
 
-METHODS = {"jvp": partial(along_g, without_compiled_code()(by_jvp)),
-           "finite-difference": partial(along_g, by_finite_difference), "unrolled": by_unrolling}
+METHODS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "jvp": partial(along_g, without_compiled_code()(by_jvp)),
+    "finite-difference": partial(along_g, by_finite_difference),
+    "unrolled": by_unrolling,
+}
+UNREACHED = ("the {} on no parameter of the model that requires a gradient: reach its weights by their registered names alone, "
+             "and outside of torch.no_grad() and detach()")
 
 
-def compiled_jvp():
-    """A method that is "jvp" with its derivative compiled: equal up to rounding."""
-    return partial(along_g, torch.compile(by_jvp, fullgraph=True))
+def gradient_of(loss, theta, **options):
+    """The gradient of a loss in theta, zero for what it does not depend on.  Raises ValueError if that is everything."""
+    g = torch.autograd.grad(loss, list(theta.values()), allow_unused=True, **options) if loss.requires_grad else []
+    if all(d is None for d in g):
+        raise ValueError(UNREACHED.format("loss depends"))
+    return [torch.zeros_like(w) if d is None else d for w, d in zip(theta.values(), g)]
 
 
 def logits(model, theta, x, dtype):
@@ -185,40 +211,46 @@ def logits(model, theta, x, dtype):
         x = x.to(dtype) if x.is_floating_point() else x
     # tie_weights=True would give a module with two names its values twice, and put copies back in place of parameters.
     y = functional_call(model, {k: values[v] for k, v in state.items() if v in values}, (x,), tie_weights=False)
-    if not isinstance(y, torch.Tensor) or y.shape[:-1] != x.shape[:1]:
-        got = f"the shape {tuple(y.shape)}" if isinstance(y, torch.Tensor) else f"a {type(y).__name__}"
-        raise ValueError(f"the model gives {got} for {len(x)} examples: expected logits of the shape ({len(x)}, K)")
+    check_logits(y, x, "evaluation")
     return y if dtype is None else y.float()
 
 
 @contextmanager
-def evaluation_mode(model):
-    """Puts every module in evaluation mode, and afterwards each back to what it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def undone(undo: Callable[[], None]) -> Iterator[None]:
+    """Calls `undo` in the end whatever happens, and once more if an interrupt comes in the middle of it."""
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        try:
+            undo()
+        except BaseException:
+            undo()
+            raise
 
 
 @contextmanager
-def differentiable_attention():
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode, and afterwards every module back to what it was, each time by calling `train`, which a
+    module may have overridden."""
+    with undone(partial(set_modes, [(module, module.training) for module in model.modules()])):
+        if any(module.training for module in model.modules()):
+            model.eval()
+        yield
+
+
+def set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    """Calls train(mode) of each module that is not in its mode, parents first as torch does."""
+    for module, training in modes:
+        if module.training != training:
+            module.train(training)
+    for module, training in modes:
+        module.training = training          # a module with two parents, or whose own `train` leaves it as it is
+
+
+@contextmanager
+def differentiable_attention() -> Iterator[None]:
     """Attention by its formula, since the fused kernels have no forward-mode and no second derivative; afterwards as before."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-class CallableModule(ModuleType):
-    """By its name `metasemi.meta_gradient` is this module and the package's function: a module that can be called is both."""
-    __call__ = staticmethod(meta_gradient)
-    __signature__ = signature(meta_gradient)
-
-
-sys.modules[__name__].__class__ = CallableModule
+    mha = torch.backends.mha
+    with undone(partial(mha.set_fastpath_enabled, mha.get_fastpath_enabled())), sdpa_kernel(SDPBackend.MATH):
+        mha.set_fastpath_enabled(False)
+        yield

@@ -1,0 +1,183 @@
+"""utils/device.py on devices that this machine lacks: what it asks of torch, and what it says."""
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from utils import device as device_module
+from utils.device import (
+    BFLOAT16,
+    backend,
+    can_pin,
+    choose_device,
+    fingerprint,
+    get_random_state,
+    is_random_state,
+    memory_for_images,
+    newest_cuda,
+    set_precision,
+    set_random_state,
+    slow_precision,
+    why_missing,
+)
+from utils.errors import UsageError, missing_formula
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """accelerator(kind, **functions): torch then says that it has two devices of that kind, with those functions alone."""
+    def pretend(kind, **functions):
+        module = SimpleNamespace(is_available=lambda: True, device_count=lambda: 2, **functions)
+        monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device(kind))
+        monkeypatch.setattr(torch, "get_device_module", lambda device=None: module)
+        return torch.device(kind, 1)
+    return pretend
+
+
+def test_auto_takes_the_accelerator_that_torch_finds_and_every_process_one_of_its_own(accelerator):
+    assert choose_device("cpu") == CPU
+    current = []
+    accelerator("xpu", set_device=current.append)
+    assert [choose_device(name, rank) for name, rank in (("auto", 0), ("xpu", 1), ("cpu", 5))] == [
+        torch.device("xpu", 0), torch.device("xpu", 1), CPU]
+    assert current == [torch.device("xpu", 0), torch.device("xpu", 1)]
+    with pytest.raises(UsageError, match="has 2 of type xpu and more processes than that: give torchrun --nproc-per-node=2"):
+        choose_device("auto", 2)
+    with pytest.raises(UsageError, match=r"--device: mps: no MPS device is visible to torch [\d.]+.*; use --device xpu"):
+        choose_device("mps")
+
+
+@pytest.mark.parametrize(("driver", "said"), [
+    (None, r"no NVIDIA driver is found \(CUDA 13 needs driver 580 or newer; a container needs docker run --gpus all\)"),
+    ((12, 4), r"the NVIDIA driver ends at CUDA 12\.4 \(CUDA 13 needs driver 580 or newer: update it, or .* CUDA 12; the cont"),
+    ((13, 2), r"the NVIDIA driver knows CUDA 13\.2 \(does CUDA_VISIBLE_DEVICES hide the GPU\?\)")])
+def test_the_refusal_of_cuda_says_for_what_torch_is_built_which_driver_is_there_and_what_to_do(monkeypatch, driver, said):
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)       # though the build names CUDA
+    monkeypatch.setattr(device_module, "newest_cuda", lambda: driver)
+    assert choose_device("auto") == CPU
+    with pytest.raises(UsageError, match=r"^argument --device: cuda: no CUDA device is visible: torch \S+ is built for CUDA "
+                                         rf"13\.2, and {said}.*; use --device cpu$"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert why_missing() == f"no CUDA device is visible to torch {torch.__version__}"
+
+
+@pytest.mark.parametrize(("code", "version"), [(0, (12, 4)), (1, None)])
+def test_the_newest_cuda_of_a_driver_is_asked_of_it(monkeypatch, code, version):
+    def ask(number):
+        number._obj.value = 12040
+        return code
+    monkeypatch.setattr(device_module.ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=ask))
+    assert newest_cuda() == version
+    monkeypatch.setattr(device_module.ctypes, "CDLL", lambda name: open("/nonexistent"))
+    assert newest_cuda() is None
+
+
+def test_every_switch_of_torch_agrees_after_each_precision_whatever_was_set_before():
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = cudnn.benchmark
+    try:
+        for precision, allowed in (("tf32", True), ("float32", False), ("tf32", True), ("bfloat16", False)):
+            cuda.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = "tf32", "ieee", "tf32"
+            dtype = set_precision(precision, torch.device("cuda"))
+            assert dtype == (torch.bfloat16 if precision == "bfloat16" else None)
+            assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
+            assert (cuda.allow_tf32, cudnn.allow_tf32) == (allowed, allowed)
+            assert [(part.fp32_precision == "tf32") for part in (cuda, cudnn.conv, cudnn.rnn)] == [allowed] * 3
+    finally:
+        set_precision("float32", CPU)
+        cudnn.benchmark = before
+    with pytest.raises(UsageError, match="tf32 exists on CUDA only"):
+        set_precision("tf32", CPU)
+
+
+@pytest.mark.parametrize("instructions", [None, *BFLOAT16])
+def test_bfloat16_is_called_slow_exactly_where_the_cpu_has_no_instructions_for_it(monkeypatch, instructions):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False, instructions: True})
+    line = slow_precision("bfloat16", CPU)
+    assert line is None if instructions else "this CPU has no bfloat16 instructions" in line and "\n" not in line
+    assert slow_precision("float32", CPU) is None
+    assert slow_precision("bfloat16", torch.device("cuda")) is None
+    monkeypatch.delattr(torch.cpu, "get_capabilities")          # as before torch 2.11
+    assert slow_precision("bfloat16", CPU) is None
+
+
+def test_memory_for_images_is_a_third_of_what_is_free_shared_by_processes_and_less_where_the_device_has_less(
+        accelerator, monkeypatch):
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert 0 < memory_for_images(CPU) <= physical // 12
+    for nothing in ("", "0", "x"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", nothing)
+        assert 0 < memory_for_images(CPU) <= physical // 3
+    assert memory_for_images(accelerator("xpu", mem_get_info=lambda device: (3000 + device.index, physical))) == 1000
+    assert memory_for_images(accelerator("mps")) > 3000             # has no such function
+
+
+def test_random_states_go_by_the_type_of_their_device_and_one_of_another_is_left_out_with_a_line(accelerator):
+    own, before = [torch.arange(4, dtype=torch.uint8)], get_random_state(CPU)
+    device = accelerator("xpu", get_rng_state=lambda device: own[0], set_rng_state=lambda state, device: own.append(state))
+    states = get_random_state(device)
+    assert states.keys() == {"cpu", "xpu"} and is_random_state(states) and is_random_state(before)
+    drawn = torch.rand(3)
+    assert set_random_state(states, device) == [] and own[1] is own[0] and torch.equal(torch.rand(3), drawn)
+    for kinds, here in (({"cpu", "xpu"}, CPU), ({"cpu"}, device), ({"cpu", "cuda"}, device)):
+        line, = set_random_state({kind: before["cpu"] for kind in kinds}, here)
+        assert f"do not go on on {here.type}: " in line
+    assert len(own) == 2 and torch.equal(torch.get_rng_state(), before["cpu"])
+
+    def refuse(state, device):
+        raise RuntimeError("RNG state is wrong size")
+    with pytest.raises(ValueError, match="the random state of xpu is impossible"):
+        set_random_state(states, accelerator("xpu", set_rng_state=refuse))
+    assert get_random_state(accelerator("mps")).keys() == {"cpu"}       # whose module lacks the function
+
+
+def test_what_is_no_random_state_is_told_without_the_device():
+    cpu = torch.get_rng_state()
+    cuda = torch.zeros(16, dtype=torch.uint8)
+    assert is_random_state({"cpu": cpu, "cuda": cuda})
+    for states in (cpu, {}, {"cuda": cuda}, {"cpu": torch.full_like(cpu, 255)}, {"cpu": cpu[:-1]},
+                   {"cpu": cpu, "cuda": cuda[:8]}, {"cpu": cpu, "cuda": torch.full_like(cuda, 255)},
+                   {"cpu": cpu, "\x1b[2J": cuda}, {"cpu": cpu, "xpu": None},
+                   {"cpu": cpu, "xpu": cuda.float()}, {"cpu": cpu, "xpu": cuda[:1].expand(10 ** 12)}, {"cpu": cpu, 1: cuda}):
+        assert not is_random_state(states)
+
+
+def test_the_fingerprint_names_the_device_its_type_first_and_a_device_without_a_name_too(accelerator, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 9)
+    assert fingerprint(CPU, "float32", 1)["device"].startswith("cpu: ")
+    assert fingerprint(CPU, "float32", 2)["device"].endswith(", 2 processes")
+    cuda = fingerprint(accelerator("cuda", get_device_name=lambda device: f"H{device.index}"), "tf32", 1)
+    assert (cuda["device"], cuda["precision"]) == ("cuda: H1, cuDNN 9", "tf32")
+    assert len(fingerprint(accelerator("mps"), "float32", 1)["device"]) > len("mps: ")
+
+
+def test_memory_is_pinned_and_tensors_travel_as_the_type_of_the_device_allows(monkeypatch):
+    cuda, xpu, mps = map(torch.device, ("cuda", "xpu", "mps"))
+    assert [backend(device) for device in (CPU, cuda, xpu, mps)] == ["gloo", "nccl", "xccl", "gloo"]
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    assert [can_pin(device) for device in (CPU, cuda, xpu, mps)] == [False, True, True, False]
+
+    def refuse(self):
+        raise NotImplementedError("Could not run 'aten::_pin_memory'")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    assert not can_pin(cuda)
+
+
+def test_an_operation_that_a_device_lacks_is_named_with_the_flag_that_does_without_its_derivative():
+    x = torch.ones(2, 2, requires_grad=True)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError) as caught:
+        torch.autograd.forward_ad.make_dual(x, x.detach()).geqrf()
+    assert missing_formula(caught.value).startswith(
+        "the operation geqrf has no forward-mode derivative on this device: take --meta-gradient finite-difference")
+    for said in ("The operator 'aten::triu.out' is not currently implemented for the MPS device. If you want",
+                 "Could not run 'aten::triu.out' with arguments from the 'MPS' backend. This could"):
+        line = missing_formula(NotImplementedError(said))
+        assert line.startswith("the operation triu.out does not exist on MPS: ") and "--meta-gradient finite-difference" in line
+    assert missing_formula(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
