@@ -92,6 +92,7 @@ TRAINING = [       # (flags, what the line must contain)
     (["--no-meta", "--meta-lr", "0"], ["--meta-lr", "--no-meta", "leave it out"]),
     (["--no-meta", "--consistency", "kl", "--ramp", "0"], ["--consistency, --ramp", "--no-meta", "leave them out"]),
     (["--no-meta", "--include-labeled"], ["--include-labeled", "--no-meta and no --mix-up", "leave it out"]),
+    (["--epsilon", "1e9"], ["--epsilon", "1e9", "at most 8e+06"]),
     (["--meta-gradient", "unrolled", "--epsilon", "1"], ["--epsilon", "--meta-gradient unrolled", "leave it out"]),
     (["--schedule", "cosine", "--gamma", "0.5"], ["--gamma", "--schedule cosine", "leave it out"]),
     (["--dataset", "svhn", "--flip"], ["--flip", "--dataset svhn", "leave it out"]),

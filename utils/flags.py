@@ -105,7 +105,7 @@ def add_method_flags(method):
     flag(method, "--no-meta", action="store_true", help="no meta-gradient and no consistency loss")
     flag(method, "--meta-gradient", choices=("jvp", "finite-difference", "unrolled"), default="jvp",
          help="exact and fast, the paper's approximation, or double backward (default: %(default)s)")
-    flag(method, "--epsilon", default=1e-2, type=POSITIVE, metavar="X",
+    flag(method, "--epsilon", default=1e-2, type=number(float, low=1.2e-7, high=8e6), metavar="X",
          help="length of the half-step of finite-difference (default: %(default)s)")
     flag(method, "--consistency", choices=("mse", "kl"), default="mse", help="consistency loss (default: %(default)s)")
     flag(method, "--weight", default=1.0, type=number(float, low=0), metavar="W",
