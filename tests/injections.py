@@ -729,7 +729,7 @@ class Net(nn.Module):
 MISBEHAVIOR = [     # constructor, end of forward; exit code, parts of the line
     ("", "return logits if fails else logits / (1 // 0)", 2, ["fails in evaluation mode", "ZeroDivisionError"]),
     ("", "return int('x') if fails else logits", 1, ["fails at step 4", "line 15: ValueError", "of step 3 is intact"]),
-    ("", "return logits[:-1] if fails else logits", 1, ["fails at step 4: RuntimeError", "of step 3 is intact"]),
+    ("", "return logits[:-1] if fails else logits", 1, ["fails at step 4: ValueError", "of step 3 is intact"]),
     ("", "return open('gone') if fails else logits", 1, ["fails at step 4", "line 15: FileNotFoundError", "is intact"]),
     ("", "return logits.detach() if fails else logits", 0, []),
     ("", "return logits.softmax(dim=1)", 0, []),
@@ -940,7 +940,8 @@ def hostile_checkpoints(folder, tries, rng, patch=None):
             torch.save({**good, **(change or {})}, path)
         if change is None:
             packed(path)
-        script, flags = commands[2 if change and "rng" in change else (i + i // len(changes)) % 3]     # who else draws numbers
+        odd = isinstance(change, dict) and change.keys() & {"rng", "labeled"}       # what an evaluation does not use
+        script, flags = commands[2 if odd else (i % len(changes) + i // len(changes)) % 3]
         code, _, error = run(folder, flags, patch, script=script)
         left = {file.name for file in folder.iterdir()} - {"run", path.name, "output.out", "output.err"}
         said = "is a checkpoint of version 1 of this program" if change and "cuda_rng" in change else ""
