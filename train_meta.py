@@ -47,9 +47,9 @@ def main(argv=None):
             world.join(device, backend(device))
             interrupt.listen()
             return train(args, files, device, interrupt, world)
-        except Stopped:
+        except Stopped as stopped:
             print(f"{PROG}: stopped by a signal before the first step", file=sys.stderr, flush=True)
-            os._exit(exit_code(interrupt.received))     # an orderly exit could wait for workers that are still starting
+            os._exit(exit_code(*stopped.args))          # an orderly exit could wait for workers that are still starting
 
 
 def train(args, files, device, interrupt, world):
@@ -107,7 +107,7 @@ def train(args, files, device, interrupt, world):
         if stop and stop.fault:
             raise ImagesLost(stop.fault)
     if stop and state.step == 0:        # nothing was saved
-        raise Stopped
+        raise Stopped(stop.signal)
     if stop:
         folder.print(f"stopped by a signal at step {state.step}/{args.total_steps}; --resume continues")
         folder.close()
@@ -176,13 +176,13 @@ def evaluate_and_save(state, folder, evaluator, timer, interrupt, device):
 
     with timer.paused():
         state.check_finite()
-        scalars, best = evaluator.evaluate(interrupt), state.best
+        scalars, best, better = evaluator.evaluate(interrupt), state.best, False
         if scalars is not None:
-            state.add_evaluation(scalars)
+            better = state.add_evaluation(scalars)
             folder.record(state.step, scalars)
             folder.print(f"step {state.step}/{state.args['total_steps']}  {describe_accuracies(scalars)}")
         last = scalars is None or state.step == state.args["total_steps"]
-        if not folder.save(state, timer.seconds(), device, state.best != best, last):
+        if not folder.save(state, timer.seconds(), device, better, last):
             state.best = best
 
 

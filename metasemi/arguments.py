@@ -76,7 +76,8 @@ def check_classes(y: Tensor, num_classes: int) -> bool:
 
 
 def check_shares(lam: Tensor) -> bool:
-    """As `check_classes` for mix-up weights, which lie in [0, 1]."""
+    """Raises ValueError for a mix-up weight outside [0, 1], and returns True; returns False where looking would wait for the
+    device."""
     if not on_cpu(lam):
         return False
     if not (lam.clamp(0, 1) == lam).all():

@@ -112,12 +112,12 @@ def test_the_method_the_consistency_loss_and_the_batch_of_the_run_are_checked_an
     name = net(LINEAR + "logits")
 
     def run(error):
-        def check_model(model, x_l, y_l, x_u, method, consistency):
-            assert (len(x_l), len(y_l), len(x_u), method, consistency) == (3, 3, 3, "unrolled", "kl")
+        def check_model(model, x_l, y_l, x_u, method, consistency, epsilon):
+            assert (len(x_l), len(y_l), len(x_u), method, consistency, epsilon) == (3, 3, 3, "unrolled", "kl", 0.02)
             raise error
         monkeypatch.setattr(metasemi, "check_model", check_model)
         with pytest.raises(NetworkError) as caught:
-            try_network(name, 10, 16, CPU, method="unrolled", consistency="kl", batch=3)
+            try_network(name, 10, 16, CPU, method="unrolled", consistency="kl", epsilon=0.02, batch=3)
         return str(caught.value)
 
     assert run(ValueError("the weight w is hidden")) == f"{name}: the weight w is hidden"

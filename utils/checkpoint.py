@@ -57,9 +57,10 @@ def load_alone(path, bare=False):
     weights = content.get("state_dict", content) if bare and isinstance(content, dict) else None
     if isinstance(weights, dict) and weights and all(isinstance(w, torch.Tensor) for w in weights.values()):
         return {"model": weights}
-    if isinstance(content, dict) and "cuda_rng" in content:
-        raise CheckpointError(f"{path} is a checkpoint of version 1 of this program: continue it with that version")
-    if not isinstance(content, dict) or content.get("version") != VERSION:
+    version = content.get("version", 1 if "cuda_rng" in content else None) if isinstance(content, dict) else None
+    if isinstance(version, int) and version != VERSION:
+        raise CheckpointError(f"{path} is a checkpoint of version {version} of this program: continue it with that version")
+    if version is None:
         raise CheckpointError(f"{path} is {'neither a state dict nor' if bare else 'not'} a checkpoint of train_meta.py")
     if wrong := next((name for name, check in SCHEMA.items() if name not in content or not check(content[name])), None):
         raise CheckpointError(f"{path} is damaged: its {wrong} is missing or impossible")

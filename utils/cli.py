@@ -41,7 +41,7 @@ def number(kind, low=None, high=None, above=None, below=None):
     """
     if kind is int and high is None:
         high = MOST
-    rule = " and ".join(f"{words} {bound:g}" for words, bound in
+    rule = " and ".join(f"{words} {bound if kind is int else format(bound, 'g')}" for words, bound in
                         (("at least", low), ("at most", high), ("above", above), ("below", below)) if bound is not None)
     noun = "a whole number" if kind is int else "a number"
 

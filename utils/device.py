@@ -106,16 +106,6 @@ def memory_for_images(device):
     return min(shared, call(device, "mem_get_info", device, default=(shared,))[0]) // 3
 
 
-def can_pin(device):
-    """Whether host memory can be pinned, so that no copy from there to the device has to be waited for."""
-    if device.type in ("cpu", "mps"):                   # MPS shares the memory of the host
-        return False
-    try:
-        return torch.empty(1).pin_memory().is_pinned()
-    except RuntimeError:
-        return False
-
-
 def backend(device):
     """Returns the name of the backend of torch.distributed for tensors of a device."""
     return {"cuda": "nccl", "xpu": "xccl"}.get(device.type, "gloo")
@@ -140,7 +130,7 @@ def set_random_state(states, device):
     """Sets torch's generators to what `get_random_state` returned, perhaps on another device.
 
     Returns lines about what could not be set: the generator of another type of device, whose numbers do not go on here.
-    Raises ValueError for states that `is_random_state` lets pass and the device does not take.
+    Raises ValueError for states that the device does not take.
     """
     torch.set_rng_state(states["cpu"])
     kinds = sorted(set(states) - {"cpu"})
@@ -155,23 +145,6 @@ def set_random_state(states, device):
     return []
 
 
-def is_random_state(states):
-    """Whether something read from a file may be what `get_random_state` returned."""
-    if not (isinstance(states, dict) and "cpu" in states and all(
-            isinstance(kind, str) and re.fullmatch("[a-z0-9_]{1,20}", kind) and isinstance(state, torch.Tensor)
-            and state.dtype == torch.uint8 and state.dim() == 1 and state.layout == torch.strided and len(state) < 100_000
-            for kind, state in states.items())):
-        return False
-    cuda = states.get("cuda")                           # seed and offset, of eight bytes each; the offset goes by fours
-    if cuda is not None and (cuda.shape != (16,) or cuda[8] % 4):
-        return False
-    try:
-        torch.Generator().set_state(states["cpu"])
-    except (RuntimeError, TypeError):
-        return False
-    return True
-
-
 def fingerprint(device, precision, processes):
     """Returns what two parts of a run must have in common to be equal bit for bit, name -> number or text."""
     if device.type == "cpu":
@@ -181,4 +154,4 @@ def fingerprint(device, precision, processes):
     name = f"{device.type}: {name}" + (f", cuDNN {torch.backends.cudnn.version()}" if device.type == "cuda" else "")
     name += f", {processes} processes" * (processes > 1)
     return {"device": name, "threads": torch.get_num_threads(), "precision": precision, "python": platform.python_version(),
-            "torch": str(torch.__version__), **{package: version(package) for package in ("torchvision", "numpy")}}
+            "torch": str(torch.__version__), **{package: version(package) for package in ("torchvision", "numpy", "pillow")}}

@@ -66,24 +66,23 @@ def evaluate(model, batches, dtype=None, stop=lambda: False, all_reduce_sum=None
 
 @torch.no_grad()
 def predict(model, batches, dtype=None):
-    """Returns predicted classes (N,) int64, probabilities (N, K) float32 and all y, on the CPU, over the batches (x, y).
+    """Returns predicted classes (N,) int64 and probabilities (N, K) float32, on the CPU, over the batches (x, y).
 
     In evaluation mode, and with the same batches as in `evaluate` the same predictions.  Raises Diverged as `evaluate` does.
     """
     model.eval()
-    predicted, probabilities, targets, broken = [], [], [], []
-    for x, y in batches:
+    predicted, probabilities, broken = [], [], []
+    for x, _ in batches:
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
             logits = model(x)
         if len(logits) != len(x):
             raise ValueError(f"{len(logits)} rows of logits for {len(x)} images")
-        targets.append(y)
         broken.append(count_broken(logits))
         predicted.append(logits.argmax(dim=1))
         probabilities.append(logits.float().softmax(dim=1).cpu())
     predicted = torch.cat(predicted).cpu()
     check_logits(sum(broken).item(), len(predicted))
-    return predicted, torch.cat(probabilities), torch.cat(targets).cpu()
+    return predicted, torch.cat(probabilities)
 
 
 class Evaluator:
@@ -166,7 +165,7 @@ def evaluate_file(args, sums):
     batches = normalized_batches(images.test_images, torch.arange(count), images.mean, images.std, device)
     try:
         with network_failures(flags["arch"]):
-            predicted, probabilities, _ = predict(model, batches, dtype)
+            predicted, probabilities = predict(model, batches, dtype)
     except Diverged as error:
         raise CheckpointError(f"{name}: {error}") from None
 
@@ -215,7 +214,9 @@ def evaluation_flags(args, sums, saved, path):
         given = getattr(args, name)
         if name in ("dataset", "image_size") and then and given not in (None, then.get(name)):
             raise UsageError(f"argument {option(name)}: {given}, but {path} was trained with {then.get(name)}: leave it out")
-        flags[name] = given or then.get(name) or default(name)
+        flags[name] = next((value for value in (given, then.get(name)) if value is not None), default(name))
+    if args.data_path and flags["num_test"] and (args.data_path / DATASETS[flags["dataset"]].folders[1]).is_dir():
+        flags["num_test"] = 0           # this folder has test images of its own
     if flags["dataset"] not in DATASETS:
         raise CheckpointError(f"argument --evaluate: {path} speaks of an unknown data set {flags['dataset']!r}")
     return flags

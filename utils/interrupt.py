@@ -7,7 +7,10 @@ REPEATED = (signal.SIGHUP, signal.SIGXCPU)      # a closed terminal sends the fi
 
 
 class Stopped(BaseException):
-    """A signal came when there was nothing to save yet.  Not an Exception, so that `except Exception` lets it pass."""
+    """A signal, whose number is the argument, came when there was nothing to save yet.
+
+    It is no Exception, so that `except Exception` lets it pass.
+    """
 
 
 class Interrupt:
@@ -43,7 +46,7 @@ class Interrupt:
             os._exit(exit_code(self.received))
         self.received = number
         if not self.deferred:
-            raise Stopped
+            raise Stopped(number)
 
     def __call__(self):
         return self.received is not None

@@ -133,7 +133,7 @@ def describe_run(args, state, images, unlabeled, device, warned):
         yield f"ignored: {images.ignored}"
     for name, reason in images.left_out.items():
         yield f"left out: {reason or name}"
-    yield from images.warnings
+    yield from (f"warning: {line}" for line in images.warnings)
     if count := duplicates(images):
         yield f"warning: {count:,} of the test images are also among the training images, pixel by pixel"
     if args.meta_gradient == "finite-difference" and args.precision == "bfloat16" and not args.no_meta:

@@ -21,7 +21,7 @@ from utils.state import find_misfit
 
 def try_network(name, num_classes, image_size, device, dtype=None, method=None, consistency="mse", epsilon=1e-2, batch=4,
                 trains=True):
-    """Tries a network on a few random images; one of this repository only for a batch of one.
+    """Tries a network on a few random images; one of this repository only if the batch has one image.
 
     Args:
         device, dtype: where it is to run, and the type for autocast or None.
@@ -46,7 +46,7 @@ def try_network(name, num_classes, image_size, device, dtype=None, method=None, 
             warnings = check_logits(name, model, x_l, num_classes, dtype)
             if is_custom(name) and trains:
                 if method:
-                    check_method(name, model, x_l, y_l, x_u, method, consistency)
+                    check_method(name, model, x_l, y_l, x_u, method, consistency, epsilon)
                 row = {"meta": method is not None, "method": method or "jvp", "consistency": consistency, "epsilon": epsilon}
                 warnings += check_training(name, model, build_model(name, num_classes, device), x_l, y_l, x_u, dtype, row)
     finally:
@@ -104,11 +104,11 @@ def check_logits(name, model, images, num_classes, dtype):
     return warnings
 
 
-def check_method(name, model, x_l, y_l, x_u, method, consistency):
+def check_method(name, model, x_l, y_l, x_u, method, consistency, epsilon):
     """Raises NetworkError unless the meta-gradient of a model is right."""
     with told(name, "in the check of its meta-gradient"):
         try:
-            metasemi.check_model(model, x_l, y_l, x_u, method=method, consistency=consistency)
+            metasemi.check_model(model, x_l, y_l, x_u, method=method, consistency=consistency, epsilon=epsilon)
             return
         except ValueError as error:
             if place_in(error, name):
