@@ -56,7 +56,7 @@ TRAINING = [       # (flags, what the line must contain)
     (["stray"], ["stray"]),
     (["--seed"], ["--seed", "expected one argument"]),
     (["--alpha=-inf"], ["--alpha", "-inf", "above 0"]),
-    (["--batch-size", "1000001"], ["--batch-size", "1000001", "at most 1e+06"]),
+    (["--batch-size", "1000001"], ["--batch-size", "1000001", "at most 1000000"]),
     (["--image-size", "2000"], ["--image-size", "2000", "at most 1024"]),
     (["--dataset", "digits", "--num-label", "4000"], ["--num-label", "digits", "4000", "use a multiple of 10 up to 1290"]),
     (["--milestones", "²"], ["--milestones", "²", "300000,350000"]),

@@ -57,7 +57,7 @@ def load_alone(path, bare=False):
     weights = content.get("state_dict", content) if bare and isinstance(content, dict) else None
     if isinstance(weights, dict) and weights and all(isinstance(w, torch.Tensor) for w in weights.values()):
         return {"model": weights}
-    version = content.get("version", 1 if "cuda_rng" in content else None) if isinstance(content, dict) else None
+    version = (1 if "cuda_rng" in content else content.get("version")) if isinstance(content, dict) else None
     if isinstance(version, int) and version != VERSION:
         raise CheckpointError(f"{path} is a checkpoint of version {version} of this program: continue it with that version")
     if version is None:
