@@ -135,6 +135,8 @@ class Processes:
 
     def __init__(self, store, folder, flags, *patches):
         self.outputs = [folder / f"rank{rank}" for rank in range(len(flags))]
+        for output in self.outputs:         # one that is ended at once does not make its own
+            Path(f"{output}.err").write_text("")
         self.processes = [start(own, partial(become, rank, len(flags), store.port), *patches, output=output)
                           for rank, (own, output) in enumerate(zip(flags, self.outputs))]
 
