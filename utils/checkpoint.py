@@ -117,7 +117,7 @@ def describe_last(folder):
     """Returns what a run that failed can continue from, for its last line."""
     try:
         last = load_last(folder)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         return str(error)
     if last is None:
         return intact_beside(Path(folder, CHECKPOINT)).removeprefix("; ") or "no checkpoint was saved before"

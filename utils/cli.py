@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
-        if word := next((word for word in args if word.startswith("-") and word.endswith("--") and len(word) > 2), None):
+        if word := next((word for word in args if re.fullmatch("(-[a-z]|--[-a-z]+=)--", word)), None):
             # argparse would make an empty list of it
             self.error(f"argument {word[:-2].rstrip('=')}: '--' is no value: give another")
         return super().parse_known_args(args, namespace)

@@ -78,16 +78,14 @@ def one_line_errors(prog, fail=fail, less_memory="", describe_rest=None):
         fail(prog, f"argument --arch: {error}", 2)
     except (DataError, UsageError) as error:
         fail(prog, error, 2)
-    except OSError as error:
-        fail(prog, error, 1)
     except KeyboardInterrupt:
         fail(prog, "interrupted", 130)
-    except (ArithmeticError, MemoryError, RuntimeError) as error:
+    except (ArithmeticError, MemoryError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             error = f"out of memory{less_memory}"
         elif line := missing_formula(error):
             error = line
-        elif not isinstance(error, (Diverged, ImagesLost, NetworkFailure, WorldError)):
+        elif not isinstance(error, (Diverged, ImagesLost, NetworkFailure, OSError, WorldError)):
             raise
         fail(prog, f"{error}; {describe_rest()}" if describe_rest else error, 1)
 

@@ -194,10 +194,14 @@ def find_images(args, flags, saved):
     """Returns the images to predict of a photo or a folder without classes, or None for a data set: --data-path names it, and
     nothing of the data set of the checkpoint lies in there, but images do."""
     root = Path(flags["data_path"])
-    if "args" not in saved or not args.data_path or not root.exists() or root.is_dir() and is_under(flags["dataset"], root):
+    if "args" not in saved or not args.data_path or root.is_dir() and is_under(flags["dataset"], root):
         return None
+    if not root.is_dir() and not root.is_file():
+        raise UsageError(f"argument --data-path: {root} is neither a folder nor a file: give a folder of images, or one image")
     images = load_without_classes(flags["dataset"], root, saved["image_size"], flags["num_workers"], flags["skip_corrupt"],
                                   saved["class_names"], saved["mean"], saved["std"])
+    if args.predictions and not images:
+        raise UsageError(f"argument --data-path: {root} holds no image of a type that is read: give another")
     if images and not args.predictions:
         raise UsageError(f"argument --data-path: {root} holds images without classes, so there is no accuracy to measure: add "
                          "--predictions FILE.csv")

@@ -289,7 +289,7 @@ def check_evaluation_paths(path, predictions):
     """Raises UsageError for a file of --evaluate that is not there, or one of --predictions, if any, that cannot be written."""
     if not path.exists():
         raise UsageError(f"argument --evaluate: {path} does not exist: give a checkpoint, the folder of a run, or a state dict")
-    if predictions and (predictions.suffix != ".csv" or predictions.is_dir()):
+    if predictions and (predictions.suffix != ".csv" or predictions.exists() and not predictions.is_file()):
         raise UsageError(f"argument --predictions: {predictions} is not the name of a .csv file")
     if predictions and not predictions.parent.is_dir():
         raise UsageError(f"argument --predictions: {predictions.parent} is not a folder: make it first")

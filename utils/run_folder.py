@@ -66,7 +66,7 @@ class RunFolder:
         if self.writes and holds_run(self.path):
             self.lock_file = lock(self.path, self.print)
         if self.writes and resume not in (None, LAST):
-            saved, where = checkpoint.load(resume), f"{resume}, as --resume says"
+            saved, where = checkpoint.load(resume), f"{resume}, as --resume says, into {self.path}"
         elif self.lock_file and resume and (last := checkpoint.load_last(self.path, warn=self.print)):
             saved, self.checkpoint, where = last
         return saved, where, saved is not None and self.has_results(saved)

@@ -70,7 +70,9 @@ def load_images(flags, device, saved=None, **options):
     Raises DataError for images that are missing or damaged.
     """
     if saved and "left_out" in saved:
-        options |= {"statistics": (saved["mean"], saved["std"]), "left_out": saved["left_out"]}
+        options |= {"statistics": (saved["mean"], saved["std"])}
+        if saved["args"].get("skip_corrupt") or not flags.get("skip_corrupt"):
+            options |= {"left_out": saved["left_out"]}          # else --evaluate looks for what cannot be read in other images
     return load_dataset(flags["dataset"], flags["data_path"], flags["image_size"], flags.get("flip", False),
                         flags["num_workers"], memory=memory_for_images(device), skip_corrupt=flags.get("skip_corrupt", False),
                         num_test=flags.get("num_test", 0), **options)

@@ -45,7 +45,9 @@ def try_network(name, num_classes, image_size, device, dtype=None, method=None, 
             model = build_model(name, num_classes, device)
             warnings = check_logits(name, model, x_l, num_classes, dtype)
             if is_custom(name) and trains:
-                if method:
+                if not method:
+                    check_repeatable(name, model, x_l, dtype)
+                else:
                     check_method(name, model, x_l, y_l, x_u, method, consistency, epsilon)
                 row = {"meta": method is not None, "method": method or "jvp", "consistency": consistency, "epsilon": epsilon}
                 warnings += check_training(name, model, build_model(name, num_classes, device), x_l, y_l, x_u, dtype, row)
@@ -67,7 +69,7 @@ def told(name, what, remedy=""):
     """Makes one line of whatever is raised inside, a NetworkError: `what` failed, where, and the remedy."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         remedy = ": take a larger --batch-size" if "1 value per channel" in str(error) else remedy
         raise NetworkError(f"{name} fails {what}: {where(error, name)}{remedy}") from None
 
@@ -102,6 +104,17 @@ def check_logits(name, model, images, num_classes, dtype):
             warnings.append(f"{name} gives probabilities in {mode} mode, rows in [0, 1] that sum to one: the losses take "
                             "logits, so leave its softmax out")
     return warnings
+
+
+def check_repeatable(name, model, x, dtype):
+    """Raises NetworkError if evaluation mode gives other logits for the same images, as `check_model` does."""
+    model.eval()
+    first = answer(model, x, dtype, 2)
+    torch.manual_seed(3)
+    with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
+        if not same(model(x), first, 1e-3):
+            raise NetworkError(f"{name} gives other logits for the same images in evaluation mode: let what draws random "
+                               "numbers or changes the network ask self.training")
 
 
 def check_method(name, model, x_l, y_l, x_u, method, consistency, epsilon):
