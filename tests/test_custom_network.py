@@ -450,3 +450,20 @@ def test_the_evaluations_of_the_documents_are_the_flags_that_they_say(tmp_path, 
             assert evaluate(*shlex.split(line)[3:]) == 2
             error = capsys.readouterr().err
             assert error.endswith(".pth does not exist: give a checkpoint, the folder of a run, or a state dict\n")
+
+
+def test_a_network_with_stochastic_depth_trains_and_resumes_bit_for_bit(train, tmp_path, net):
+    """In some steps a branch takes no part, so its weights have no gradient, and no momentum at first."""
+    name = net("""
+        self.head, self.branch = nn.Linear(768, num_classes), nn.Linear(768, num_classes)
+
+    def forward(self, x):
+        y = self.head(x.flatten(1))
+        if not self.training:
+            return y + 0.5 * self.branch(x.flatten(1))
+        return y + self.branch(x.flatten(1)) if torch.rand(()) < 0.5 else y
+""")
+    assert train("whole", "-a", name, "--mix-up") == train("parts", "-a", name, "--mix-up", "--total-steps", "3") == 0
+    assert train("parts", "-a", name, "--mix-up", "--resume") == 0
+    whole, parts = (tensors(torch.load(tmp_path / run / "checkpoint.pth", weights_only=True)) for run in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(parts[key], value) for key, value in whole.items())
