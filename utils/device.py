@@ -111,11 +111,6 @@ def backend(device):
     return {"cuda": "nccl", "xpu": "xccl"}.get(device.type, "gloo")
 
 
-def synchronize(device):
-    """Waits until the device has done all its work."""
-    call(device, "synchronize")
-
-
 # Random state: type of device -> the state of its generator, a ByteTensor of the host.
 
 def get_random_state(device):
