@@ -5,7 +5,9 @@ import warnings
 from datasets import DATASETS
 from models import check_network
 from utils.cli import Parser, escape_output, number, path, refuse_without_effect
+from utils.distributed import processes
 from utils.errors import UsageError, fail, one_line_errors, printable
+from utils.files import CHECKPOINT
 from utils.flags import DEVICES
 from utils.interrupt import Interrupt, Stopped, exit_code
 
@@ -43,7 +45,7 @@ def plotting_parser():
         description="Figure 3 of the paper: the features of one or several trained networks in 2D, one row each; "
                     "or, with --curves, the course of one or several runs.")
     parser.add_argument("--checkpoint-path", nargs="+", type=path, metavar="PATH",
-                        help="checkpoints of train_meta.py, one row each")
+                        help="checkpoints of train_meta.py, or run folders, one row each")
     parser.add_argument("--row-label", nargs="+", metavar="NAME",
                         help="names of the rows (default: of the run folders), or with --curves of the lines (default: by the "
                              "flags in which their runs differ)")
@@ -95,9 +97,15 @@ def parse(argv):
 
 
 def check_files(args):
-    """Raises UsageError for a file or folder of the command line that is not there, or a file in the place of a folder."""
+    """Raises UsageError under torchrun, for what is not there, and for a file in the place of a folder.
+
+    A run folder in the place of a checkpoint stands for its last one.
+    """
+    if processes()[2] > 1:
+        raise UsageError("it takes one process: leave out torchrun")
     if args.save_path.exists() and not args.save_path.is_dir():
         raise UsageError(f"argument --save-path: {args.save_path} is a file: give a folder")
+    args.checkpoint_path = [file / CHECKPOINT if file.is_dir() else file for file in args.checkpoint_path or ()]
     for name, paths in (("--checkpoint-path", args.checkpoint_path), ("--index-path", args.index_path)):
         for file in paths or ():
             if not file.exists():

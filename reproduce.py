@@ -26,19 +26,22 @@ import tempfile
 import time
 from pathlib import Path
 
-import joblib
 from tqdm import tqdm
 
 import plot_features
 from reproduction.cells import ABLATION, CELLS, ROWS, own_flags, training_flop
-from reproduction.published import RUNS, check_split, order, publish, read_evaluations, read_runs
-from reproduction.report import tables
-from reproduction.run import Run
-from reproduction.sweep import FORMS, sweep_table
 from utils.cli import Parser, escape_output, number, path, refuse_without_effect
 from utils.errors import UsageError, fail, one_line_errors, printable
 from utils.files import lock
 from utils.interrupt import Interrupt, Stopped, exit_code
+
+with one_line_errors("reproduce.py"):       # joblib or scipy may be missing
+    import joblib
+
+    from reproduction.published import RUNS, order, publish, read_evaluations, read_runs
+    from reproduction.report import tables
+    from reproduction.run import Run
+    from reproduction.sweep import FORMS, sweep_table
 
 PROG, HERE = "reproduce.py", Path(__file__).parent
 TABLES = {"main": ("both", "supervised"), "ablation": (*ABLATION, "beta-0"), "figure3": ("neither", "both"), "curves": ABLATION,
@@ -76,8 +79,6 @@ def make(args):
         print(*(f"# {line}" for line in costs(runs)), *(f"python3 {command}" for command in commands), sep="\n")
         return 0
     locked = lock(RUNS.parent)                                   # against a second program that starts the same runs
-    for run in runs:
-        check_split(run)
     print(*costs(runs), sep="\n")
     for run in runs:
         print(f"{run.folder}: {'finished' if run.results() else 'begun' if run.folder.exists() else 'to do'}", flush=True)

@@ -8,7 +8,7 @@ from datasets import check_root
 from utils import cli
 from utils.distributed import World
 from utils.errors import ImagesLost, UsageError, one_line_errors, printable
-from utils.experiment import check_same_run, read_named_files, resolve_flags
+from utils.experiment import check_same_run, read_named_files, resolve_flags, versions
 from utils.files import check_evaluation_paths, check_paths
 from utils.interrupt import Interrupt, Stopped, exit_code
 
@@ -21,9 +21,9 @@ def main(argv=None):
     world = World()                     # the processes of torchrun, or this one alone
 
     def describe_rest():
-        from utils.checkpoint import describe_last
+        from utils.checkpoint import find_intact
 
-        return describe_last(args.save_path)
+        return find_intact(args.save_path) or "no checkpoint was saved before"
 
     with Interrupt() as interrupt, one_line_errors(
             PROG, world.fail, f" with --batch-size {args.batch_size}: lower it, or take --precision bfloat16",
@@ -91,7 +91,8 @@ def train(args, files, device, interrupt, world):
     batches = Batches(images, labeled, unlabeled, batch_size=args.batch_size, seed=args.seed, device=device,
                       mixup_gamma=args.alpha if args.mix_up else None, rows=world.rows(args.batch_size))
     evaluator = Evaluator(state, images, device, dtype, world)
-    state.sessions.append({"from_step": state.step, "commit": git_commit(), **fingerprint(device, args.precision, world.size)})
+    state.sessions.append({"from_step": state.step, "commit": git_commit(), **versions(),
+                           **fingerprint(device, args.precision, world.size)})
     not_restored = state.set_random_state(world, device)
     folder.start(state)
     folder.print(*describe_run(args, state, images, unlabeled, device, warned))
@@ -175,7 +176,6 @@ def evaluate_and_save(state, folder, evaluator, timer, interrupt, device):
     from utils.evaluation import describe_accuracies
 
     with timer.paused():
-        state.check_finite()
         scalars, best, better = evaluator.evaluate(interrupt), state.best, False
         if scalars is not None:
             better = state.add_evaluation(scalars)

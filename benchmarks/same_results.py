@@ -119,39 +119,34 @@ def record(folder, checkout):
 
 
 def compare(before, after):
-    """Yields a line for each thing that is not the same in two recorded folders."""
-    for name in RUNS:
-        for file in ("checkpoint.pth", "model_best.pth"):
-            saved = (torch.load(folder / name / file, map_location="cpu", weights_only=True) for folder in (before, after))
-            yield from differences(f"{name}/{file}", *saved, PARTS)
-        results = (json.loads((folder / name / "results.json").read_text(encoding="utf-8")) for folder in (before, after))
-        yield from differences(f"{name}/results.json", *results, ("error_rate", "labeled_error_rate", "steps"))
-    for name in ("memory.csv", "imagenet.csv", *(f"{run}/{file}" for run in RUNS for file in ("metrics.jsonl", INDICES))):
-        if (before / name).read_bytes() != (after / name).read_bytes():
-            yield f"{name} differs"
-    a, b = (dict(np.load(folder / "figure" / "embedding.npz")) for folder in (before, after))
-    yield from differences("embedding.npz", a, b, {**a, **b})
+    """Yields the name of each thing that is not the same in two recorded folders."""
+    def contents(path):
+        if path.suffix == ".pth":
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            return {part: saved[part] for part in PARTS}
+        if path.suffix == ".npz":
+            return dict(np.load(path))
+        if path.name == "results.json":
+            results = json.loads(path.read_text(encoding="utf-8"))
+            return {part: results[part] for part in ("error_rate", "labeled_error_rate", "steps")}
+        return {"bytes": path.read_bytes()}
+
+    files = ("checkpoint.pth", "model_best.pth", "results.json", "metrics.jsonl", INDICES)
+    for name in ("memory.csv", "imagenet.csv", "figure/embedding.npz", *(f"{run}/{file}" for run in RUNS for file in files)):
+        a, b = (contents(folder / name) for folder in (before, after))
+        yield from (f"{name}: {part} differs" for part in {**a, **b} if not same(a.get(part), b.get(part)))
 
 
-def differences(name, a, b, keys):
-    """Yields a line about the keys that one of two dicts lacks, or whose values are not the same."""
-    if lost := [key for key in keys if key not in a or key not in b]:
-        yield f"{name}: there is no {lost[0]} to compare"
-        return
-    a, b = (flat({key: values[key] for key in keys}) for values in (a, b))
-    if odd := [path for path in {**a, **b} if path not in a or path not in b or a[path] != b[path]]:
-        yield f"{name}: {len(odd)} of {len(a)} values differ, {odd[0]} the first of them"
-
-
-def flat(value, path=""):
-    """Returns path -> number, text, or (type, shape, bytes) of a tensor or array, of everything in a value."""
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        value = np.asarray(value)
-        return {path: (value.dtype, value.shape, value.tobytes())}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
-    if items is None:
-        return {path: value}
-    return {k: v for key, item in items for k, v in flat(item, f"{path}/{key}").items()}
+def same(a, b):
+    """Returns whether two values, and all that they hold, are the same bit for bit."""
+    if isinstance(a, (torch.Tensor, np.ndarray)):
+        a, b = np.asarray(a), np.asarray(b)
+        return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
 
 
 if __name__ == "__main__":

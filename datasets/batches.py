@@ -12,6 +12,8 @@ from datasets.table import DataError
 
 
 class Batch(NamedTuple):
+    """What one step of training takes."""
+
     x_l: torch.Tensor                   # (B, 3, S, S) float32, augmented and normalized
     y_l: torch.Tensor                   # (B,) int64
     x_u: torch.Tensor | None            # (B, 3, S, S)
@@ -64,6 +66,7 @@ class Batches:
         return Batch(x_l, y_l, x_u, y_u, lam)
 
     def draw(self, name, step):
+        """Returns images (B, 3, S, S), augmented and normalized, and labels (B,) of one stream."""
         index, pixels = next(self.decoded) if self.on_disk else (self.streams[name](step)[self.rows], None)
         choices = crop_and_flip_choices(self.batch_size, self.padding, self.flip, self.seed, f"augment {name}", step)
         choices = self.to_device(np.concatenate([index[:, None], choices[self.rows]], axis=1))

@@ -13,6 +13,8 @@ from datasets.table import UNLABELED, DataError
 
 
 class Images(NamedTuple):
+    """A loaded data set."""
+
     train_images: torch.Tensor | ImageFiles     # (N, 3, S, S) uint8
     train_labels: torch.Tensor                  # (N,) int64; UNLABELED for those without a class, which come last
     test_images: torch.Tensor | ImageFiles      # (M, 3, S, S) uint8

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from datasets.batches import ordered_batches
 from datasets.folder import load_folder
 from datasets.images import Images
-from datasets.table import DATASETS, UNLABELED, DataError, check_root
+from datasets.table import DATASETS, DataError, check_root
 
 
 def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memory=None, skip_corrupt=False, left_out=None,
@@ -40,15 +40,10 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
     check_root(name, root, num_test)
     images = LOADERS[row.loader](name, root, image_size=image_size or row.image_size, num_workers=num_workers, memory=memory,
                                  skip_corrupt=skip_corrupt, left_out=left_out, num_test=num_test, download=download)
-    for split, pixels, labels, low in (("training", images.train_images, images.train_labels, UNLABELED),
-                                       ("test", images.test_images, images.test_labels, 0)):
-        place = f"{name} under {root}: {split} set"
+    for split, labels in (("training", images.train_labels), ("test", images.test_labels)):
         if len(labels) == 0:
             beside = f" beside {len(images.left_out):,} that cannot be read" * bool(images.left_out)
-            raise DataError(f"{place}: no image{beside}")
-        labels_fit = len(labels) == len(pixels) and labels.min() >= low and labels.max() < images.num_classes
-        if not labels_fit or pixels.shape[1] != 3 or isinstance(pixels, torch.Tensor) and pixels.dtype != torch.uint8:
-            raise DataError(f"{place}: expected uint8 images (N, 3, S, S), and for each a label below {images.num_classes}")
+            raise DataError(f"{name} under {root}: {split} set: no image{beside}")
     untested = [images.class_names[k] for k in np.setdiff1d(np.arange(images.num_classes), images.test_labels)]
     warnings = (f"{len(untested)} of {images.num_classes} classes have no test image: {', '.join(untested)}",) * bool(untested)
     mean, std = map(torch.tensor, (row.mean, row.std)) if row.mean else statistics or measure(images.train_images)

@@ -91,10 +91,3 @@ def check_num_label(num_label, num_classes, num_train, smallest_class=None):
                 or [f"a multiple of {num_classes} up to {most}"] * (most > 0) + [f"{num_train} for all"] * (num_train > 0))
     raise DataError(f"{num_label} labels cannot be split evenly over {num_classes} classes of {num_train} images: "
                     f"use {' or '.join(possible) or 'fewer to validate on'}")
-
-
-def check_split(labeled, validation, num_train, name):
-    """Raises DataError, which says whose they are, unless two index sets are disjoint and of num_train images."""
-    both = np.concatenate([labeled, validation])
-    if len(np.unique(both)) < len(both) or both.min() < 0 or both.max() >= num_train:
-        raise DataError(f"{name}: its labeled and validation images are not different ones of {num_train}")

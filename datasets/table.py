@@ -11,6 +11,8 @@ class DataError(ValueError):
 
 
 class DatasetInfo(NamedTuple):
+    """What is known of a data set before it is read."""
+
     loader: str                         # key of datasets.loading.LOADERS
     torchvision: str | None = None      # class of torchvision.datasets
     place: str | None = None            # file or folder of those, under --data-path

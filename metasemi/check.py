@@ -1,4 +1,4 @@
-"""Whether a method is right for a network: what `torch.autograd.gradcheck` is to a function.
+"""Tells whether a method is right for a network: what `torch.autograd.gradcheck` is to a function.
 
 The reference shares nothing with the three methods.  g comes from the model's own backward pass, whatever its weights are
 reached by; the derivative along g from moving these weights themselves, in place, by several lengths, extrapolated to length
@@ -74,7 +74,7 @@ class Wrong(Exception):
 
 
 def compare(model, x_l, y_l, x_u, method, consistency, epsilon, exact, doubt, scale):
-    """The relative error of a method.  Raises Wrong if it is too large; doubt is the uncertainty of `exact`."""
+    """Returns the relative error of a method.  Raises Wrong if it is too large; doubt is the uncertainty of `exact`."""
     dtype = exact.dtype
     allowed = TOLERANCE.get(dtype, 0.2) + 2 * doubt / scale
 
@@ -113,7 +113,7 @@ def compare(model, x_l, y_l, x_u, method, consistency, epsilon, exact, doubt, sc
 
 
 def reference(model, x_l, y_l, x_u, consistency):
-    """The derivative of the link of x_u's logits along g, its uncertainty, and its scale, three norms."""
+    """Returns the derivative of the link of x_u's logits along g, its uncertainty, and its scale, three norms."""
     logits_l = check_logits(model(x_l), x_l, "evaluation", y_l)
     theta = leaves(logits_l)
     if not theta:
@@ -135,7 +135,7 @@ def reference(model, x_l, y_l, x_u, consistency):
 
 
 def extrapolated(linked, norm, length, count):
-    """The derivative of linked(step) at 0 and its uncertainty, a norm, from symmetric differences that step norm * step far."""
+    """Returns the derivative of linked(step) at 0 and its uncertainty, from symmetric differences that step norm * step far."""
     best, doubt, above = linked(0.0) * 0, torch.inf if norm else 0.0, []
     for i in range(count if norm else 0):
         h = length / RATIO ** i / norm
@@ -153,7 +153,7 @@ def extrapolated(linked, norm, length, count):
 
 
 def leaves(y):
-    """The tensors that require a gradient and that y depends on, from its graph."""
+    """Returns the tensors that require a gradient and that y depends on, from its graph."""
     found, seen, todo = [], set(), [y.grad_fn]
     while todo:
         node = todo.pop()
@@ -166,7 +166,7 @@ def leaves(y):
 
 
 def hidden_weights(model, x):
-    """Names of the weights that the logits of x still depend on when every parameter is replaced by another tensor."""
+    """Returns names of the weights that the logits of x still depend on when every parameter is replaced by another tensor."""
     names = {id(w): name for name, w in model.named_parameters()}
     others = {name: w.detach().clone().requires_grad_() for name, w in model.named_parameters() if w.requires_grad}
     return [names.get(id(w), f"a weight of the shape {tuple(w.shape)} that is no parameter of the model")
@@ -174,7 +174,7 @@ def hidden_weights(model, x):
 
 
 def same(a, b, tolerance=0.0):
-    """Whether two tensors are equal, or their difference is small relative to them."""
+    """Returns whether two tensors are equal, or their difference is small relative to them."""
     if a.shape != b.shape or not a.is_floating_point():
         return torch.equal(a, b)
     return bool((a - b).norm() <= tolerance * b.norm()) or bool(((a == b) | (a != a) & (b != b)).all())
@@ -206,7 +206,7 @@ def check_passes(model, x):
 
 
 def drawing(model, x):
-    """Which module draws random numbers, and the remedy."""
+    """Returns which module draws random numbers, and the remedy."""
     names, drew, entered = {module: name for name, module in model.named_modules()}, [], []
 
     def before(module, _):
@@ -273,7 +273,7 @@ def check_state(model, x):
 
 
 def plain_state(model):
-    """Name -> value of what the modules hold beside what is in `state_dict()`; a tensor, or a text that tells changes."""
+    """Returns name -> value of what modules hold beside `state_dict()`; a tensor, or a text that tells changes."""
     kept, own, state = model.state_dict().keys(), vars(nn.Module()).keys(), {}
     for prefix, module in model.named_modules():
         for key, value in [*module._buffers.items(), *vars(module).items()]:

@@ -45,7 +45,7 @@ Average = Callable[[list[Tensor]], list[Tensor]]
 def meta_gradient(model: nn.Module, x_l: Tensor, y_l: Tensor, x_u: Tensor, method: str = "jvp", epsilon: float = 1e-2,
                   consistency: str = "mse", dtype: torch.dtype | None = None,
                   average: Average | None = None) -> tuple[Tensor, Tensor]:
-    """Pseudo-labels of x_u and the gradient of the labeled loss with respect to them, alpha / B_u left out.
+    """Returns pseudo-labels of x_u and the gradient of the labeled loss with respect to them, alpha / B_u left out.
 
     Everything is evaluated in evaluation mode: dropout and batch statistics would make theta and its neighbors
     different functions.  The model is read, never written: parameters, buffers, `.grad`, training flags and random
@@ -87,7 +87,7 @@ def meta_gradient(model: nn.Module, x_l: Tensor, y_l: Tensor, x_u: Tensor, metho
 def meta_gradient_with_telemetry(model: nn.Module, x_l: Tensor, y_l: Tensor, x_u: Tensor, method: str = "jvp",
                                  epsilon: float = 1e-2, consistency: str = "mse", dtype: torch.dtype | None = None,
                                  average: Average | None = None) -> tuple[Tensor, ...]:
-    """The two results of `meta_gradient`, then the labeled logits (B_l, K), their mean loss, (), and ||g||, ()."""
+    """Returns what `meta_gradient` does, then the labeled logits (B_l, K), their mean loss, (), and ||g||, ()."""
     check_names(method, consistency)
     check_call(model, x_l, y_l, x_u)
     with (evaluation_mode(model), differentiable_attention(), torch.enable_grad(),
@@ -120,7 +120,7 @@ def check_epsilon(epsilon: float, dtype: torch.dtype) -> None:
 
 @contextmanager
 def without_compiled_code():
-    """Inside, compiled models run their original: compiled code has no forward-mode derivative, which some versions of torch
+    """Runs the original of compiled models inside: compiled code has no forward-mode derivative, which some versions of torch
     drop silently, and no second one."""
     with torch.compiler.set_stance("force_eager"):
         yield
@@ -128,6 +128,7 @@ def without_compiled_code():
 
 @torch.no_grad()
 def by_jvp(model, theta, g, g_norm, x_u, epsilon, consistency, dtype):
+    """Returns y_tilde and the derivative of the predictions along g, exactly, by forward-mode differentiation."""
     # Dual numbers w + g dt, rather than torch.func.jvp: bit for bit the same, without its cost per operation.
     with forward_ad.dual_level():
         dual = {k: forward_ad.make_dual(w, g[k]) for k, w in theta.items()}
@@ -139,6 +140,7 @@ def by_jvp(model, theta, g, g_norm, x_u, epsilon, consistency, dtype):
 
 
 def by_finite_difference(model, theta, g, g_norm, x_u, epsilon, consistency, dtype):
+    """Returns y_tilde and the derivative of the predictions along g, by the central difference of the paper (eqs. 15, 16)."""
     half_step = epsilon / g_norm.clamp_min(torch.finfo(g_norm.dtype).tiny)          # line 6; g = 0 moves nothing
 
     def at(sign):
@@ -152,7 +154,7 @@ def by_finite_difference(model, theta, g, g_norm, x_u, epsilon, consistency, dty
 
 
 def along_g(derivative, model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, average):
-    """A method that takes a derivative of the predictions along g, `by_jvp` or `by_finite_difference`."""
+    """Computes the meta-gradient by a derivative of the predictions along g, `by_jvp` or `by_finite_difference`."""
     logits_l = logits(model, theta, x_l, dtype)                                         # line 4
     loss_l = labeled_loss(logits_l, y_l)
     g = gradient_of(loss_l, theta)                                                      # line 5
@@ -166,6 +168,7 @@ def along_g(derivative, model, theta, x_l, y_l, x_u, epsilon, consistency, dtype
 
 @without_compiled_code()
 def by_unrolling(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, average):
+    """Computes the meta-gradient by double backward through the virtual step (eqs. 2-5)."""
     logits_u = logits(model, theta, x_u, dtype)
     y_tilde = logits_u.softmax(dim=1).detach().requires_grad_()                     # eq. 2
     loss_u = consistency.loss(logits_u, y_tilde).mean()
@@ -190,7 +193,7 @@ UNREACHED = ("the {} on no parameter of the model that requires a gradient: reac
 
 
 def gradient_of(loss, theta, **options):
-    """The gradient of a loss in theta, zero for what it does not depend on.  Raises ValueError if that is everything."""
+    """Returns the gradient of a loss in theta, zero for what it does not depend on; ValueError if that is everything."""
     g = torch.autograd.grad(loss, list(theta.values()), allow_unused=True, **options) if loss.requires_grad else []
     if all(d is None for d in g):
         raise ValueError(UNREACHED.format("loss depends"))
@@ -198,7 +201,7 @@ def gradient_of(loss, theta, **options):
 
 
 def logits(model, theta, x, dtype):
-    """Logits at the parameters theta; with a dtype, from copies of the whole network in it, as float32.
+    """Returns the logits at the parameters theta; with a dtype, from copies of the whole network in it, as float32.
 
     Explicit copies rather than autocast, which has no forward-mode derivative.
     """
@@ -216,26 +219,16 @@ def logits(model, theta, x, dtype):
 
 
 @contextmanager
-def undone(undo: Callable[[], None]) -> Iterator[None]:
-    """Calls `undo` in the end whatever happens, and once more if an interrupt comes in the middle of it."""
-    try:
-        yield
-    finally:
-        try:
-            undo()
-        except BaseException:
-            undo()
-            raise
-
-
-@contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Puts a model in evaluation mode, and afterwards every module back to what it was, each time by calling `train`, which a
     module may have overridden."""
-    with undone(partial(set_modes, [(module, module.training) for module in model.modules()])):
-        if any(module.training for module in model.modules()):
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        if any(training for _, training in modes):
             model.eval()
         yield
+    finally:
+        set_modes(modes)
 
 
 def set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
@@ -249,8 +242,12 @@ def set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
 
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
-    """Attention by its formula, since the fused kernels have no forward-mode and no second derivative; afterwards as before."""
+    """Computes attention by its formula inside: the fused kernels have no forward-mode and no second derivative."""
     mha = torch.backends.mha
-    with undone(partial(mha.set_fastpath_enabled, mha.get_fastpath_enabled())), sdpa_kernel(SDPBackend.MATH):
-        mha.set_fastpath_enabled(False)
-        yield
+    enabled = mha.get_fastpath_enabled()
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            mha.set_fastpath_enabled(False)
+            yield
+    finally:
+        mha.set_fastpath_enabled(enabled)

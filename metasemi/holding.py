@@ -32,7 +32,7 @@ def as_it_was(model: nn.Module, device: torch.device, others: Iterable[Tensor] =
 
 @contextmanager
 def in_type(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside, all floating-point tensors of a model, and those that it makes, have another type.  They stay the same objects,
+    """Gives all floating-point tensors of a model, and those that it makes, another type inside.  They stay the same objects,
     and what shared memory still does."""
     default, before = torch.get_default_dtype(), [(t, t.data, t.grad) for t in held(model)[0] if t.is_leaf]
     memory: dict[int, Tensor] = {}
@@ -53,7 +53,7 @@ def in_type(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def held(model: nn.Module) -> tuple[list[Tensor], list]:
-    """The tensors and the changeable containers that a model reaches through attributes and containers, each once."""
+    """Returns the tensors and the changeable containers that a model reaches through attributes and containers, each once."""
     tensors: list[Tensor] = []
     containers: list = []
     seen: set[int] = set()
@@ -76,7 +76,7 @@ def held(model: nn.Module) -> tuple[list[Tensor], list]:
 
 
 def random_state(device: torch.device) -> list[Tensor]:
-    """The states of the random number generators of the CPU and of a device."""
+    """Returns the states of the random number generators of the CPU and of a device."""
     states = [torch.get_rng_state()]
     if device.type != "cpu":
         module = torch.get_device_module(device)

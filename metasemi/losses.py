@@ -10,13 +10,13 @@ from metasemi.arguments import check_classes
 
 
 def kl_divergence(logits: Tensor, y: Tensor) -> Tensor:
-    """Phi^KL: KL(y || softmax(logits)), one value a sample.  logits, y: (B, K), rows of y on the simplex."""
+    """Returns Phi^KL, KL(y || softmax(logits)), one value a sample.  logits, y: (B, K), rows of y on the simplex."""
     check_shapes(logits, y)
     return (torch.xlogy(y, y) - y * logits.log_softmax(dim=1)).sum(dim=1)
 
 
 def squared_error(logits: Tensor, y: Tensor) -> Tensor:
-    """Phi^MSE: ||softmax(logits) - y||_2^2, one value a sample, in [0, 2].  logits, y: (B, K)."""
+    """Returns Phi^MSE, ||softmax(logits) - y||_2^2, one value a sample, in [0, 2].  logits, y: (B, K)."""
     check_shapes(logits, y)
     return (logits.softmax(dim=1) - y).square().sum(dim=1)
 
@@ -46,7 +46,7 @@ CONSISTENCY: dict[str, Consistency] = {
 
 
 def labeled_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (B, K) and classes y (B,).
+    """Returns the mean cross-entropy of logits (B, K) and classes y (B,).
 
     A class outside 0..K-1 raises ValueError on the CPU.  An accelerator's answer would have to be waited for: there the loss
     and its gradient are not finite instead.
@@ -58,7 +58,7 @@ def labeled_loss(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def one_hot(y: Tensor, y_hat: Tensor) -> Tensor:
-    """Rows of the simplex for classes y (B,), in the type and number of classes of y_hat (B_u, K).
+    """Returns rows of the simplex for classes y (B,), in the type and number of classes of y_hat (B_u, K).
 
     A class outside 0..K-1 raises ValueError on the CPU, and is a row of NaN elsewhere.
     """

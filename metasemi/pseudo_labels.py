@@ -8,7 +8,7 @@ from metasemi.arguments import check_shares
 
 
 def update_pseudo_labels(y_tilde: Tensor, gradient: Tensor, beta: float) -> Tensor:
-    """One meta step (eq. 6, line 8), then back to the simplex: clipped at zero, rows divided by their sum.
+    """Makes one meta step (eq. 6, line 8), then returns to the simplex: clipped at zero, rows divided by their sum.
 
     y_tilde, gradient: (B, K); beta >= 0.  Returns y_hat (B, K).
     """
@@ -44,5 +44,5 @@ def cross_domain_mixup(x_l: Tensor, y_l_one_hot: Tensor, x_u: Tensor, y_hat: Ten
 
 
 def repeated(t: Tensor, length: int) -> Tensor:
-    """The rows of t from the first on, and again, until there are `length`."""
+    """Returns the rows of t from the first on, and again, until there are `length`."""
     return t if len(t) == length else t[torch.arange(length, device=t.device) % len(t)]

@@ -5,8 +5,8 @@ from math import cos, pi
 
 def learning_rate(step: int, lr: float, warmup: int = 0, milestones: Sequence[int] = (), gamma: float = 0.1,
                   total_steps: int | None = None) -> float:
-    """Linear warm-up from 0 to `lr` over `warmup` steps, and a factor `gamma` for every milestone passed; or, with
-    `total_steps`, after the warm-up half a cosine from `lr` down to 0 at step `total_steps` instead of the milestones.
+    """Returns the learning rate of a step: a linear warm-up from 0 to `lr`, then a factor `gamma` for every milestone passed;
+    with `total_steps`, after the warm-up half a cosine down to 0 at step `total_steps` instead of the milestones.
 
     The step that equals a milestone is the last one before the decay.
     """
@@ -19,5 +19,5 @@ def learning_rate(step: int, lr: float, warmup: int = 0, milestones: Sequence[in
 
 
 def ramp(step: int, warmup: int, weight: float = 1.0) -> float:
-    """Linear from 0 at step 0 to `weight` at step `warmup`, then constant; constant if `warmup` is 0."""
+    """Returns what grows linearly from 0 at step 0 to `weight` at step `warmup` and stays there; `weight` if `warmup` is 0."""
     return weight * step / warmup if step < warmup else weight

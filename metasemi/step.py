@@ -8,8 +8,7 @@
 
 The symbols are those of `metasemi.meta_gradient`.
 """
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from metasemi.pseudo_labels import cross_domain_mixup, update_pseudo_labels
 
 
 class Step(NamedTuple):
-    """What a step did."""
+    """What a step has done."""
     loss: Tensor                        # (), the loss that was minimized
     telemetry: dict[str, Tensor]        # name -> () tensor on the device of the model
     y_tilde: Tensor | None              # (B_u, K), pseudo-labels before the meta step, if the row has any
@@ -36,7 +35,7 @@ def training_step(model: nn.Module, optimizer: Optimizer, x_l: Tensor, y_l: Tens
                   x_u_strong: Tensor | None = None, alpha: float | None = None, beta: float | None = None, weight: float = 1.0,
                   lam: Tensor | Sequence[float] | None = None, meta: bool = True, method: str = "jvp", epsilon: float = 1e-2,
                   consistency: str = "mse", dtype: torch.dtype | None = None, average: Average | None = None) -> Step:
-    """One optimizer step; the model ends in training mode.  With a fused optimizer the host never waits for the device.
+    """Makes one optimizer step; the model ends in training mode.  With a fused optimizer the host never waits for the device.
 
     An update whose loss or gradient is not finite is left out: weights and momenta stay as they are.  The statistics of
     batch normalization have seen the batch by then; where it held a NaN, they do not recover.
@@ -78,7 +77,7 @@ def training_step(model: nn.Module, optimizer: Optimizer, x_l: Tensor, y_l: Tens
             y_tilde = y_hat = logits(model, theta, x_u, dtype).softmax(dim=1)                # line 3
 
     model.train()
-    with torch.autocast(x_l.device.type, dtype=dtype, enabled=dtype is not None), unmoved_if_refused(model):
+    with torch.autocast(x_l.device.type, dtype=dtype, enabled=dtype is not None):
         # The order matters: both training-mode passes move the running statistics of batch normalization.
         if lam is not None:
             x_in, y_in = cross_domain_mixup(x_l, one_hot(y_l, y_hat), x_u, y_hat, lam)       # lines 10, 11
@@ -135,19 +134,6 @@ def check_step(model, optimizer, x_l, y_l, x_u, x_u_strong, alpha, beta, weight,
                                  "see: make it contiguous, or take fused=False")
 
 
-@contextmanager
-def unmoved_if_refused(model: nn.Module) -> Iterator[None]:
-    """Puts the buffers of a model on the CPU back if a ValueError is raised inside.  The supervised baseline knows the number
-    of classes only after a pass that moves them."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.device.type == "cpu"]
-    try:
-        yield
-    except ValueError:
-        for buffer, value in buffers:
-            buffer.copy_(value)
-        raise
-
-
 def set_learning_rate(optimizer: Optimizer, alpha: float) -> None:
     """Makes alpha the largest rate of the parameter groups, in the ratios of the rates that each group began with."""
     groups = optimizer.param_groups
@@ -157,7 +143,7 @@ def set_learning_rate(optimizer: Optimizer, alpha: float) -> None:
 
 
 def update_if(finite: Tensor, optimizer: Optimizer) -> None:
-    """`optimizer.step()` if finite, a () bool tensor, is true.  A fused optimizer decides that on the device; for another
+    """Calls `optimizer.step()` if finite, a () bool tensor, is true.  A fused optimizer decides that on the device; for another
     the host waits."""
     prepare_momenta(optimizer)
     if getattr(optimizer, "_step_supports_amp_scaling", False) and all(group.get("fused") for group in optimizer.param_groups):
@@ -188,10 +174,10 @@ def prepare_momenta(optimizer: Optimizer) -> None:
 
 
 def accuracy(predictions: Tensor, y: Tensor) -> Tensor:
-    """Share of rows of predictions (B, K) whose largest entry is class y (B,)."""
+    """Returns the share of rows of predictions (B, K) whose largest entry is class y (B,)."""
     return (predictions.argmax(dim=1) == y).float().mean()
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """float32 for the half types, which losses are not computed in; float32 and float64 as they are."""
+    """Returns float32 for the half types, which losses are not computed in; float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -17,12 +17,12 @@ class TableRow(NamedTuple):
 
 
 ROWS = {
-    "neither": TableRow("neither (supervised baseline)", ("--no-meta",), 3),
+    "neither": TableRow("supervised baseline", ("--no-meta",), 3),
     "meta": TableRow("meta only", (), 12),
     "mix-up": TableRow("mix-up only", ("--no-meta", "--mix-up"), 4),
-    "both": TableRow("both (MetaSemi)", ("--mix-up",), 12),
-    "beta-0": TableRow("both, meta learning rate 0", ("--mix-up", "--meta-lr", "0"), 12),
-    "finite-difference": TableRow("both, finite difference", ("--mix-up", "--meta-gradient", "finite-difference"), 12),
+    "both": TableRow("MetaSemi", ("--mix-up",), 12),
+    "beta-0": TableRow("MetaSemi, meta learning rate 0", ("--mix-up", "--meta-lr", "0"), 12),
+    "finite-difference": TableRow("MetaSemi, finite difference", ("--mix-up", "--meta-gradient", "finite-difference"), 12),
     "supervised": TableRow("fully supervised", ("--no-meta",), 3),
 }
 ABLATION = ("neither", "meta", "mix-up", "both")
@@ -149,7 +149,9 @@ def own_flags(text):
         if name in MAKE_ROWS:
             raise UsageError(f"argument --flags: {option(name)} makes a row of the table: leave it out")
         if name == "seed" or name in with_role(COMMAND):
-            raise UsageError(f"argument --flags: {option(name)} is given to each run by reproduce.py: leave it out")
+            raise UsageError(f"argument --flags: {option(name)} belongs to one command of train_meta.py: leave it out")
+    if not given:
+        raise UsageError("argument --flags: it holds no flag: name the data at least")
     return given
 
 

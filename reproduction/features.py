@@ -7,12 +7,10 @@ import numpy as np
 import torch
 from openTSNE import TSNE
 from sklearn.decomposition import PCA
-from sklearn.metrics import silhouette_score
 from sklearn.neighbors import KNeighborsClassifier
 from threadpoolctl import threadpool_limits
 
 from datasets import data_digest, normalized_batches
-from datasets.splits import check_split
 from models import is_custom
 from reproduction.figures import data_name, draw_features
 from utils import checkpoint
@@ -31,44 +29,41 @@ NEIGHBORS = 5
 def plot(args):
     """Draws the figure of some checkpoints, and returns the paths; nothing is written before all of it has been computed."""
     device = choose_device(args.device)
-    saved = [checkpoint.load(path) for path in args.checkpoint_path]
-    for path, state in zip(args.checkpoint_path, saved):
-        check_arch(state["args"]["arch"], state["files"], path, list(args.arch), args.arch)
-        if args.dataset not in (None, state["args"]["dataset"]):
-            raise UsageError(f"argument --dataset: {args.dataset}, but {path} was trained on {state['args']['dataset']}: "
+    checkpoints = [checkpoint.load(path) for path in args.checkpoint_path]
+    for path, saved in zip(args.checkpoint_path, checkpoints):
+        check_arch(saved["args"]["arch"], saved["files"], path, list(args.arch), args.arch)
+        if args.dataset not in (None, saved["args"]["dataset"]):
+            raise UsageError(f"argument --dataset: {args.dataset}, but {path} was trained on {saved['args']['dataset']}: "
                               "leave the flag out")
-    flags = {**saved[0]["args"], "num_workers": args.num_workers}
+    flags = {**checkpoints[0]["args"], "num_workers": args.num_workers}
     flags["data_path"] = args.data_path or flags["data_path"]
-    images = load_images(flags, device, saved[0], download=bool(args.data_path))
+    images = load_images(flags, device, checkpoints[0], download=bool(args.data_path))
     data = data_digest(images)
     index_paths = args.index_path or [path.with_name(INDICES) for path in args.checkpoint_path]
     labels = args.row_label or [path.resolve().parent.name for path in args.checkpoint_path]
     rows = []
-    for path, state, index_path, label in zip(args.checkpoint_path, saved, index_paths, labels):
-        check_same_data(data, state, path, flags["data_path"])
-        labeled, validation = state["labeled"].numpy(), state["validation"].numpy()
-        check_split(labeled, validation, images.num_train, path)
+    for path, saved, index_path, label in zip(args.checkpoint_path, checkpoints, index_paths, labels):
+        check_same_data(data, saved, path, flags["data_path"])
+        labeled, validation = saved["labeled"].numpy(), saved["validation"].numpy()
         if args.index_path or index_path.exists():
             check_index_file(index_path, labeled, images.num_train)
         unlabeled = np.setdiff1d(np.arange(images.num_train), np.concatenate([labeled, validation]))
-        rows.append({"label": printable(label), "checkpoint": str(path), "step": state["step"], "arch": state["args"]["arch"],
+        rows.append({"label": printable(label), "checkpoint": str(path), "step": saved["step"], "arch": saved["args"]["arch"],
                      **choose_points(args, labeled, unlabeled, images)})
         check_embedding(args, rows[-1]["part"])
     if images.ignored:
         print(f"ignored: {images.ignored}")
     if count := len(images.train_labels) - images.num_train:
         print(f"{count:,} images have no class: the figure and its measures leave them out")
-    for row, path, state in zip(rows, args.checkpoint_path, saved):
-        row["features"], row["predictions"] = features_of(path, state, images, row, device)
+    for row, path, saved in zip(rows, args.checkpoint_path, checkpoints):
+        row["features"], row["predictions"] = features_of(path, saved, images, row, device)
         spread = np.ptp(row["features"], axis=0).max()
         if not 1e-12 < spread < 1e12:           # beyond that the embedding leaves the numbers
             raise UsageError(f"argument --checkpoint-path: the features of {path} differ by {spread:g}: nothing can be "
                                  "shown unless that is between 1e-12 and 1e12")
-        row["knn_accuracy"], row["silhouette"] = measure(row["features"], row["part"], row["classes"])
+        row["knn_accuracy"] = measure(row["features"], row["part"], row["classes"])
         for part, accuracy in row["knn_accuracy"].items():
-            print(f"{row['label']}, {part}: {NEIGHBORS}-nearest-neighbor accuracy {100 * accuracy:.2f} %, "
-                  + ("no silhouette" if row["silhouette"][part] is None else f"silhouette {row['silhouette'][part]:.3f}"),
-                  flush=True)
+            print(f"{row['label']}, {part}: {NEIGHBORS}-nearest-neighbor accuracy {100 * accuracy:.2f} %", flush=True)
     for row in rows:
         row["coordinates"], row["kl_divergence"], software = embed(row["features"], args)
 
@@ -88,8 +83,8 @@ def write_embedding(args, dataset, class_names, rows, software):
                "perplexity": args.perplexity if args.method == "tsne" else None,
                "embedded": "all" if args.embed_all else "sample", "dataset": dataset, "neighbors": NEIGHBORS,
                "class_names": list(class_names),
-               "rows": [{key: row[key] for key in ("label", "checkpoint", "step", "arch", "knn_accuracy", "silhouette",
-                                                   "kl_divergence")} for row in rows]}
+               "rows": [{key: row[key] for key in ("label", "checkpoint", "step", "arch", "knn_accuracy", "kl_divergence")}
+                        for row in rows]}
     write_text(args.save_path / "embedding.json", json.dumps(summary, indent=2) + "\n")
     return [args.save_path / "embedding.npz", args.save_path / "embedding.json"]
 
@@ -159,24 +154,17 @@ def features_of(path, saved, images, row, device):
 
 
 def measure(features, part, classes):
-    """Returns how well the features separate the classes: part -> accuracy, and part -> silhouette, in [-1, 1] or None.
+    """Returns how well the features separate the classes: part -> accuracy of a vote of the nearest labeled features.
 
-    The accuracy is that of a vote of the nearest labeled features; an image has no vote on itself.  The silhouette is that of
-    at most 10,000 points, and not defined for one class, nor for one image a class.
+    An image has no vote on itself.
     """
     labeled = part == "labeled"
     vote = KNeighborsClassifier(min(NEIGHBORS, labeled.sum() - 1)).fit(features[labeled], classes[labeled])
-    accuracy, silhouette = {}, {}
+    accuracy = {}
     for name in dict.fromkeys(part.tolist()):           # in this order; with all labels nothing is unlabeled
-        own = part == name
-        votes = vote.predict(None if name == "labeled" else features[own])
-        accuracy[name] = float((votes == classes[own]).mean())
-        count = int(own.sum())
-        silhouette[name] = None
-        if 1 < len(np.unique(classes[own])) < count:
-            silhouette[name] = float(silhouette_score(features[own], classes[own], sample_size=min(10_000, count),
-                                                      random_state=0))
-    return accuracy, silhouette
+        votes = vote.predict(None if name == "labeled" else features[part == name])
+        accuracy[name] = float((votes == classes[part == name]).mean())
+    return accuracy
 
 
 def embed(features, args):

@@ -1,19 +1,17 @@
 """What is published of the runs: their lines in runs.csv and evaluations.csv, the lists in splits/, and the reports."""
 import csv
-import hashlib
 import io
 import re
 from pathlib import Path
 
 from reproduction.cells import CELLS, ROWS
 from reproduction.report import filled, tables
-from reproduction.run import COLUMNS, EVALUATION_COLUMNS, SPLITS
+from reproduction.run import COLUMNS, EVALUATION_COLUMNS
 from utils.errors import UsageError
 from utils.files import INDICES, read_split, read_text, write_text
 
 RUNS, EVALUATIONS = Path("results", "runs.csv"), Path("results", "evaluations.csv")
 REPORTS = Path("REPRODUCTION.md"), Path("README.md"), Path("results", "runs.md")
-SUMS = SPLITS / "SHA256SUMS"
 WHOLE, NUMBER, PERCENT = r"[0-9]{1,18}", r"[0-9]{1,9}(\.[0-9]+)?", r"100(\.0+)?|[0-9]{1,2}(\.[0-9]+)?"
 FORMATS = (dict.fromkeys((*COLUMNS, *EVALUATION_COLUMNS), PERCENT) | dict.fromkeys(("seed", "steps", "step", "threads"), WHOLE)
            | dict.fromkeys(("scale", "seconds", "meta_shift"), NUMBER) | dict.fromkeys(("device", "precision", "torch"), ".+")
@@ -57,15 +55,8 @@ def read_runs():
 
 
 def read_evaluations():
-    """Returns the lines of evaluations.csv, dicts of text.  Raises UsageError for one that is no evaluation, and for a run
-    whose last evaluation is not that of its line in runs.csv."""
-    lines, runs = read_lines(EVALUATIONS, EVALUATION_COLUMNS), {run_of(line): line for line in read_runs()}
-    for key, line in {run_of(line): line for line in lines}.items():        # its last one
-        run = runs.get(key)
-        if run is None or line["step"] != run["steps"] or float(line["test_error"]) != float(run["last"]):
-            raise UsageError(f"{EVALUATIONS} ends {line['row']} of {line['cell']} with seed {line['seed']} with an error of "
-                             f"{line['test_error']} at step {line['step']}, {RUNS} does not: restore both")
-    return lines
+    """Returns the lines of evaluations.csv, dicts of text.  Raises UsageError for one that is no evaluation."""
+    return read_lines(EVALUATIONS, EVALUATION_COLUMNS)
 
 
 def read_lines(path, columns):
@@ -104,39 +95,17 @@ def order(line):
     return list(CELLS).index(cell), -scale, list(ROWS).index(row), seed, int(line.get("step", 0))
 
 
-# Lists of labeled images
-
 def new_splits(runs):
-    """Returns path -> text: the lists of labeled images that splits/ does not hold yet, and SHA256SUMS with their sums.
+    """Returns path -> text of the lists of labeled images that splits/ does not hold yet.
 
     Raises UsageError for a run that was trained on another list than the published one.
     """
     texts = {}
     for run in runs:
         if run.split:
-            check_split(run)
             path = run.folder / INDICES
             text = "".join(f"{index}\n" for index in read_split(path))
             published = read_text(run.split) if run.split.exists() else texts.setdefault(run.split, text)
             if text != published:
                 raise UsageError(f"{path} is not the list that is published as {run.split}: move the run away")
-    if texts:
-        sums = {**read_sums(), **{path.name: sha256(text.encode()) for path, text in texts.items()}}
-        texts[SUMS] = "".join(f"{value}  {name}\n" for name, value in sorted(sums.items()))
     return texts
-
-
-def check_split(run):
-    """Raises UsageError if the published list of a run's labeled images is not the one that was recorded."""
-    if run.split and run.split.exists() and read_sums().get(run.split.name) != sha256(run.split.read_bytes()):
-        raise UsageError(f"{run.split} is not the list whose SHA-256 is in {SUMS}: restore it")
-
-
-def read_sums():
-    """Returns file name -> SHA-256, in the format of sha256sum."""
-    lines = read_text(SUMS).splitlines() if SUMS.exists() else ()
-    return {name: value for value, _, name in (line.partition("  ") for line in lines)}
-
-
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()

@@ -42,17 +42,20 @@ def tables(lines, evaluations=()):
     """Returns name -> Markdown of every block.
 
     lines, evaluations: dicts of text, the lines of the two files in their order.
-    The blocks of one cell, CELL, paired-CELL and course-CELL, show its largest scale.
+    The blocks of one cell, CELL, small-CELL, paired-CELL and course-CELL, show its largest scale; those of a question,
+    ROW-less-ROW, that of every cell.
     """
     groups = {}                         # (cell, scale, row) -> its lines
     for line in lines:
         groups.setdefault((line["cell"], float(line["scale"]), line["row"]), []).append(line)
     blocks = {"paper": paper_table(groups), "cells": cells_table(groups), "commands": commands(groups),
-              "start": start_table(groups)}
+              "start": start_table(groups), **{f"{first}-less-{second}": question_table(groups, (first, second))
+                                               for first, second in PAIRS}}
     for name in CELLS:
         largest = max((scale for cell, scale, _ in groups if cell == name), default=None)
         rows = {row: group for (cell, scale, row), group in groups.items() if (cell, scale) == (name, largest)}
         blocks[name] = rows_table(rows)
+        blocks[f"small-{name}"] = small_table(rows)
         blocks[f"paired-{name}"] = paired_table(rows)
         blocks[f"course-{name}"] = course_table([line for line in evaluations if line["cell"] == name
                                                  and float(line["scale"]) == largest])
@@ -99,6 +102,13 @@ def rows_table(rows):
     return error_table(["row"], [([ROWS[row].title], group) for row, group in rows.items()], median_name(count))
 
 
+def small_table(rows):
+    """Returns the table of the README: the rows of one cell, n, test error, and error on the labeled images."""
+    return markdown(["method", "n", "test error", "error on its own labeled images"], [
+        [ROWS[row].title, str(len(group)), *(mean_and_std(group, column) for column in ("last", "labeled"))]
+        for row, group in rows.items()]) if rows else "Not run yet."
+
+
 def error_table(head, rows, median, form=None):
     """Returns a table of n, the measured error rates in percent and the seconds of some rows.
 
@@ -137,8 +147,9 @@ def contrast(differences):
     either way; otherwise "cannot tell".
     """
     n, (effect, half) = len(differences), interval(differences)
-    p = 2 * float(stdtr(n - 1, -abs(effect) / half * stdtrit(n - 1, 0.975))) if half else float(effect == 0)
-    verdict = ("lower" if effect < -half else "higher" if effect > half
+    p = 2 * float(stdtr(n - 1, -abs(effect) / half * stdtrit(n - 1, 0.975))) if half else 1.0
+    verdict = ("cannot tell" if not half            # equal differences say nothing of their spread
+               else "lower" if effect < -half else "higher" if effect > half
                else "no difference that matters" if abs(effect) + half <= MATTERS else "cannot tell")
     return [str(n), f"{effect:+.2f}", f"{effect - half:+.2f} to {effect + half:+.2f}", f"{p:.2g}", verdict]
 
@@ -166,6 +177,17 @@ def paired_table(rows):
              if (found := paired(*(rows.get(row, ()) for row in pair), rule))]
     return markdown(["difference", "measured", *CONTRAST], pairs) if pairs else (
         "None yet: a difference takes two rows of a cell with two seeds in common.")
+
+
+def question_table(groups, pair):
+    """Returns the table of the differences between two rows in every cell that has both, at its largest scale; those of
+    `start_table` apart."""
+    largest = {cell: scale for cell, scale, _ in sorted(groups)}
+    apart = {*STARTS.values(), *(CELLS[cell].start[0] for cell in STARTS.values())}
+    found = [(CELLS[cell].title, when, paired(*(groups.get((cell, largest[cell], row), ()) for row in pair), rule))
+             for cell in CELLS if cell in largest.keys() - apart for rule, when in MOMENTS.items()]
+    rows = [[title, when, *contrast] for title, when, contrast in found if contrast]
+    return markdown(["cell", "measured", *CONTRAST], rows) if rows else "None yet."
 
 
 def courses(evaluations, pair):

@@ -1,5 +1,4 @@
 import os
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -57,9 +56,3 @@ def whole(tmp_path_factory):
         assert train_meta.main([*SHORT, "--save-path", str(folder), *flags]) == 0
         return folder
     return make
-
-
-@pytest.fixture
-def command():
-    """The start of a command line that runs a script of this checkout in a process of its own."""
-    return lambda script, *flags: [sys.executable, str(ROOT / script), *map(str, flags)]

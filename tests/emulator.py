@@ -7,10 +7,10 @@ from a generator of its own, and `watch()` notes all that keeps the host waiting
     device = emulator.install()
     with emulator.watch("/path/of/the/project") as seen:
         ...
-    print(seen.waits, seen.launches)
+    print(seen.waits)
 
-It shows nothing of speed, rounding, memory, streams, or operations that a real device lacks.  Tested with torch 2.15, of which
-it uses private parts.
+It shows nothing of speed, rounding, lower types, memory, streams, or operations that a real device lacks.  Tested with torch
+2.15, of which it uses private parts.
 """
 import sys
 import threading
@@ -34,22 +34,15 @@ WAITING = dict.fromkeys(("_local_scalar_dense", "equal"), "scalar to host") | di
 COPYING = {"copy_", "_to_copy", "_copy_from", "_copy_from_and_resize", "_foreach_copy_"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 SCALARS = {"where", "fill_", "masked_fill", "masked_fill_", "_fused_sgd_"} | INDEXING - {"index"}
-# Operations that start no kernel.
-FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "is_same_size", "_has_same_storage_numel",
-        "_local_scalar_dense"}
 # Operations that torch would take apart, into an empty tensor and one that resizes it; and the copy inside torch.tensor.
-MAKERS = "arange arange.start arange.start_step randperm copy_".split()
-# What autocast computes in the lower type, and what in float32, as on CUDA: the operations of the networks here.
-LOWER = "conv2d linear matmul mm addmm _convolution".split()
-FULL = "log_softmax.int softmax.int cross_entropy_loss nll_loss mse_loss exp log sum".split()
+MAKERS = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.randperm.default, aten.copy_.default)
 
 
 class Seen:
-    """What `watch` notes: waits, Counter of (kind, operation, "file:line"), and launches, Counter of operations that
-    start a kernel.  Lines are the innermost ones of files under `root`."""
+    """What `watch` notes: waits, Counter of (kind, operation, "file:line"), the innermost line of a file under `root`."""
 
     def __init__(self, root, forbid):
-        self.root, self.forbid, self.waits, self.launches = str(Path(root).resolve()), forbid, Counter(), Counter()
+        self.root, self.forbid, self.waits = str(Path(root).resolve()), forbid, Counter()
 
     def place(self):
         frame, thread = sys._getframe(1), threading.current_thread() is not threading.main_thread()
@@ -68,28 +61,13 @@ class Device:
         self.state = torch.Generator().manual_seed(0).get_state()
         self.watching = []
 
-    def is_available(self):
-        return True
-
-    is_initialized = is_available
-
-    def _is_in_bad_fork(self):
-        return False
-
-    def device_count(self):
-        return 1
-
-    def current_device(self):
-        return 0
-
-    def get_device_name(self, device=None):
-        return "emulated"
-
-    def get_amp_supported_dtype(self):
-        return [torch.bfloat16]
-
-    def mem_get_info(self, device=None):
-        return 2 ** 34, 2 ** 34
+    is_available = is_initialized = staticmethod(lambda: True)
+    _is_in_bad_fork = staticmethod(lambda: False)
+    device_count = staticmethod(lambda: 1)
+    current_device = staticmethod(lambda: 0)
+    get_device_name = staticmethod(lambda device=None: "emulated")
+    get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16])
+    mem_get_info = staticmethod(lambda device=None: (2 ** 34, 2 ** 34))
 
     def synchronize(self, device=None):
         self.note("synchronize", "synchronize")
@@ -191,10 +169,7 @@ def run(operation, args, kwargs):
 
 
 def check(operation, name, tensors, args, kwargs, to_host):
-    """Raises RuntimeError where CUDA would, for host tensors among device tensors; notes waits and launches."""
-    if not operation.is_view and name not in FREE:
-        for seen in module.watching:
-            seen.launches[name] += 1
+    """Raises RuntimeError where CUDA would, for host tensors among device tensors; notes waits."""
     if name in WAITING:
         module.note(WAITING[name], name)
     if name in COPYING:
@@ -235,27 +210,6 @@ def pin_memory(tensor, device=None):
     return pinned
 
 
-def find(name):
-    """The operation of a name such as "eye" or "eye.m"."""
-    packet, _, overload = name.partition(".")
-    return getattr(getattr(aten, packet), overload or "default")
-
-
-def autocast(library, operation, lower):
-    """Makes autocast compute an operation in the lower type, or in float32."""
-    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
-
-    def cast(tensor):
-        fits = tensor.is_floating_point() and tensor.dtype != torch.float64 and isinstance(tensor, EmulatedTensor)
-        return tensor.to(torch.get_autocast_dtype(NAME) if lower else torch.float32) if fits else tensor
-
-    def kernel(*args, **kwargs):
-        with torch._C._ExcludeDispatchKeyGuard(key):
-            return operation(*tree_map_only(torch.Tensor, cast, args), **tree_map_only(torch.Tensor, cast, kwargs))
-
-    library.impl(operation, kernel)
-
-
 def install():
     """Makes the device, once a process; returns it.  From then on torch takes it for the accelerator of this machine."""
     if not hasattr(torch, NAME):
@@ -263,13 +217,8 @@ def install():
         module.fallback = torch.library.Library("_", "IMPL", "PrivateUse1")
         module.fallback.fallback(lambda operation, *args, **kwargs: run(operation, args, kwargs))
         module.makers = torch.library.Library("aten", "IMPL", "PrivateUse1")
-        for operation in map(find, MAKERS):
+        for operation in MAKERS:
             module.makers.impl(operation, lambda *args, operation=operation, **kwargs: run(operation, args, kwargs))
-        module.uncast = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
-        module.uncast.fallback(torch.library.fallthrough_kernel)
-        module.casts = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
-        for name in LOWER + FULL:
-            autocast(module.casts, find(name), name in LOWER)
         _foreach_utils._foreach_supported_types.append(EmulatedTensor)
         torch.__future__.set_overwrite_module_params_on_conversion(True)    # modules would swap data else
         torch.accelerator.synchronize = module.synchronize      # torch's has no such hook for a device in Python

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import hashlib
 import io
-import json
 import os
 import pickle
 import re
@@ -19,11 +18,11 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 from urllib.error import URLError
 
 import numpy as np
@@ -34,18 +33,15 @@ from helpers import (
     ROOT,
     SERVER,
     Malicious,
-    contents,
     few_images,
     finish,
     finished_run,
-    negative_variance,
     one_line,
     orphans,
     records,
     run,
     run_processes,
     slow_disk,
-    spoil,
     start,
     state_of,
     tensors,
@@ -188,10 +184,9 @@ def logged(folder, tries, rng, patch=None):
         if code:
             yield error
             continue
-        lines = (path / "metrics.jsonl").read_text().splitlines()
         in_log = re.findall(r"^\S+ \S+  step (\d+)/40  loss", (path / "log.txt").read_text(), re.MULTILINE)
         try:
-            in_metrics = [record["step"] for record in map(json.loads, lines) if "train/loss" in record]
+            in_metrics = [record["step"] for record in records(path) if "train/loss" in record]
         except ValueError as error:
             yield str(error)
             continue
@@ -209,59 +204,49 @@ def no_truncation():
 
 def damaged(folder, tries, rng, patch=None):
     """Single-bit flips, one truncation to five flips, no checkpoint at all: seen, or without effect on what is read."""
-    if patch:
-        check = zipfile.ZipFile.testzip
-        patch()
-    try:
-        yield from damages(folder, tries, rng)
-    finally:
-        if patch:
-            zipfile.ZipFile.testzip = check
-
-
-def damages(folder, tries, rng):
     from utils import checkpoint
 
     code, _, error = run(folder, [*FLAGS, "--total-steps", "2", "--test-freq", "1", "--save-path", folder / "run"])
     assert code == 0, error
     path = folder / "run" / "checkpoint.pth"
     data, good = path.read_bytes(), tensors(checkpoint.load(path))
-    for i in range(tries):
-        wrong = bytearray(data)
-        if i % 6 == 5:
-            del wrong[int(rng.integers(len(data))):]
-        else:
-            wrong[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
-        path.unlink()
-        path.write_bytes(wrong)
-        state, source, _ = checkpoint.load_last(folder / "run")
-        found = tensors(state)          # of other names, too, if the change was in one
-        same = source == path and found.keys() == good.keys() and all(torch.equal(good[key], found[key]) for key in good)
-        yield None if same or source != path else f"try {i}: a change was not seen"     # a name or padding may change unseen
-    for content in (b"", b"hello", "folder", "unreadable"):
-        path.unlink()
-        if content == "folder":
-            path.mkdir()
-        else:
-            path.write_bytes(data if content == "unreadable" else content)
-        user = os.geteuid()
-        if content == "unreadable":
-            path.chmod(0)
-            os.seteuid(user or 65534)       # root reads everything
-        try:
-            checkpoint.load(path)
-            yield f"{content!r} was read"
-        except checkpoint.CheckpointError as error:
-            yield None if str(path) in str(error) else str(error)
-        finally:
-            os.seteuid(user)
-        if content == "folder":
-            path.rmdir()
-            path.write_bytes(b"")
+    with patch() if patch else contextlib.nullcontext():
+        for i in range(tries):
+            wrong = bytearray(data)
+            if i % 6 == 5:
+                del wrong[int(rng.integers(len(data))):]
+            else:
+                wrong[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+            path.unlink()
+            path.write_bytes(wrong)
+            state, source, _ = checkpoint.load_last(folder / "run")
+            found = tensors(state)          # of other names, too, if the change was in one
+            same = source == path and found.keys() == good.keys() and all(torch.equal(good[k], found[k]) for k in good)
+            yield None if same or source != path else f"try {i}: a change was not seen"  # a name or padding may change unseen
+        for content in (b"", b"hello", "folder", "unreadable"):
+            path.unlink()
+            if content == "folder":
+                path.mkdir()
+            else:
+                path.write_bytes(data if content == "unreadable" else content)
+            user = os.geteuid()
+            if content == "unreadable":
+                path.chmod(0)
+                os.seteuid(user or 65534)       # root reads everything
+            try:
+                checkpoint.load(path)
+                yield f"{content!r} was read"
+            except checkpoint.CheckpointError as error:
+                yield None if str(path) in str(error) else str(error)
+            finally:
+                os.seteuid(user)
+            if content == "folder":
+                path.rmdir()
+                path.write_bytes(b"")
 
 
 def no_testzip():
-    zipfile.ZipFile.testzip = lambda archive: None
+    return mock.patch("zipfile.ZipFile.testzip", lambda archive: None)
 
 
 def malicious(folder, tries, rng, patch=None):
@@ -285,20 +270,17 @@ def any_pickle():
 
 
 def tiny_cifar(root):
-    """50 training and 10 test images in the format of CIFAR-10, its sums entered in torchvision's table."""
+    """50 training and 10 test images in the format of CIFAR-10; file name -> sum, to be entered in torchvision's table."""
     from torchvision.datasets import CIFAR10
 
-    base = root / CIFAR10.base_folder
+    base, rng = root / CIFAR10.base_folder, np.random.default_rng(0)
     base.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    sums = {}
-    for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list):
-        content = {"data": rng.integers(0, 256, (10, 3072), dtype=np.uint8), "labels": list(range(10))}
+    files = {name: {"data": rng.integers(0, 256, (10, 3072), dtype=np.uint8), "labels": list(range(10))}
+             for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list)}
+    files[CIFAR10.meta["filename"]] = {"label_names": [f"class {k}" for k in range(10)]}
+    for name, content in files.items():
         (base / name).write_bytes(pickle.dumps(content))
-        sums[name] = hashlib.md5((base / name).read_bytes()).hexdigest()
-    (base / CIFAR10.meta["filename"]).write_bytes(pickle.dumps({"label_names": [f"class {k}" for k in range(10)]}))
-    sums[CIFAR10.meta["filename"]] = hashlib.md5((base / CIFAR10.meta["filename"]).read_bytes()).hexdigest()
-    return sums
+    return {name: hashlib.md5((base / name).read_bytes()).hexdigest() for name in files}
 
 
 def other_sums(sums):
@@ -392,7 +374,7 @@ def every_failure_ends():
     run_folder.RunFolder.save = lambda self, state, seconds, device, best, last: save(self, state, seconds, device, best)
 
 
-# F6: signals
+# F6, F23: signals
 
 def signaled(folder, tries, rng, patch=None):
     """SIGTERM, SIGINT or SIGUSR1 to the process or its group at random moments, also in start-up, evaluation and a save."""
@@ -442,6 +424,29 @@ def default_signals():
     from utils.interrupt import Interrupt
 
     Interrupt.listen = lambda self: None
+
+
+def closed_terminals(folder, tries, rng, patch=None):
+    """SIGHUP and SIGXCPU, repeated, to the group of a run."""
+    few = [*FEW, "--data-path", few_images(folder / "images", 100), "--num-workers", "2"]
+    flags = [*FLAGS, "--test-freq", "3", "--total-steps", "100000"]
+    for i in range(tries):
+        path = folder / str(i)
+        row = [*flags, *few] if i % 3 == 2 else flags           # while worker processes decode
+        (folder / "output.out").unlink(missing_ok=True)
+        process = start([*row, "--save-path", path], slow_disk, patch, output=folder / "output")
+        wait_for(folder / "output.out", "  loss ", process)
+        for _ in range(3):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, (signal.SIGXCPU, signal.SIGHUP)[i % 3 != 1])
+            time.sleep(rng.uniform(0, 0.01))
+        yield badly_stopped(process, folder / "output", path, 143)
+
+
+def old_signals():
+    from utils import interrupt
+
+    interrupt.SIGNALS = interrupt.SIGNALS[:3]
 
 
 # F7, F13: numbers
@@ -818,13 +823,9 @@ def refused(flags):
     return code, 2, error.getvalue()
 
 
-@contextlib.contextmanager
 def believing():
     """Any results.json is that of the run in whose folder it lies."""
-    from unittest import mock
-
-    with mock.patch("reproduction.run.differing", lambda *args: None):
-        yield
+    return mock.patch("reproduction.run.differing", lambda *args: None)
 
 
 # F20: numbers that are none
@@ -847,145 +848,27 @@ def no_numbers(folder, tries, rng, patch=None):
     yield one_line(code, 2, error, str(folder / "spoiled.pth"), "are not finite") or out or None
 
 
+def spoil(state):
+    next(value for name, value in state.items() if name.endswith("running_var")).fill_(-1)
+
+
+def negative_variance(first):
+    import metasemi
+
+    step, calls = metasemi.training_step, [0]
+
+    def spoiling(model, *args, **options):
+        result, calls[0] = step(model, *args, **options), calls[0] + 1
+        if calls[0] >= first:
+            spoil(model.state_dict())
+        return result
+    metasemi.training_step = spoiling
+
+
 def any_logits():
     from utils import evaluation
 
-    evaluation.check_logits = lambda broken, count: None
-
-
-# F18, F22, F23: folders, checkpoints and signals as others leave, make and send them
-
-def disturbed_folders(folder, tries, rng, patch=None):
-    """Run folders that hold files of others, links or pipes in the place of a run's files."""
-    flags = [*FLAGS, "--total-steps", "1"]
-
-    def started(path, *more):
-        code, _, error = run(folder, [*flags, "--save-path", path, "--overwrite", *more], patch)
-        return code, error
-
-    def foreign_files(path):
-        assert started(path, "--total-steps", "2", "--test-freq", "1")[0] == 0
-        names = {"notes.tmp", "events.out.tfevents.1.other"}
-        for name in names:
-            (path / name).write_text("foreign")
-        (path / "checkpoint.pth.tmp").write_text("half")
-        code, error = started(path)
-        left = {file.name for file in path.iterdir() if re.search("tmp|tfevents|prev", file.name)}
-        return error if code else None if names < left and len(left) == 3 else f"{left} are left"
-
-    def name_of_ours(path):
-        path.mkdir()
-        (path / "split.json").write_text("foreign")
-        code, error = started(path)
-        return one_line(code, 2, error, f"{path / 'split.json'} is not a file of a run") or (
-            None if list(contents(path)) == ["split.json"] else "files changed")
-
-    def pipe(path):
-        path.mkdir()
-        os.mkfifo(path / ("log.txt", "args.json", "metrics.jsonl", "split.json")[int(rng.integers(4))])
-        code, error = started(path)
-        return one_line(code, 2, error, "is not a regular file")
-
-    def links(path):
-        (folder / "foreign").write_text("foreign")
-        path.mkdir()
-        for name in ("args.json.tmp", "checkpoint.pth.tmp", "metrics.jsonl.tmp"):
-            (path / name).symlink_to(folder / "foreign")
-        code, error = started(path)
-        return code and error or (None if (folder / "foreign").read_text() == "foreign" else "a foreign file was written to")
-
-    cases = [foreign_files, name_of_ours, pipe, links]
-    for i in range(tries):
-        yield cases[i % len(cases)](folder / str(i))
-
-
-def trusted_folders():
-    import train_meta
-
-    train_meta.check_paths = lambda *args: None
-
-
-def hostile_checkpoints(folder, tries, rng, patch=None):
-    """Checkpoints made to attack, as --resume, --evaluate and --checkpoint-path: paths, states, names, compressed parts"""
-    code, _, error = run(folder, [*FLAGS, "--total-steps", "1", "--save-path", folder / "run"])
-    assert code == 0, error
-    good, path, made = state_of(folder / "run"), folder / "hostile.pth", folder / "made"
-    labeled = good["labeled"].clone()
-    labeled[-1] = 10 ** 12
-    changes = [
-        {"args": {**good["args"], "dataset": "cifar10", "data_path": str(made)}},
-        {"rng": [{"cpu": torch.full_like(good["rng"][0]["cpu"], 255)}]},
-        {"sessions": [{"x": torch.zeros(1)}]},
-        {"cuda_rng": None},
-        None,
-        "pipe",
-        {"labeled": labeled},
-        {"labeled": torch.zeros(1, dtype=torch.int64).expand(10 ** 12)},
-        {"args": {**good["args"], "arch": "\x1b[2J\nstep 1/1  test error 0.00 %"}},
-        {"step": 10 ** 5000},
-        {"mean": torch.full((3,), float("nan"))},
-        {"std": good["std"].double()},
-        {"args": {**good["args"], "image_size": 10 ** 9}},
-        {"args": {**good["args"], "precision": "\x1b]0;x\x07"}},
-    ]
-    commands = [("train_meta", ["--evaluate", path]),
-                ("plot_features", ["--checkpoint-path", path, "--save-path", folder / "figure", "--method", "pca"]),
-                ("train_meta", [*FLAGS, "--total-steps", "2", "--save-path", folder / "other", "--resume", path])]
-    for i in range(tries):
-        change = changes[i % len(changes)]
-        path.unlink(missing_ok=True)
-        if change == "pipe":
-            os.mkfifo(path)
-        else:
-            torch.save({**good, **(change or {})}, path)
-        if change is None:
-            packed(path)
-        odd = isinstance(change, dict) and change.keys() & {"rng", "labeled"}       # what an evaluation does not use
-        script, flags = commands[2 if odd else (i % len(changes) + i // len(changes)) % 3]
-        code, _, error = run(folder, flags, patch, script=script)
-        left = {file.name for file in folder.iterdir()} - {"run", path.name, "output.out", "output.err"}
-        said = "is a checkpoint of version 1 of this program" if change and "cuda_rng" in change else ""
-        yield one_line(code, 2, error, said) or (None if error[:-1].isprintable() else f"printed raw: {error!r}") or (
-            f"it left {left}" if left else None)
-
-
-def packed(path):
-    """Compresses the parts of a checkpoint, as one that is larger unpacked."""
-    with zipfile.ZipFile(path) as archive:
-        parts = {part.filename: archive.read(part) for part in archive.infolist()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in parts.items():
-            archive.writestr(name, content + bytes(10 ** 6) * name.endswith("version"))
-
-
-def trusting():
-    from utils import checkpoint
-
-    checkpoint.SCHEMA = {}
-    checkpoint.parse_again = lambda *args: None
-
-
-def closed_terminals(folder, tries, rng, patch=None):
-    """SIGHUP and SIGXCPU, repeated, to the group of a run."""
-    few = [*FEW, "--data-path", few_images(folder / "images", 100), "--num-workers", "2"]
-    flags = [*FLAGS, "--test-freq", "3", "--total-steps", "100000"]
-    for i in range(tries):
-        path = folder / str(i)
-        row = [*flags, *few] if i % 3 == 2 else flags           # while worker processes decode
-        (folder / "output.out").unlink(missing_ok=True)
-        process = start([*row, "--save-path", path], slow_disk, patch, output=folder / "output")
-        wait_for(folder / "output.out", "  loss ", process)
-        for _ in range(3):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, (signal.SIGXCPU, signal.SIGHUP)[i % 3 != 1])
-            time.sleep(rng.uniform(0, 0.01))
-        yield badly_stopped(process, folder / "output", path, 143)
-
-
-def old_signals():
-    from utils import interrupt
-
-    interrupt.SIGNALS = interrupt.SIGNALS[:3]
+    evaluation.refuse_broken = lambda broken, count: None
 
 
 # F16, F17: processes, and data, of another experiment
@@ -1144,11 +1027,9 @@ INJECTIONS = {
     "F15": Injection(odd_places, careless_output, 3, 7),
     "F16": Injection(disagreeing, no_agreement, 3, 99),
     "F17": Injection(other_data, no_digest, 3, 99),
-    "F18": Injection(disturbed_folders, trusted_folders, 4, 28),
     "F19": Injection(reported, believing, 99, 99),
     "F20": Injection(no_numbers, any_logits, 3, 3),
     "F21": Injection(hostile_images, any_format, 5, 99),
-    "F22": Injection(hostile_checkpoints, trusting, 6, 42),
     "F23": Injection(closed_terminals, old_signals, 3, 30),
     "F24": Injection(odd_values, careless_values, 6, 100),
     "F25": Injection(misbehaving, no_own_network, 2, 99),

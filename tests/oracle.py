@@ -3,10 +3,11 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, kl_div
+from torch.utils.checkpoint import checkpoint
 
 
 def double_backward(model, x_l, y_l, x_u, *, consistency="mse", alpha=0.1):
-    """(y_tilde, the derivative of the labeled loss after the virtual step, the virtual step itself).
+    """(y_tilde, the derivative of the labeled loss after the virtual step).
 
     consistency: "mse", "kl", or a function of probabilities p, y (B, K) that gives (B,).
     """
@@ -23,7 +24,7 @@ def double_backward(model, x_l, y_l, x_u, *, consistency="mse", alpha=0.1):
         g_u = torch.autograd.grad(loss_u, theta, create_graph=True, materialize_grads=True)
         virtual = {w: w - alpha * d for w, d in zip(theta, g_u)}
         loss_l = cross_entropy(call(model, virtual, x_l), y_l)
-        return y_tilde.detach(), torch.autograd.grad(loss_l, y_tilde)[0], g_u
+        return y_tilde.detach(), torch.autograd.grad(loss_l, y_tilde)[0]
 
 
 def call(model, values, x):
@@ -41,7 +42,7 @@ def call(model, values, x):
 
 def exact_gradient(model, x_l, y_l, x_u, *, consistency="mse", alpha=0.1):
     """(y_tilde, the gradient with alpha / B_u taken out), as `meta_gradient` defines them."""
-    y_tilde, gradient, _ = double_backward(model, x_l, y_l, x_u, consistency=consistency, alpha=alpha)
+    y_tilde, gradient = double_backward(model, x_l, y_l, x_u, consistency=consistency, alpha=alpha)
     return y_tilde, gradient * len(x_u) / alpha
 
 
@@ -63,6 +64,17 @@ def smooth_network(num_classes=5):
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Tanh(), nn.Conv2d(6, 6, 3), nn.Tanh(),
                          nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, num_classes)).double()
+
+
+class Checkpointed(nn.Module):
+    """Two parts of a network, the second of which keeps no activations."""
+
+    def __init__(self, first, rest, use_reentrant=False):
+        super().__init__()
+        self.first, self.rest, self.use_reentrant = first, rest, use_reentrant
+
+    def forward(self, x):
+        return checkpoint(self.rest, self.first(x), use_reentrant=self.use_reentrant)
 
 
 def random_case(size=8, labeled=4, unlabeled=6, num_classes=5, seed=0):

@@ -3,6 +3,7 @@ import hashlib
 import os
 import pickle
 import shutil
+from itertools import product
 from urllib.error import URLError
 
 import numpy as np
@@ -72,28 +73,13 @@ def test_every_pass_holds_every_image_once_in_an_order_of_its_own():
     assert np.bincount(batch).tolist() == [8, 8, 8]
 
 
-def test_a_batch_is_a_function_of_seed_and_step_alone(digits):
-    labeled, unlabeled = split_labels(digits.train_labels, 50, 10, seed=0)
-
-    def batches(seed=5):
-        return Batches(digits, labeled, unlabeled, batch_size=16, seed=seed, mixup_gamma=1.0)
-
-    in_order = batches()
-    drawn = {step: in_order(step) for step in range(1, 200)}
-    torch.manual_seed(3)
-    fresh = batches()
-    for step in (150, 3, 199):
-        assert all(torch.equal(a, b) for a, b in zip(fresh(step), drawn[step]))
-    assert not torch.equal(batches(seed=6)(3).x_u, drawn[3].x_u)
-
-
 @pytest.mark.parametrize("choices", [
-    lambda stream, step: IndexStream(np.arange(50), 50, 1, stream)(step),
-    lambda stream, step: crop_and_flip_choices(50, 4, True, 1, f"augment {stream}", step),
-    lambda stream, step: resized_crop_choices(50, 1, f"crop {stream}", step)])
-def test_streams_and_steps_do_not_share_random_numbers(choices):
-    drawn = [choices(stream, step).tolist() for stream in ("labeled", "unlabeled") for step in (1, 2)]
-    assert all(drawn[i] != drawn[j] for i in range(4) for j in range(i))
+    lambda seed, stream, step: IndexStream(np.arange(50), 50, seed, stream)(step),
+    lambda seed, stream, step: crop_and_flip_choices(50, 4, True, seed, f"augment {stream}", step),
+    lambda seed, stream, step: resized_crop_choices(50, seed, f"crop {stream}", step)])
+def test_seeds_streams_and_steps_do_not_share_random_numbers(choices):
+    drawn = [choices(*of).tolist() for of in product((1, 2), ("labeled", "unlabeled"), (1, 2))]
+    assert all(drawn[i] != drawn[j] for i in range(8) for j in range(i))
 
 
 def test_mixup_weights_follow_the_beta_distribution():
@@ -132,18 +118,11 @@ def test_all_81_offsets_and_both_flips_occur_evenly():
 def test_digits_are_fixed_normalized_to_zero_mean_and_unit_deviation_and_evaluated_in_order(digits):
     assert digits.train_images.shape == (1297, 3, 16, 16) and digits.test_images.shape == (500, 3, 16, 16)
     assert digits.train_images.dtype == torch.uint8 and digits.num_classes == 10
-    assert data_digest(digits) == data_digest(load_dataset("digits", "elsewhere"))
     batches = list(normalized_batches(digits.test_images, digits.test_labels, digits.mean, digits.std, batch_size=130))
-    assert [len(x) for x, _ in batches] == [130, 130, 130, 110]
     assert torch.equal(torch.cat([x for x, _ in batches]), normalize(digits.test_images, digits.mean, digits.std))
     assert torch.equal(torch.cat([y for _, y in batches]), digits.test_labels)
     x = normalize(digits.train_images, digits.mean, digits.std)
     assert x.mean().abs() < 1e-4 and x.std().item() == pytest.approx(1, abs=1e-3)
-
-
-def test_batches_are_made_on_a_device_even_without_pinned_memory(digits):
-    batches = Batches(digits, [1, 2], [3, 4], batch_size=2, seed=0, device="meta", mixup_gamma=1.0)
-    assert all(tensor.is_meta for tensor in batches(1)) and digits.image_size == 16 and not digits.train_images.is_meta
 
 
 def make_folder(root, classes=("ant", "bee"), count=6, size=(20, 24)):
@@ -159,12 +138,15 @@ def make_folder(root, classes=("ant", "bee"), count=6, size=(20, 24)):
 
 def test_a_folder_is_read_by_class_resized_and_measured_by_any_number_of_workers(tmp_path, monkeypatch):
     root = make_folder(tmp_path)
-    (root / "train" / "ant" / "notes.txt").write_text("not an image")
+    touch(root, "train/ant/notes.txt", "train/ant/deep/x.png", "train/.small/x.png")
+    (root / "train" / "ant" / "05.png").rename(root / "train" / "ant" / "05.JFIF")
     Image.new("RGB", (16, 16), (9, 99, 199)).save(root / "train" / "bee" / "01.png")
     monkeypatch.setattr("datasets.folder.TASK_SIZE", 2)
     images = load_dataset("folder", root, 16, True)
     assert images.train_images.shape == images.test_images.shape == (12, 3, 16, 16)
     assert images.class_names == ("ant", "bee") and images.train_labels.tolist() == [0] * 6 + [1] * 6
+    assert images.ignored == ("1 outside a class folder ('train/.small'); 1 a folder in a class folder ('train/ant/deep'); "
+                              "1 of another suffix ('train/ant/notes.txt')")
     assert images.flip and images.train_images[7, :, 3, 5].tolist() == [9, 99, 199]
     assert torch.equal(load_dataset("folder", root, 16, num_workers=2).train_images, images.train_images)
     pixels = images.train_images.double() / 255
@@ -188,8 +170,6 @@ def touch(root, *names):
     (lambda root: (remove(root, "test") / "test").symlink_to("train"), {},
      "test/ant/00.png is the same file as .*train/ant/00.png: remove one of them"),
     (lambda root: os.link(root / "train/ant/03.png", root / "test/bee/x.png"), {}, "test/bee/x.png is .*train/ant/03.png"),
-    (lambda root: (root / "train/bee/x.png").symlink_to(root / "train/ant/03.png"), {}, "train/bee/x.png is .*/ant/03.png"),
-    (lambda root: os.link(root / "train/bee/03.png", root / "unlabeled/x.png"), {}, "unlabeled/x.png is .*train/bee/03.png"),
     (lambda root: (root / "unlabeled/x.png").symlink_to(root / "test/bee/03.png"), {}, "test/bee/03.png is .*unlabeled/x.png"),
     (lambda root: (root / "test/bee/x.png").symlink_to(root / "test/ant/03.png"), {}, "test/bee/x.png is .*test/ant/03.png"),
     (lambda root: os.link(root / "train/ant/03.png", remove(root, "test") / "train/ant/x.png"), {"num_test": 2},
@@ -198,14 +178,11 @@ def touch(root, *names):
     (lambda root: (remove(root, "test") / "train/bee/00.png").unlink(), {"num_test": 3}, "3 images cannot be held out evenly"),
     (lambda root: (remove(root, "test") / "train/bee/00.png").unlink(), {"num_test": 10}, "bee has only 5: .* of 2 up to 8$"),
     (lambda root: remove(root, "test"), {}, "test is not a folder: put test images in test/<class>/, or let --num-test N hold"),
-    (lambda root: remove(root, "train"), {}, "train is not a folder: --dataset folder reads train/<class>/"),
     (lambda root: remove(root, "train/ant"), {}, "1 class folders: at least 2"),
     (lambda root: touch(root, "test/cow/x.png"), {}, "train has no class cow: add training images of it, or remove its folder"),
-    (lambda root: remove(root, "test/ant", "test/bee"), {}, "test set: no image$"),
     (lambda root: touch(root, *(f"test/{name}/{i:02d}.png" for name in ("ant", "bee") for i in range(6))),
      {"skip_corrupt": True}, "test set: no image beside 12 that cannot be read"),
     (lambda root: (remove(root, "unlabeled") / "unlabeled" / "deep").mkdir(parents=True), {}, "unlabeled holds no image: put"),
-    (lambda root: touch(remove(root, "unlabeled"), "unlabeled"), {}, "unlabeled is not a folder: put images without a class"),
     (lambda root: (root / "unlabeled").rename(root / "train" / "unlabeled"), {}, "images without a class in .*es/unlabeled")])
 def test_folders_that_cannot_be_trained_on_are_refused_in_one_line_with_the_remedy(tmp_path, damage, options, message):
     root = make_folder(tmp_path / "images")
@@ -223,11 +200,9 @@ def test_a_class_without_images_is_refused_with_what_lies_there_and_one_without_
     images = load_dataset("folder", root)
     assert images.warnings == ("1 of 2 classes have no test image: ant",) and images.test_labels.tolist() == [1] * 6
     assert "12 (6 a class) training and 6 (0 to 6 a class) test images" in images.describe()
-    touch(root, *(f"train/cow/{name}" for name in ("x.heic", "y.heic", "deep/z.png", "train.png")))
-    with pytest.raises(DataError, match="train.png cannot be read as an image .*start anew with --skip-corrupt"):
-        load_dataset("folder", root)
-    with pytest.raises(DataError, match=r"train/cow: no image of class cow beside 1 a folder in a class folder \('deep'\); "
-                                        r"2 of another suffix \('x.heic', ...\); 1 unreadable \('train.png'\): add one"):
+    touch(root, *(f"train/cow/{name}" for name in ("x.heic", "y.heic", "train.png")))
+    with pytest.raises(DataError, match=r"train/cow: no image of class cow beside 2 of another suffix \('x.heic', ...\); "
+                                        r"1 unreadable \('train.png'\): add one"):
         load_dataset("folder", root, skip_corrupt=True)
 
 
@@ -250,7 +225,6 @@ def test_held_out_images_are_balanced_always_the_same_and_nowhere_else(tmp_path,
     names = [os.path.relpath(path, root) for path in images.test_files]
     assert names == [f"train/{name}.png" for name in ("ant/00", "ant/02", "ant/07", "bee/00", "bee/01", "bee/03")]
     assert images.test_labels.tolist() == [0] * 3 + [1] * 3 and images.train_labels.tolist() == [0] * 5 + [1] * 5
-    assert sorted(images.train_files + images.test_files) == sorted(map(str, root.glob("train/*/*")))
     for files, index in ((images.train_files, images.train_images), (images.test_files, images.test_images)):
         pixels = torch.cat([pixels for _, pixels in ordered_batches(index)])
         assert np.array_equal(pixels, [decode_file(path, 16) for path in files])
@@ -258,10 +232,8 @@ def test_held_out_images_are_balanced_always_the_same_and_nowhere_else(tmp_path,
         Image.new("RGB", (9, 9), "white").save(root / name)
     again = load_dataset("folder", root, 16, num_test=6, memory=memory)
     assert torch.equal(again.mean, images.mean) and torch.equal(again.std, images.std)
-    assert data_digest(again)["names of test files"] == data_digest(images)["names of test files"]
     with pytest.raises(DataError, match="argument --split: there is no training image ant/00.png: it is a test image"):
         images.indices_of(["ant/01.png", "ant/00.png"])
-    assert len(load_dataset("folder", root, num_test=14).test_labels) == 14
 
 
 def drawn(images):
@@ -272,27 +244,22 @@ def drawn(images):
                 *next(normalized_batches(images.test_images, images.test_labels, images.mean, images.std))]
 
 
-@pytest.mark.parametrize(("name", "memory"), [("folder", None), ("folder", 0), ("imagenet", None)])
-def test_what_cannot_be_read_is_left_out_as_if_it_were_not_there(tmp_path, monkeypatch, name, memory):
+@pytest.mark.parametrize("memory", [None, 0])
+def test_what_cannot_be_read_is_left_out_as_if_it_were_not_there(tmp_path, monkeypatch, memory):
     roots = [make_folder(tmp_path / root, count=8) for root in ("damaged", "clean")]
-    tests, unlabeled = DATASETS[name].folders[1], ["unlabeled/b.png"] * (name == "folder")
+    broken = ["train/ant/03.png", "train/bee/00.png", "unlabeled/ant/01.png", "test/bee/07.png"]
     for root in roots:
-        (root / "test").rename(root / tests)
-        if unlabeled:
-            shutil.copytree(root / "train" / "ant", root / "unlabeled" / "deep")
-            shutil.copy(root / "train/bee/01.png", root / "unlabeled" / "b.png")
-    broken = ["train/ant/03.png", "train/bee/00.png", *unlabeled, f"{tests}/bee/07.png"]
+        shutil.copytree(root / "train", root / "unlabeled")
     for file in broken:
         (roots[0] / file).write_bytes((roots[0] / file).read_bytes()[:100])
         (roots[1] / file).unlink()
 
     def load(root, **options):
-        return load_dataset(name, root, 16, memory=memory, **options)
+        return load_dataset("folder", root, 16, memory=memory, **options)
 
-    if name == "folder":                                # decoded whole, to be kept or to be measured
-        others = "; nor can 3 more, such as .*bee/00.png.*" * (memory is None)
-        with pytest.raises(DataError, match=rf"ant/03.png cannot be read as an image .*\){others}: replace it, or"):
-            load(roots[0])
+    others = "; nor can 3 more, such as .*bee/00.png.*" * (memory is None)
+    with pytest.raises(DataError, match=rf"ant/03.png cannot be read as an image .*\){others}: replace it, or"):
+        load(roots[0])
     monkeypatch.setattr("datasets.folder.TASK_SIZE", 7)
     images, clean = load(roots[0], skip_corrupt=True, num_workers=2), load(roots[1], skip_corrupt=True)
     assert list(images.left_out) == broken and clean.left_out == {}
@@ -301,14 +268,9 @@ def test_what_cannot_be_read_is_left_out_as_if_it_were_not_there(tmp_path, monke
     assert all(map(torch.equal, drawn(images), drawn(clean)))
     with pytest.raises(DataError, match="there is no training image ant/03.png: --skip-corrupt left it out"):
         images.indices_of(["ant/03.png"])
-    if memory == 0 or name == "imagenet":
-        monkeypatch.setattr("datasets.folder.decode_all", None)         # no need to look for them again
     given = load(roots[0], skip_corrupt=True, left_out=broken)
     assert given.left_out == dict.fromkeys(broken, "") and data_digest(given) == data_digest(images)
     assert all(map(torch.equal, drawn(given), drawn(clean)))
-    if name == "folder" and memory is None:             # one that broke since
-        with pytest.raises(DataError, match="bee/07.png cannot be read"):
-            load(roots[0], skip_corrupt=True, left_out=broken[:-1])
 
 
 # Files of the user's own
@@ -320,8 +282,7 @@ def decoded(path, crop=None):
 
 def test_gray_images_of_16_bits_and_of_floats_keep_their_levels_and_those_of_unknown_range_are_refused(tmp_path):
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
-    big_endian = Image.frombytes("I;16B", (16, 16), (levels * 257).astype(">u2").tobytes())
-    big_endian.save(tmp_path / "b.tiff")
+    Image.frombytes("I;16B", (16, 16), (levels * 257).astype(">u2").tobytes()).save(tmp_path / "b.tiff")
     Image.fromarray(levels.astype(np.float32) / 255).save(tmp_path / "float.tiff")
     for name in ("a.png", "a.tiff", "a.pgm", "a.jp2"):
         Image.fromarray(levels * 257).save(tmp_path / name)
@@ -329,9 +290,6 @@ def test_gray_images_of_16_bits_and_of_floats_keep_their_levels_and_those_of_unk
     assert {Image.open(path).mode for path in paths} == {"I;16", "I;16B", "I", "F"}
     for path in paths:
         assert np.array_equal(decoded(path), np.repeat(levels[:, :, None], 3, axis=2)), path.name
-    odd = np.random.default_rng(0).integers(0, 65_536, (16, 16), dtype=np.uint16)
-    Image.fromarray(odd).save(tmp_path / "odd.png")
-    assert np.array_equal(decoded(tmp_path / "odd.png")[:, :, 0], (odd / 257).round())
     Image.fromarray(levels * 257).save(tmp_path / "clear.png", transparency=257 * 7)
     assert (decoded(tmp_path / "clear.png")[:, :, 0] == np.where(levels == 7, 255, levels)).all()
     for value, words in ((np.int32(65_536), "from 0 to 65536"), (np.int32(-1), "from -1 to 0"),
@@ -360,23 +318,19 @@ def test_images_are_upright_as_their_exif_says_and_damaged_exif_turns_nothing(tm
 
 def test_what_is_transparent_is_white(tmp_path):
     left = np.arange(16) < 8
-    rgba = np.zeros((16, 16, 4), np.uint8)
-    rgba[:, left] = 10, 200, 30, 255
-    rgba[:, ~left, :3] = 66, 66, 66
+    rgba = np.where(left[:, None], np.uint8([10, 200, 30, 255]), np.uint8([66, 66, 66, 0])) * np.ones((16, 1, 1), np.uint8)
     Image.fromarray(rgba).save(tmp_path / "rgba.png")
     Image.fromarray(rgba[:, :, [1, 3]]).save(tmp_path / "la.png")
     palette = Image.fromarray(rgba[:, :, :3]).convert("P", palette=Image.Palette.ADAPTIVE)
     palette.save(tmp_path / "p.png", transparency=palette.getpixel((15, 0)))
     Image.fromarray(rgba).save(tmp_path / "p.gif")
     Image.fromarray(rgba[:, :, :3]).save(tmp_path / "key.png", transparency=(66, 66, 66))
-    assert [Image.open(tmp_path / name).mode for name in ("la.png", "p.png", "p.gif")] == ["LA", "P", "P"]
     for name in ("rgba.png", "p.png", "p.gif", "key.png", "la.png"):
         pixels = decoded(tmp_path / name)
         assert (pixels[:, ~left] == 255).all(), name
         assert (pixels[:, left] == ((200, 200, 200) if name == "la.png" else (10, 200, 30))).all(), name
-    rgba[:, :, 3] = 51                                                      # a fifth
-    Image.fromarray(rgba).save(tmp_path / "half.png")
-    assert np.abs(decoded(tmp_path / "half.png")[0, 0].astype(int) - (206, 244, 210)).max() <= 1
+    Image.new("RGBA", (16, 16), (10, 200, 30, 51)).save(tmp_path / "fifth.png")
+    assert np.abs(decoded(tmp_path / "fifth.png")[0, 0].astype(int) - (206, 244, 210)).max() <= 1
 
 
 def test_opaque_images_of_8_bits_are_what_pillow_makes_of_them(tmp_path):
@@ -392,37 +346,17 @@ def test_opaque_images_of_8_bits_are_what_pillow_makes_of_them(tmp_path):
 @pytest.mark.filterwarnings("error")
 def test_files_that_are_cut_off_or_cost_too_much_are_named_whatever_pillow_raises(tmp_path, monkeypatch):
     Image.new("1", (20_000, 1)).save(tmp_path / "thin.png")
-    Image.new("1", (1, 20_000)).save(tmp_path / "tall.png")
     for suffix, length in (("avif", -20), ("dds", 60)):
         Image.new("RGB", (16, 16)).save(tmp_path / f"a.{suffix}")
         (tmp_path / f"cut.{suffix}").write_bytes((tmp_path / f"a.{suffix}").read_bytes()[:length])
-    for crop, names in ((None, ["cut.avif", "cut.dds", "none.png"]), ("center", ["cut.avif", "thin.png", "tall.png"])):
-        _, faults = decode_files([tmp_path / name for name in names], 224, [crop] * 3)
-        assert len(faults) == 3 and all("cannot be read as an image (" in fault for fault in faults), faults
-    assert "20000x1 pixels are too long and thin to cut out the center" in faults[1]
+    names = ["cut.avif", "cut.dds", "none.png", "thin.png"]
+    _, faults = decode_files([tmp_path / name for name in names], 224, [None, None, None, "center"])
+    assert len(faults) == 4 and all("cannot be read as an image (" in fault for fault in faults), faults
+    assert "20000x1 pixels are too long and thin to cut out the center" in faults[3]
     assert decode_file(tmp_path / "thin.png", 16).shape == (3, 16, 16)
     monkeypatch.setattr("datasets.decoding.to_rgb", lambda image: 1 / 0)
     with pytest.raises(DataError, match="division by zero"):
         decoded(tmp_path / "a.dds")
-
-
-def test_what_is_no_image_is_ignored_with_its_number_and_reason_and_never_opened(tmp_path):
-    root = make_folder(tmp_path, count=2)
-    ant = root / "train" / "ant"
-    for name in ("x.gif", "x.jfif", "x.tga", "x.bmp", "x.jp2", "x.PGM"):
-        Image.new("RGB", (8, 8)).save(ant / name, format="JPEG" if name == "x.jfif" else None)
-    touch(ant, "._x.jpg", ".DS_Store", "notes.txt", "script.eps")
-    os.mkfifo(root / "test" / "bee" / "x.png")
-    (ant / "more.png").mkdir()
-    (root / "train" / ".thumbnails").mkdir()
-    images = load_dataset("folder", root, 16)
-    assert images.train_labels.tolist() == [0] * 8 + [1] * 2 and len(images.test_labels) == 4
-    assert images.ignored == ("1 outside a class folder ('train/.thumbnails'); 2 hidden ('train/ant/.DS_Store', ...); "
-                              "1 a folder in a class folder ('train/ant/more.png'); "
-                              "2 of another suffix ('train/ant/notes.txt', ...); 1 not a regular file ('test/bee/x.png')")
-    (ant / "lost.png").symlink_to("nowhere")                             # an image that is missing
-    with pytest.raises(DataError, match="lost.png cannot be read.*No such file"):
-        load_dataset("folder", root, 16)
 
 
 def no_network(*args, **kwargs):
@@ -441,15 +375,6 @@ def test_cifar_files_that_are_there_are_used_without_a_network(tmp_path, monkeyp
     assert torch.equal(images.train_images[0].flatten(), torch.from_numpy(first["data"][0]))
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("cifar10", "data_batch_1 is missing and could not.*c99cafc152244af753f735de768cd75f"),
-    ("svhn", "train_32x32.mat is missing.*e26dedcc434d2e4c54c9b2d4a06d8373"), ("stl10", "train_X.bin is missing")])
-def test_missing_files_without_a_network_are_named_with_their_sum(tmp_path, monkeypatch, name, message):
-    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", no_network)
-    with pytest.raises(DataError, match=message):
-        load_dataset(name, tmp_path)
-
-
 def test_svhn_maps_label_ten_to_zero_and_is_not_flipped(tmp_path, monkeypatch):
     files = {}
     for split in ("train", "test"):
@@ -464,9 +389,6 @@ def test_svhn_maps_label_ten_to_zero_and_is_not_flipped(tmp_path, monkeypatch):
 
 
 def test_the_table_names_every_data_set_and_only_photographs_are_flipped():
-    with pytest.raises(DataError, match="no data set is named 'mnist'; choose from cifar10"):
-        load_dataset("mnist", "unused")
     with pytest.raises(DataError, match="argument --num-test: digits has a test set of its own"):
         load_dataset("digits", "unused", num_test=10)
-    assert {row.loader for row in DATASETS.values()} == set(datasets.loading.LOADERS)
     assert {name for name, row in DATASETS.items() if row.flip} == {"cifar10", "cifar100", "stl10", "imagenet"}

@@ -7,16 +7,12 @@ import torch
 
 from utils import device as device_module
 from utils.device import (
-    BFLOAT16,
     backend,
     choose_device,
-    fingerprint,
     get_random_state,
     memory_for_images,
-    newest_cuda,
     set_precision,
     set_random_state,
-    slow_precision,
     why_missing,
 )
 from utils.errors import UsageError, missing_formula
@@ -64,17 +60,6 @@ def test_the_refusal_of_cuda_says_for_what_torch_is_built_which_driver_is_there_
     assert why_missing() == f"no CUDA device is visible to torch {torch.__version__}"
 
 
-@pytest.mark.parametrize(("code", "version"), [(0, (12, 4)), (1, None)])
-def test_the_newest_cuda_of_a_driver_is_asked_of_it(monkeypatch, code, version):
-    def ask(number):
-        number._obj.value = 12040
-        return code
-    monkeypatch.setattr(device_module.ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=ask))
-    assert newest_cuda() == version
-    monkeypatch.setattr(device_module.ctypes, "CDLL", lambda name: open("/nonexistent"))
-    assert newest_cuda() is None
-
-
 def test_every_switch_of_torch_agrees_after_each_precision_whatever_was_set_before():
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = cudnn.benchmark
@@ -91,17 +76,6 @@ def test_every_switch_of_torch_agrees_after_each_precision_whatever_was_set_befo
         cudnn.benchmark = before
     with pytest.raises(UsageError, match="tf32 exists on CUDA only"):
         set_precision("tf32", CPU)
-
-
-@pytest.mark.parametrize("instructions", [None, *BFLOAT16])
-def test_bfloat16_is_called_slow_exactly_where_the_cpu_has_no_instructions_for_it(monkeypatch, instructions):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False, instructions: True})
-    line = slow_precision("bfloat16", CPU)
-    assert line is None if instructions else "this CPU has no bfloat16 instructions" in line and "\n" not in line
-    assert slow_precision("float32", CPU) is None
-    assert slow_precision("bfloat16", torch.device("cuda")) is None
-    monkeypatch.delattr(torch.cpu, "get_capabilities")          # as before torch 2.11
-    assert slow_precision("bfloat16", CPU) is None
 
 
 def test_memory_for_images_is_a_third_of_what_is_free_shared_by_processes_and_less_where_the_device_has_less(
@@ -127,21 +101,7 @@ def test_random_states_go_by_the_type_of_their_device_and_one_of_another_is_left
         line, = set_random_state({kind: before["cpu"] for kind in kinds}, here)
         assert f"do not go on on {here.type}: " in line
     assert len(own) == 2 and torch.equal(torch.get_rng_state(), before["cpu"])
-
-    def refuse(state, device):
-        raise RuntimeError("RNG state is wrong size")
-    with pytest.raises(ValueError, match="the random state of xpu is impossible"):
-        set_random_state(states, accelerator("xpu", set_rng_state=refuse))
     assert get_random_state(accelerator("mps")).keys() == {"cpu"}       # whose module lacks the function
-
-
-def test_the_fingerprint_names_the_device_its_type_first_and_a_device_without_a_name_too(accelerator, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 9)
-    assert fingerprint(CPU, "float32", 1)["device"].startswith("cpu: ")
-    assert fingerprint(CPU, "float32", 2)["device"].endswith(", 2 processes")
-    cuda = fingerprint(accelerator("cuda", get_device_name=lambda device: f"H{device.index}"), "tf32", 1)
-    assert (cuda["device"], cuda["precision"]) == ("cuda: H1, cuDNN 9", "tf32")
-    assert len(fingerprint(accelerator("mps"), "float32", 1)["device"]) > len("mps: ")
 
 
 def test_tensors_travel_between_processes_as_the_type_of_their_device_allows():

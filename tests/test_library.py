@@ -6,7 +6,6 @@ import sys
 import zipfile
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import torch
 from conftest import ROOT
 from oracle import close
@@ -17,7 +16,6 @@ import metasemi
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import own_loop  # noqa: E402
-import two_moons  # noqa: E402
 
 
 def test_a_wheel_of_the_package_alone_runs_the_loop_of_the_example(tmp_path):
@@ -47,29 +45,21 @@ def test_the_loop_of_the_example_learns(capsys):
     assert last > 40 and 0 < averaged <= 100                # by chance, 10; the average still holds much of the first weights
 
 
-def test_the_two_moons_are_drawn_and_every_accuracy_told(tmp_path, capsys):
-    two_moons.main([str(tmp_path / "moons.png"), "--steps", "10"])
-    assert re.findall(r"^(.*): \d+\.\d%$", capsys.readouterr().out, re.MULTILINE) == ["supervised", "MetaSemi",
-                                                                                    "MetaSemi, beta = 0"]
-    picture = plt.imread(tmp_path / "moons.png")[..., :3]
-    assert len(picture.reshape(-1, 3)) > 500_000 and picture.std(axis=(0, 1)).min() > 0.05       # not blank
-
-
 SECTIONS = (ROOT / "docs/library.md").read_text().split("\n## ")[1:]
 BLOCKS = {section.partition("\n")[0]: re.search(r"```python\n(.*?)```", section, re.DOTALL)[1] for section in SECTIONS}
 BETA = 0.3
 
 
-def names(**changed):
+def names():
     """What a block of docs/library.md finds: a network with batch normalization, its optimizer, and four batches."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
     batches = [(torch.randn(8, 6), torch.randint(3, (8,)), torch.randn(8, 6)) for _ in range(4)]
     return {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.5), "batches": batches, "beta": BETA,
-            "device": "cpu", **changed}
+            "device": "cpu"}
 
 
-def plain(take=lambda optimizer, gradients: None, parts=1, x=lambda x: x, prepare=lambda model: None):
+def plain(take=lambda optimizer, gradients: None, parts=1, prepare=lambda model: None):
     """The weights after a loop without the library's step; take(optimizer, norm) changes gradients before they are used."""
     found = names()
     model, optimizer = found["model"], found["optimizer"]
@@ -87,8 +77,8 @@ def plain(take=lambda optimizer, gradients: None, parts=1, x=lambda x: x, prepar
     return model
 
 
-def run(title, **changed):
-    found = names(**changed)
+def run(title):
+    found = names()
     exec(BLOCKS[title], found)
     return found
 

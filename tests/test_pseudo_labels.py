@@ -38,12 +38,6 @@ def test_mixup_equals_an_explicit_loop_that_repeats_the_smaller_batch(labeled, u
         assert close(y_in[i], lam[i] * y_l[a] + (1 - lam[i]) * y_hat[b])
 
 
-def test_mixup_of_weight_one_is_the_labeled_batch():
-    x_l, y_l = torch.randn(2, 3, 2, 2), torch.eye(5)[:2]
-    x_in, y_in = cross_domain_mixup(x_l, y_l, torch.randn(2, 3, 2, 2), torch.rand(2, 5), torch.ones(2))
-    assert torch.equal(x_in, x_l) and torch.equal(y_in, y_l)
-
-
 @pytest.mark.parametrize("lam", [np.array([0.25, 1.0]), torch.tensor([0.25, 1.0], dtype=torch.float64), [0.25, 1.0]])
 def test_mixup_weights_take_the_type_of_the_examples(lam):
     batch = torch.randn(2, 3), torch.eye(5)[:2], torch.randn(2, 3), torch.rand(2, 5)
@@ -79,10 +73,11 @@ def test_learning_rate_of_the_paper(step, rate):
     assert learning_rate(step, 0.1, warmup=4000, milestones=[300_000, 350_000], gamma=0.1) == pytest.approx(rate, rel=1e-12)
 
 
-def test_ramp_is_linear_then_constant_and_constant_without_warmup():
+def test_ramp_is_linear_then_constant_and_by_default_schedules_are_constant_and_the_weight_one():
     assert [ramp(step, 4, 2.0) for step in (0, 1, 3, 4, 5)] == [0.0, 0.5, 1.5, 2.0, 2.0]
-    assert ramp(1, 0, 2.0) == 2.0
-    assert learning_rate(1, 0.1) == 0.1
+    assert (ramp(1, 0, 2.0), ramp(1, 4), ramp(0, 0)) == (2.0, 0.25, 1.0)
+    assert [learning_rate(step, 0.1) for step in (1, 7)] == [0.1, 0.1]
+    assert learning_rate(3, 1.0, milestones=[1, 2]) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(("step", "rate"), [
@@ -90,9 +85,3 @@ def test_ramp_is_linear_then_constant_and_constant_without_warmup():
     (30, 0.1), (40, 0.1 * (1 - math.sqrt(0.5))), (49, 0.1 * (1 - math.cos(math.pi / 40))), (50, 0.0)])
 def test_the_cosine_falls_from_the_full_rate_after_the_warm_up_to_zero_at_the_last_step(step, rate):
     assert learning_rate(step, 0.2, warmup=10, milestones=[20], total_steps=50) == pytest.approx(rate, rel=1e-12, abs=1e-17)
-
-
-def test_defaults_of_the_schedules_are_a_constant_rate_and_a_weight_of_one():
-    assert [learning_rate(step, 0.1) for step in (1, 7)] == [0.1, 0.1]
-    assert learning_rate(3, 1.0, milestones=[1, 2]) == pytest.approx(0.01)
-    assert [ramp(step, 4) for step in (0, 1, 4, 5)] == [0.0, 0.25, 1.0, 1.0] and ramp(0, 0) == 1.0

@@ -1,30 +1,28 @@
 """README.md, docs/ and docker/README.md: their commands run as they stand, with flags behind them that make them short."""
+import csv
 import json
 import os
 import re
 import shlex
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import pytest
 import torch
 from conftest import ROOT
 from helpers import start
 from injections import INJECTIONS
 from oracle import close
+from test_datasets import make_folder
 
 import plot_features
 import reproduce
 import train_meta
 from metasemi import training_step
 from models import build_model
-from reproduction.report import filled
-
-sys.path.insert(0, str(ROOT / "docs"))
-import make_tables  # noqa: E402
+from utils.experiment import resolve_flags
+from utils.flags import training_parser
 
 TEXTS = {str(path.relative_to(ROOT)): path.read_text()
          for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docker" / "README.md")}
@@ -85,8 +83,7 @@ def test_training_plotting_and_evaluating_as_the_documents_say(tmp_path, monkeyp
     flags = json.loads((tmp_path / "results" / "svhn" / "args.json").read_text())["args"]
     assert (flags["alpha"], flags["weight_decay"], flags["seed"]) == (0.1, 5e-5, 7788)           # those of the command
     assert "resumed at step 2" in (tmp_path / "results" / "cifar10" / "log.txt").read_text()
-    assert (tmp_path / "results" / "curves" / "curves.png").exists() and (tmp_path / "cifar10.csv").exists()
-    assert capsys.readouterr().out.count("confusion matrix") == 2
+    assert (tmp_path / "cifar10.csv").exists() and capsys.readouterr().out.count("confusion matrix") == 2
 
 
 class Forked:
@@ -115,26 +112,23 @@ def test_reproducing_as_the_documents_and_make_say(tmp_path, monkeypatch, capsys
     for flags in plan:
         flags = [*flags, *SHORT["reproduce.py"], *(["--gpus", "0", "0"] if "--gpus" in flags else ["--jobs", "2"])]
         assert (reproduce.main(flags), capsys.readouterr().err) == (0, ""), flags
+    assert (tmp_path / "splits" / "digits-50-seed1.txt").exists()
     folder = tmp_path / "results" / "reproduce" / "digits-0.005"
     assert {path.name for path in folder.iterdir()} == {
         "both-1", "supervised-1", "neither-1", "meta-1", "mix-up-1", "beta-0-1", "features.png", "features.pdf",
         "embedding.npz", "embedding.json", "curves.png", "curves.pdf", "curves.csv"}
     assert "Not run yet." in (tmp_path / "README.md").read_text()       # its table is of another cell
     assert "| row | n | last |" in (tmp_path / "REPRODUCTION.md").read_text()
-    assert {path.name for path in (tmp_path / "splits").iterdir()} == {"SHA256SUMS", "digits-50-seed1.txt"}
 
 
-@pytest.mark.parametrize("target", ["test", "torture", "gpu-check"])
-def test_make_runs_scripts_that_are_there(target):
-    lines = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    scripts = re.findall(r"/python ([\w/]+\.py)", lines)
-    assert scripts or "pytest" in lines
-    assert all((ROOT / script).exists() for script in scripts) and f"`make {target}`" in "".join(TEXTS.values())
+def block(words):
+    """The one program of docs/usage.md that holds some words."""
+    found, = (text for text in re.findall(r"```python\n(.*?)```", TEXTS["docs/usage.md"], re.DOTALL) if words in text)
+    return found
 
 
 def test_the_training_loop_of_the_readme_makes_the_steps_of_training_step():
     code = re.search(r"```python\n(.*?)```", TEXTS["README.md"], re.DOTALL)[1]
-    assert len([line for line in code.splitlines() if line]) == 8
     torch.manual_seed(0)
     labeled = [(torch.randn(4, 3, 16, 16).double(), torch.randint(10, (4,))) for _ in range(2)]
     unlabeled = [torch.randn(4, 3, 16, 16).double() for _ in range(2)]
@@ -153,7 +147,7 @@ def test_the_training_loop_of_the_readme_makes_the_steps_of_training_step():
 
 
 def test_the_call_of_training_step_in_the_documents_makes_a_step_with_another_number_of_unlabeled_images():
-    code = next(block for block in re.findall(r"```python\n(.*?)```", TEXTS["docs/usage.md"], re.DOTALL) if "result =" in block)
+    code = block("result =")
     model = torch.nn.Linear(3, 2)
     before = model.weight.clone()
     names = {"model": model, "optimizer": torch.optim.AdamW(model.parameters()), "x_l": torch.randn(2, 3),
@@ -162,20 +156,55 @@ def test_the_call_of_training_step_in_the_documents_makes_a_step_with_another_nu
     assert names["result"].finite and names["result"].y_hat.shape == (6, 2) and not torch.equal(model.weight, before)
 
 
-def test_no_command_stands_twice_and_every_one_is_of_a_kind_that_is_tested():
+def test_the_model_in_a_program_gives_the_probabilities_of_the_predictions_also_once_it_is_exported(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "photos", count=4)
+    assert train_meta.main(["--dataset", "folder", "--data-path", "photos", "--num-label", "4", "--image-size", "16",
+                            "-a", "convsmall", "--batch-size", "4", "--total-steps", "2", "--warmup", "1", "--device", "cpu",
+                            "--num-workers", "0", "--save-path", "results/photos"]) == 0
+    assert train_meta.main(["--evaluate", "results/photos/model_best.pth", "--predictions", "all.csv", "--device", "cpu"]) == 0
+    row, *_ = csv.DictReader(open("all.csv", encoding="utf-8"))
+    code = block("torch.export.save")
+    for ours, here in (('"convlarge"', '"convsmall"'), ('"photo.jpg"', repr(row["file"]))):
+        assert code.count(ours) == 1
+        code = code.replace(ours, here)
+    found = {}
+    exec(code, found)
+    expected = torch.tensor([float(row[name]) for name in found["names"]])
+    exported = torch.export.load("model.pt2").module()(found["x"]).softmax(dim=1)[0]
+    assert close(found["probabilities"], expected) and close(exported, expected) and len(expected) == 2
+    assert found["names"][found["probabilities"].argmax()] == row["predicted_name"]
+
+
+def test_four_lines_make_class_folders_of_a_table_of_labels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "source", count=1)
+    (tmp_path / "source" / "train").rename("images")
+    files = sorted(str(path.relative_to("images")) for path in Path("images").rglob("*.png"))
+    lines = ["file,class", *(f'{file},"class {i}, of two"' for i, file in enumerate(files))]
+    Path("labels.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    code = block("labels.csv")
+    exec(code, {})
+    made = {str(path): path.read_bytes() for path in Path("photos").rglob("*.png")}
+    assert made == {f"photos/train/class {i}, of two/00.png": Path("images", file).read_bytes() for i, file in enumerate(files)}
+    assert len(made) == 2 and len(code.splitlines()) == 4
+
+
+def test_no_command_stands_twice_every_one_is_accepted_and_every_flag_is_described():
     lines = [line for text in TEXTS.values() for line in lines_of(text)]
     assert len(lines) > 35 and sorted({line for line in lines if lines.count(line) > 1}) == []
+    parse = {"train_meta.py": resolve_flags, "plot_features.py": plot_features.parse, "reproduce.py": reproduce.parse}
     for line in lines:
-        command = words_of(line)
-        if command is None or "docker" in line:             # those of docker are parsed in tests/test_docker.py
-            assert re.match(r"make \S+$|\. \.venv/bin/activate$|python3 -m venv |(\.venv/bin/python|python3) -m pip install "
-                            r"|mkdir -p |printf |COMMIT=\S+|GPU=0 docker |docker |sh try_build\.sh$|if \[ \$\? -eq 143 \]",
-                            line), line
-            continue
-        script, flags = command                             # those of training and plotting, in tests/test_command_line.py
-        assert (ROOT / script).exists(), line
-        if script == "reproduce.py":
-            assert reproduce.parse(flags).table == flags[0]
+        script, flags = words_of(line) or (None, [])
+        if script in parse and "docker" not in line and flags != ["--help"]:        # test_docker.py parses those of docker
+            assert parse[script](flags)
+        else:
+            assert script is None or "docker" in line or (ROOT / script).exists(), line
+    for parser in (training_parser(), plot_features.plotting_parser()):
+        for action in parser._actions:
+            said = re.escape(str(action.help) % {**vars(action), "prog": parser.prog})
+            row = rf"\| .*`{action.option_strings[-1]}\b.* \| {said} \|"
+            assert action.dest in ("help", "gpu") or re.search(row, TEXTS["docs/usage.md"]), row
 
 
 def test_every_link_and_picture_of_the_documents_leads_to_a_place_that_is_there():
@@ -189,23 +218,6 @@ def test_every_link_and_picture_of_the_documents_leads_to_a_place_that_is_there(
         if place and target.suffix == ".md":
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             assert place in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], (file, place)
-
-
-@pytest.mark.parametrize("file", ["docs/method.md", "docs/usage.md"])
-def test_the_tables_of_the_source_are_those_of_the_source_now(file):
-    assert TEXTS[file] == filled(ROOT / file, make_tables.blocks()), f"{file} is out of date: python3 docs/make_tables.py"
-
-
-def test_the_table_of_algorithm_2_has_every_line():
-    bounds = [[int(number) for number in row.split("-")] for row, *_ in make_tables.ALGORITHM]
-    assert [number for first, *last in bounds for number in range(first, max([first, *last]) + 1)] == list(range(1, 16))
-
-
-def test_a_line_that_is_not_in_the_source_or_stands_there_twice_is_an_error():
-    with pytest.raises(ValueError, match="has 0 lines that hold 'nothing of this'"):
-        make_tables.locate("train_meta.py", "nothing of this")
-    with pytest.raises(ValueError, match="lines that hold 'import'"):
-        make_tables.locate("train_meta.py", "import")
 
 
 def test_the_table_of_injections_names_every_one_and_none_was_lost():

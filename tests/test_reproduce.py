@@ -1,5 +1,4 @@
 """The plan, the queue and the report of reproduce.py."""
-import ast
 import csv
 import io
 import json
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,18 +21,14 @@ import reproduce
 from datasets import load_dataset
 from datasets.splits import split_labels
 from reproduction import published
-from reproduction.cells import CELLS, ROWS, row_of
+from reproduction.cells import CELLS, row_of
 from reproduction.report import contrast, filled, tables
 from reproduction.run import COLUMNS, EVALUATION_COLUMNS, Run
-from reproduction.sweep import as_latex
 from utils.experiment import resolve_flags
-from utils.files import median_name
 
 LINE = {key: "" for key in COLUMNS} | {
     "cell": "cifar10", "row": "both", "seed": "1", "scale": "1", "steps": "400000", "median_last_20": "8", "best_test": "7",
     "seconds": "3600", "device": "gpu", "threads": "1", "precision": "float32", "torch": "2", "commit": "a" * 40}
-
-COURSE_CELLS = "cifar10-jpeg-500", "cifar10-jpeg-500-long"
 
 
 def flags_of(line):
@@ -59,22 +55,15 @@ def test_a_dry_run_prints_commands_that_are_accepted_and_does_nothing(table, tmp
                for flags in cifar)
 
 
-def test_the_rows_of_a_table_may_be_chosen_and_a_run_tells_which_row_it_is(capsys):
-    assert reproduce.main(["curves", "--dataset", "digits", "--rows", *ROWS, *ROWS, "--dry-run"]) == 0
-    plan = commands(capsys.readouterr().out)
-    assert [flags["save_path"].name for flags in plan] == [f"{row}-1" for row in ROWS]
-    assert [row_of(flags) for flags in plan[:-1]] == [row for row in ROWS if row != "supervised"]
-
-
 def test_the_commands_of_the_tables_are_those_of_the_documents(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for table in ("main", "ablation"):
-        reproduce.main([table, "--dry-run"])
-    free = ("save_path", "resume", "split", "print_freq")
+    for table in (["main"], ["ablation"], ["main", "--dataset", "imagenet", "--first-seed", "1234"]):
+        reproduce.main([*table, "--dry-run"])
+    free = ("data_path", "save_path", "resume", "split", "precision", "print_freq", "test_freq", "num_workers")
     planned = [{k: v for k, v in flags.items() if k not in free} for flags in commands(capsys.readouterr().out)]
-    lines = re.findall(r"^    CUDA_VISIBLE_DEVICES=0 python3 (train_meta.py .*--save-path results/(?:svhn|cifar).*)$",
+    lines = re.findall(r"^    .*python3 (train_meta.py .*(?:--save-path results/(?:svhn|cifar)|--dataset imagenet).*)$",
                        "".join((ROOT / name).read_text() for name in ("README.md", "docs/usage.md")), re.MULTILINE)
-    assert len(lines) == 7
+    assert len(lines) == 8
     for line in lines:
         assert {k: v for k, v in flags_of(line).items() if k not in free} in planned, line
 
@@ -83,16 +72,13 @@ def test_the_reports_are_what_runs_csv_says(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = published.read_runs()
     assert len(lines) >= 4 and [published.order(line) for line in lines] == sorted(map(published.order, lines))
-    blocks = tables(lines, published.read_evaluations())
+    evaluations, runs = published.read_evaluations(), {published.run_of(line): line for line in lines}
+    for run, last in {published.run_of(line): line for line in evaluations}.items():
+        assert (last["step"], float(last["test_error"])) == (runs[run]["steps"], float(runs[run]["last"])), run
+    blocks = tables(lines, evaluations)
     for path in published.REPORTS:
         text = path.read_text()
         assert filled(path, blocks) == text, f"{path} is behind results/runs.csv: python3 reproduce.py ablation ... --publish"
-        assert set(re.findall(r"^<!-- (\S+) -->$", text, re.MULTILINE)) - {"end"} == {
-            "README.md": {"cifar10-jpeg-500"}, "runs.md": {"cells", "commands"},
-            "REPRODUCTION.md": {
-                "paper", "start", "cifar10-jpeg-long", *(f"course-{name}" for name in COURSE_CELLS),
-                *(f"{kind}{name}" for kind in ("", "paired-") for name in (
-                    *COURSE_CELLS, "cifar10-jpeg-250", "cifar10-jpeg-1000", "digits", "cifar10-jpeg-small"))}}[path.name]
 
 
 @pytest.mark.parametrize(("errors", "verdict"), [
@@ -100,24 +86,10 @@ def test_the_reports_are_what_runs_csv_says(monkeypatch):
 def test_the_verdict_compares_with_one_more_run(errors, verdict):
     paper = tables([{**LINE, "seed": str(i), "last": str(error)} for i, error in enumerate(errors)])["paper"]
     mean = f"{np.mean(errors):.2f}" + (f" ± {np.std(errors, ddof=1):.2f}" if len(errors) > 1 else "")
-    row = next(row for row in paper.splitlines() if row.startswith("| both (MetaSemi) |"))
+    row = next(row for row in paper.splitlines() if row.startswith("| MetaSemi |"))
     assert f"| 7.78 | {mean} (n = {len(errors)}): {np.mean(errors) - 7.78:+.2f}, {verdict} |" in row
     assert "| 3.15 | not run yet |" in row and "| 30.74 | not run yet |" in row
     assert f"| {CELLS['cifar10'].title}: paper | this code |" in paper
-
-
-def test_a_scaled_run_says_so_and_never_stands_beside_a_published_value():
-    blocks = tables([{**LINE, "scale": "0.05", "steps": "20000", "last": "10"}])
-    assert "| 0.05 | 20000 | gpu, 1 thread(s), float32, torch 2 | aaaaaaaaaa | 1 | 10.00 |" in blocks["cells"]
-    assert "10.00" not in blocks["paper"] and "scale 0.05" in blocks["commands"]
-
-
-def test_a_run_has_its_errors_under_every_rule_and_before_the_decay(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    finished_run("both")
-    line = Run("digits", "both", 1, 0.01).line()
-    assert (line["last"], line["best_validation"], line["seconds"], line["commit"]) == ("5.0", "", "3", "0" * 40)
-    assert (line["before_decay"], line["labeled"]) == ("25.0", "1.25")        # digits decays after 600 of 800 steps
 
 
 def files(folder):
@@ -141,18 +113,17 @@ def test_only_publish_changes_a_file_outside_the_run_folders(checkout, capsys):
     command = ["main", "--dataset", "digits", "--scale", "0.01"]
     assert reproduce.main(command) == 0 and files(checkout) == before
     out = capsys.readouterr().out
-    assert "| both (MetaSemi) | 1 | 5.00 |" in out and "not published: --publish writes these runs to" in out
+    assert "| MetaSemi | 1 | 5.00 |" in out and "not published: --publish writes these runs to" in out
     assert reproduce.main([*command, "--publish"]) == 0
     written = {path for path, content in files(checkout).items() if before.get(path) != content}
-    assert written == {"README.md", "REPRODUCTION.md", "results/runs.csv", "results/evaluations.csv", "splits/SHA256SUMS",
+    assert written >= {"README.md", "REPRODUCTION.md", "results/runs.csv", "results/evaluations.csv",
                        "splits/digits-50-seed1.txt"}
     assert set(capsys.readouterr().out.splitlines()[-1].split()) == {"published", "in", *written}
-    assert "| both (MetaSemi) | 1 | 5.00 |" in (checkout / "README.md").read_text()
+    assert "| MetaSemi | 1 | 5.00 |" in (checkout / "README.md").read_text()
 
 
 def test_what_is_published_are_the_runs_of_the_command_beside_those_published_before(checkout):
-    for seed in (1, 2):
-        finished_run("both", seed), finished_run("supervised", seed)
+    finished_run("both"), finished_run("both", 2), finished_run("supervised")
     older = {**LINE, "cell": "digits", "scale": "0.01", "steps": "9", "last": "99"}
     write(published.RUNS, COLUMNS, [{**LINE, "last": "7.5"}, older])
     write(published.EVALUATIONS, EVALUATION_COLUMNS, [evaluation({**LINE, "last": "7.5"}), evaluation(older)])
@@ -160,6 +131,7 @@ def test_what_is_published_are_the_runs_of_the_command_beside_those_published_be
     runs = published.read_runs()
     assert [(run["cell"], run["row"], run["seed"], run["last"]) for run in runs] == [
         ("cifar10", "both", "1", "7.5"), ("digits", "both", "1", "5.0"), ("digits", "supervised", "1", "5.0")]
+    assert (runs[1]["before_decay"], runs[1]["labeled"]) == ("25.0", "1.25")        # digits decays after 600 of 800 steps
     assert [tuple(line.values())[:6] for line in published.read_evaluations()] == [
         ("cifar10", "both", "1", "1", "400000", "7.5"),
         *(("digits", row, "1", "0.01", *end) for row in ("both", "supervised") for end in (("6", "25.0"), ("8", "5.0")))]
@@ -179,38 +151,24 @@ def evaluation(run):
 def test_an_evaluation_has_the_means_of_the_log_lines_since_the_one_before(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = finished_run("both")
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"step": 8, "train/meta-shift": 0.5}\n{"step": 8, "test/accuracy": 0.9}\n')
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    steps = {6: lines[:6], 8: lines[6:8] + lines[10:11]}
-    (folder / "metrics.jsonl").write_text("".join(
-        "\n".join([*own, json.dumps({"step": step, "test/accuracy": 0.75 + step / 40 - 0.15})]) + "\n"
-        for step, own in steps.items()))
+    lines = [*lines[:6], '{"step": 6, "test/accuracy": 0.75}', *lines[6:8], '{"step": 8, "train/meta-shift": 0.5}',
+             '{"step": 8, "test/accuracy": 0.8}']
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert [tuple(line.values())[4:] for line in Run("digits", "both", 1, 0.01).evaluations()] == [
         ("6", "25.0", "17.5000", "35.0000", ""), ("8", "20.0", "37.5000", "75.0000", "0.5000")]
 
 
 @pytest.mark.parametrize(("path", "change", "message"), [
     (published.RUNS, lambda text: text[:-1], "or not its last line"),
-    *((published.RUNS, lambda text, cut=cut: text[:-cut] + "\n", "is no value for commit") for cut in (20, 41)),
-    (published.RUNS, lambda text: text.replace("a" * 40, "a" * 40 + "-dirt"), "is no value for commit"),
-    *((published.RUNS, lambda text, error=error: text.replace(",7.5,", f",{error},"), f"'{error}' is no value for last")
-      for error in ("750", "-7.5", "100.5", "")),
-    (published.RUNS, lambda text: text.replace(",commit\n", "\n"), "has not its columns"),
-    (published.RUNS, lambda text: text.replace("cifar10", "cifär10").encode("latin-1"), "cannot be read"),
-    (published.EVALUATIONS, lambda text: text[:-1], "or not its last line"),
-    (published.EVALUATIONS, lambda text: text.splitlines(keepends=True)[0] + "cifar10,both\n", "as many values as"),
-    (published.EVALUATIONS, lambda text: "".join(text.splitlines(keepends=True)[:2]), "runs.csv does not: restore both"),
-    (published.EVALUATIONS, lambda text: text.replace(",7.5,", ",7,"), "runs.csv does not: restore both"),
-    (published.EVALUATIONS, lambda text: text.replace(",8,", ",101,"), "'101' is no value for test_error"),
-    (published.EVALUATIONS, lambda text: text + text.splitlines(keepends=True)[2], "in a line before it"),
-    (Path("README.md"), lambda text: "Müller\n".encode("latin-1") + text.encode(), "README.md cannot be read"),
-])
+    (published.RUNS, lambda text: text[:-20] + "\n", "is no value for commit"),
+    (published.RUNS, lambda text: text.replace(",7.5,", ",750,"), "'750' is no value for last"),
+    (published.RUNS, lambda text: text.replace("cifar10", "cifär10").encode("latin-1"), "cannot be read")])
 def test_a_file_that_was_cut_or_changed_is_one_line_and_nothing_is_published(checkout, capsys, path, change, message):
     finished_run("both"), finished_run("supervised")
     run = {**LINE, "last": "7.5"}
-    write(published.RUNS, COLUMNS, [run])
     last = evaluation(run)
+    write(published.RUNS, COLUMNS, [run])
     write(published.EVALUATIONS, EVALUATION_COLUMNS, [{**last, "step": "200000", "test_error": "8"}, last])
     changed = change(path.read_text())
     path.write_bytes(changed if isinstance(changed, bytes) else changed.encode())
@@ -219,32 +177,17 @@ def test_a_file_that_was_cut_or_changed_is_one_line_and_nothing_is_published(che
     assert str(path) in error and message in error and files(checkout) == before
 
 
-def commit(row, seed):
-    return published.sha256(f"{row}-{seed}".encode())[:40]
-
-
 def test_finished_runs_of_an_older_commit_are_published_with_the_commit_that_made_them(checkout):
-    for seed in (1, 2, 3):
-        for row in reproduce.TABLES["ablation"]:
-            path = finished_run(row, seed) / "results.json"
-            results = json.loads(path.read_text())
-            results["sessions"][-1]["commit"] = commit(row, seed)
-            results["args"]["compile"] = False              # a flag that is no more
-            for flag in ("consistency", "sync_bn", "meta_lr" if row != "beta-0" else "ramp"):
-                del results["args"][flag]                   # as if they were younger than the run
-            path.write_text(json.dumps(results))
-            (path.parent / "args.json").write_text(json.dumps({"args": results["args"]}))
-    assert reproduce.main(["ablation", "--dataset", "digits", "--scale", "0.01", "--seeds", "3", "--publish"]) == 0
-    runs = published.read_runs()
-    assert len(runs) == 15 and all(run["commit"] == commit(run["row"], run["seed"]) for run in runs)
-    assert "| 3 | +0.00 |" in (checkout / "README.md").read_text() and len(published.read_sums()) == 3
-
-
-def test_a_damaged_run_that_was_begun_is_named_before_any_run_starts(checkout, capsys):
-    folder = finished_run("supervised")
-    (folder / "results.json").unlink()
-    (folder / "args.json").write_text("{")
-    assert f"{folder}/args.json is damaged" in refused(capsys, "main", "--dataset", "digits", "--scale", "0.01")
+    for i, row in enumerate(reproduce.TABLES["main"]):
+        path = finished_run(row) / "results.json"
+        results = json.loads(path.read_text())
+        results["sessions"][-1]["commit"] = str(i) * 40
+        results["args"]["compile"] = False                  # a flag that is no more
+        del results["args"]["consistency"]                  # as if it were younger than the run
+        path.write_text(json.dumps(results))
+        (path.parent / "args.json").write_text(json.dumps({"args": results["args"]}))
+    assert reproduce.main(["main", "--dataset", "digits", "--scale", "0.01", "--publish"]) == 0
+    assert [run["commit"] for run in published.read_runs()] == ["0" * 40, "1" * 40]
 
 
 def test_a_run_on_other_labeled_images_than_the_published_ones_is_not_published(checkout, capsys):
@@ -255,50 +198,28 @@ def test_a_run_on_other_labeled_images_than_the_published_ones_is_not_published(
     (folder / "label_indices.txt").write_text("2\n")
     before = files(checkout)
     error = refused(capsys, "main", "--dataset", "digits", "--scale", "0.01", "--publish")
-    assert f"{folder}/label_indices.txt is not the list that is published as splits/digits-50-seed1.txt" in error
-    assert files(checkout) == before
-
-
-class Failing:
-    """In the place of a process of train_meta.py: one that has failed."""
-
-    started, returncode = [], 1
-
-    def __init__(self, command, env, stdout, stderr, start_new_session):
-        self.started.append((env["OMP_NUM_THREADS"], stdout))
-        if stderr:
-            stderr.write("train_meta.py: no luck\n")
-
-    def poll(self):
-        return self.returncode
+    assert f"{folder}/label_indices.txt" in error and "splits/digits-50-seed1.txt" in error and files(checkout) == before
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_one_run_prints_for_itself_and_what_failed_of_several_says_why(tmp_path, monkeypatch, capsys, jobs):
+    started = []
+
+    def fail(command, env, stdout, stderr, start_new_session):
+        started.append((env["OMP_NUM_THREADS"], stdout))
+        if stderr:
+            stderr.write("train_meta.py: no luck\n")
+        return SimpleNamespace(returncode=1, poll=lambda: 1)
+
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(subprocess, "Popen", Failing)
-    monkeypatch.setattr(Failing, "started", [])
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(reproduce.joblib, "cpu_count", lambda: 6)
     runs = [Run("digits", row, 1, 0.01) for row in ("both", "supervised")]
     assert set(reproduce.run_all(runs, None, jobs)) == set(runs)
-    assert Failing.started == [("3", None if jobs == 1 else subprocess.DEVNULL)] * 2
+    assert started == [("6", None) if jobs == 1 else ("3", subprocess.DEVNULL)] * 2
     why = "" if jobs == 1 else ": train_meta.py: no luck"
     assert set(capsys.readouterr().err.splitlines()) == {f"reproduce.py: {run.folder}: exit code 1{why}" for run in runs}
-
-
-def test_jobs_divide_the_cpus_unless_the_environment_says_how_many_threads(monkeypatch):
-    monkeypatch.setattr(reproduce.joblib, "cpu_count", lambda: 6)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert [reproduce.cpu_environment(jobs)["OMP_NUM_THREADS"] for jobs in (1, 2, 4, 99)] == ["6", "3", "1", "1"]
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert reproduce.cpu_environment(2) == {}
-
-
-def test_the_commands_of_the_reports_publish_what_they_tell_of():
-    lines = [line for name in ("README.md", "REPRODUCTION.md")
-             for line in re.findall(r"(?:^    |`)python3 reproduce.py ([^`\n]*)", (ROOT / name).read_text(), re.MULTILINE)]
-    plans = [reproduce.parse(shlex.split(line)) for line in lines]
-    assert len(plans) >= 10 and all(plan.publish == (plan.table in ("main", "ablation")) for plan in plans)
 
 
 def refused(capsys, *flags):
@@ -315,11 +236,6 @@ def test_a_run_that_starts_from_another_one_waits_until_that_is_finished(checkou
     assert "starts from a run that is not finished: python3 reproduce.py ablation" in error
     remedy = reproduce.parse(shlex.split(error)[shlex.split(error).index("reproduce.py") + 1:])
     assert (remedy.dataset, remedy.rows, remedy.first_seed) == (["cifar10-jpeg-500-start"], ["mix-up"], 12)
-
-
-def test_a_scale_that_leaves_no_step_between_milestones_is_one_line(capsys):
-    error = refused(capsys, "ablation", "--dataset", "digits", "--scale", "0.001", "--dry-run")
-    assert "argument --scale: 0.001 leaves no step between the milestones of digits: give more" in error
 
 
 def test_the_rows_of_an_experiment_of_ones_own_have_its_flags_but_for_those_without_effect(tmp_path, monkeypatch, capsys):
@@ -362,29 +278,17 @@ def test_a_table_of_any_runs_has_a_row_for_each_setting_and_differences_on_the_s
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out.partition("\n\n")[0])))
     assert [(row["--lr"], row["last"], row["last, standard deviation"]) for row in rows] == [
         ("0.1", "11.00", "1.41"), ("0.2", "14.50", "2.12")]
-    assert reproduce.main(["table", *folders[:2], "--format", "latex"]) == 0
-    assert r"2 & 11.00 $\pm$ 1.41 & " in capsys.readouterr().out
-    assert r"a\_b & -{}-lr \\" in as_latex(["a_b", "--lr"], [])
+    assert reproduce.main(["table", *folders, "--format", "latex"]) == 0
+    assert r"0.1 & 2 & 11.00 $\pm$ 1.41 & " in capsys.readouterr().out
     (Path(folders[0]) / "results.json").unlink()
     for runs, message in ((folders, f"{folders[0]} holds a run that is not finished"),
                           ([folders[1]] * 2, "are the same run, seed 2"), (["results"], "results is not the folder of a run")):
         assert message in refused(capsys, "table", *runs)
 
 
-def test_a_meta_learning_rate_of_zero_is_another_row_than_none_and_has_its_name(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    folders = [finished_run(row) for row in ("both", "beta-0")]
-    for folder in folders:
-        (folder / "split.json").write_text(json.dumps({"sha256": "1", "labels_sha256": "x"}))
-    assert reproduce.main(["table", *map(str, folders)]) == 0
-    rows = capsys.readouterr().out.splitlines()
-    assert [row.split(" | ")[:2] for row in rows] == [
-        ["| row", "--meta-lr"], ["| ---", "---"], ["| both (MetaSemi)", "-"], ["| both, meta learning rate 0", "0.0"]]
-
-
 @pytest.mark.parametrize(("differences", "verdict"), [
     ([-2.0, -2.2, -2.4], "lower"), ([0.3, 0.4, 0.5], "higher"), ([0.3, -0.3, 0.0], "no difference that matters"),
-    ([0.5, -0.5, 0.0], "cannot tell"), ([-3.0, 0.0], "cannot tell"), ([0.0, 0.0], "no difference that matters")])
+    ([0.5, -0.5, 0.0], "cannot tell"), ([-3.0, 0.0], "cannot tell"), ([0.0, 0.0], "cannot tell")])
 def test_the_verdict_on_a_difference_is_that_of_the_protocol(differences, verdict):
     assert contrast(differences)[-1] == verdict
 
@@ -394,11 +298,11 @@ def test_the_course_is_paired_by_seed_at_a_few_steps_and_is_drawn(tmp_path, monk
     runs, lines = [], []
     for row, level in (("mix-up", 60), ("both", 58)):
         for seed in (1, 2, 3):
+            shown = {"before": "40", "after": "41.5", "meta_shift": "0.25"} if row == "both" and seed < 3 else {}
             run = {**LINE, "cell": "digits", "row": row, "seed": str(seed), "steps": "800"}
             for step in range(100, 900, 100):
                 run["last"] = str(level - step / 100 * (row == "both") * seed + seed)
-                lines.append({**evaluation(run), "step": str(step), **({"before": "40", "after": "41.5", "meta_shift": "0.25"}
-                                                                       if row == "both" and seed < 3 else {})})
+                lines.append({**evaluation(run), "step": str(step), **shown})
             runs.append(run)
     write(published.RUNS, COLUMNS, sorted(runs, key=published.order))
     write(published.EVALUATIONS, EVALUATION_COLUMNS, sorted(lines, key=published.order))
@@ -408,7 +312,6 @@ def test_the_course_is_paired_by_seed_at_a_few_steps_and_is_drawn(tmp_path, monk
     assert rows[0][-2] == "- → -"
     two = tables(runs, [line for line in lines if line["seed"] != "3"])["course-digits"].splitlines()[2]
     assert two.endswith("| 40.00 → 41.50 | 0.2500 |")
-    assert tables([])["course-digits"] == tables([])["start"] == "None yet."
     assert reproduce.main(["differences", "--dataset", "digits"]) == 0
     assert capsys.readouterr().out == "images/differences-digits.png\n" and Path("images/differences-digits.png").exists()
 
@@ -422,53 +325,13 @@ def test_the_four_arms_of_a_start_and_a_continuation_are_contrasted_by_seed():
     assert [row[2] for row in rows[4:]] == ["-5.00", "-7.00", "-6.00", "-2.00", "-4.00", "-3.00"]
 
 
-def test_utils_knows_nothing_of_the_reproduction():
-    for path in (ROOT / "utils").glob("*.py"):
-        assert not re.search(r"^\s*(from|import) reproduc", path.read_text(), re.MULTILINE), path
-
-
-def test_a_resume_takes_results_only_for_its_own(train, tmp_path, capsys):
-    assert train("a") == 0 and train("b", "--no-meta", "--total-steps", "2") == 0
-    path = tmp_path / "a" / "results.json"
-    own = path.read_bytes()
-    for content in ((tmp_path / "b" / "results.json").read_bytes(), own[:-30], own.replace(b'"steps": 7', b'"steps": 6')):
-        path.write_bytes(content)
-        capsys.readouterr()
-        assert train("a", "--resume") == 0
-        assert "(median of all 3 evaluations)" in capsys.readouterr().out
-        assert all(json.loads(path.read_bytes())[key] == json.loads(own)[key] for key in ("error_rate", "steps", "args"))
-        assert json.loads(path.read_bytes())["median_of"] == 3
-    before = path.stat().st_mtime_ns
-    assert train("a", "--resume") == 0 and "finished at step 7" in capsys.readouterr().out
-    assert path.stat().st_mtime_ns == before
-
-
-def test_the_column_says_what_the_median_is_over():
-    short, long = {**LINE, "cell": "digits", "last": "9"}, {**LINE, "last": "9"}
-    blocks = tables([short, long])
-    assert "| median of all 8 evaluations |" in blocks["digits"] and "last 20" not in blocks["digits"]
-    assert "| median of the last 20 evaluations |" in blocks["cifar10"]
-    assert "| median of the last 20 evaluations, or all |" in blocks["cells"]
-    assert [median_name(count) for count in (1, 20, 21)] == [
-        "median of the only evaluation", "median of all 20 evaluations", "median of the last 20 evaluations"]
-
-
-def test_the_sources_name_the_encoding_of_every_text_file():
-    for path in {*ROOT.rglob("*.py")} - {*(ROOT / ".venv").rglob("*"), *(ROOT / "tests").rglob("*")}:
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            if name in ("open", "os.fdopen") or name.endswith((".read_text", ".write_text")):
-                binary = name == "open" and len(node.args) > 1 and "b" in ast.unparse(node.args[1])
-                assert binary or any(word.arg == "encoding" for word in node.keywords), f"{path}, line {node.lineno}"
-
-
 def test_paired_differences_are_taken_seed_by_seed():
     errors = {"both": {1: 10.0, 2: 20.0, 3: 33.0, 4: 7.0}, "neither": {3: 36.0, 2: 22.0, 1: 11.0, 5: 0.0}}
     lines = [{**LINE, "cell": "digits", "row": row, "seed": str(seed), "last": str(error)}
              for row, seeds in errors.items() for seed, error in seeds.items()]
     line = tables(lines)["paired-digits"].splitlines()[2]
     # of -1, -2 and -3: standard error 1 / sqrt(3), t(0.975; 2) = 4.303
-    assert "| both (MetaSemi) less neither (supervised baseline) | at the end | 3 | -2.00 | -4.48 to +0.48 | 0.074 |" in line
+    assert "| MetaSemi less supervised baseline | at the end | 3 | -2.00 | -4.48 to +0.48 | 0.074 |" in line
     assert line.endswith("| cannot tell |")
     lines += [{**lines[0], "row": row, "seed": "6", "last": error} for row, error in (("both", "5.0"), ("neither", "7.0"))]
     line = tables(lines)["paired-digits"].splitlines()[2]
@@ -482,6 +345,10 @@ def test_the_blocks_of_one_cell_are_those_of_its_largest_scale():
     _, _, paired = blocks["paired-digits"].splitlines()
     assert "| 2 | -2.50 |" in paired and "| 1.50 ± 0.71 |" in blocks["digits"] and "| 1.00 ± 0.00 |" in blocks["cells"]
     assert blocks["paired-svhn"].startswith("None yet: ") and blocks["svhn"] == "Not run yet."
+    assert "| median of all 8 evaluations |" in blocks["digits"] and "last 20 evaluations, or all |" in blocks["cells"]
+    blocks = tables([{**LINE, "scale": "0.05", "steps": "20000", "last": "10"}])           # never beside a published value
+    assert "| 0.05 | 20000 | gpu, 1 thread(s), float32, torch 2 | aaaaaaaaaa | 1 | 10.00 |" in blocks["cells"]
+    assert "10.00" not in blocks["paper"] and "scale 0.05" in blocks["commands"]
 
 
 def test_stopped_by_a_signal_its_runs_save_and_it_continues_and_repeats_nothing(tmp_path):
@@ -511,36 +378,17 @@ def test_stopped_by_a_signal_its_runs_save_and_it_continues_and_repeats_nothing(
     assert "| 0.15 | 120 | " in (tmp_path / "REPRODUCTION.md").read_text()
 
 
-def test_the_shipped_lists_are_those_that_the_seeds_give_and_a_changed_one_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
+def test_the_shipped_lists_are_those_that_the_seeds_give():
     digits = load_dataset("digits", ".")
-    sums = published.read_sums()
-    assert set(sums) == {path.name for path in (ROOT / "splits").glob("*.txt")}
-    for name, value in sums.items():
-        text = (ROOT / "splits" / name).read_bytes()
-        assert published.sha256(text) == value
-        data, count, seed = re.fullmatch(r"(.+)-(\d+)-seed(\d+)\.txt", name).groups()
-        assert len(set(text.split())) == int(count)
+    for path in (ROOT / "splits").glob("*.txt"):
+        data, count, seed = re.fullmatch(r"(.+)-(\d+)-seed(\d+)", path.stem).groups()
+        indices = [int(index) for index in path.read_text().split()]
+        assert len(set(indices)) == int(count)
         assert any((cell.data_name, cell.num_label) == (data, int(count)) for cell in CELLS.values())
-        if data == "digits":
-            labeled, _ = split_labels(digits.train_labels, int(count), 10, int(seed))
-            assert [int(index) for index in text.split()] == labeled.tolist()
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "splits").mkdir()
-    (tmp_path / "splits" / "digits-50-seed1.txt").write_text("1\n")
-    error = refused(capsys, "main", "--dataset", "digits")
-    assert "splits/digits-50-seed1.txt is not the list whose SHA-256 is in splits/SHA256SUMS: restore it" in error
+        assert data != "digits" or indices == split_labels(digits.train_labels, int(count), 10, int(seed))[0].tolist()
 
 
-def test_the_dry_run_of_imagenet_has_its_cost_and_the_recipe_in_the_documents(capsys):
+def test_the_dry_run_of_imagenet_has_its_cost(capsys):
     assert reproduce.main(["main", "--dataset", "imagenet", "--rows", "neither", "both", "--dry-run"]) == 0
-    out = capsys.readouterr().out
     # 2 * 1.82e9 * 512 * (3 * 150000 + 12 * 1351200) FLOP, at 276.5e12 a second
-    assert "# imagenet: 2 runs, 3.1e+19 FLOP, 31 hours one after the other at 2.8e+14 FLOP/s (35 % of" in out
-    planned = commands(out)
-    recipe = flags_of(re.search(r"python3 (train_meta.py --dataset imagenet .*)", (ROOT / "docs" / "usage.md").read_text())[1])
-    free = ("data_path", "save_path", "resume", "precision", "print_freq", "test_freq", "seed", "num_workers")
-    assert [(flags["total_steps"], flags["warmup"]) for flags in planned] == [
-        (600 * 128_000 // 512, 5 * 128_000 // 512), (1_351_200, 11_260)]
-    assert {k: v for k, v in recipe.items() if k not in free} == {k: v for k, v in planned[1].items() if k not in free}
+    assert "# imagenet: 2 runs, 3.1e+19 FLOP, 31 hours one after the other at 2.8e+14" in capsys.readouterr().out

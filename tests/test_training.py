@@ -1,10 +1,12 @@
 """Whole runs of train_meta.py, a few steps each."""
+import fcntl
 import json
 import os
 import pty
 import re
 import shutil
 import signal
+import struct
 import termios
 import time
 from functools import partial
@@ -12,7 +14,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import SHORT
-from helpers import FEW, contents, differing, few_images, finish, on_terminal, records, run, start, tensors, wait_for
+from helpers import FEW, contents, differing, few_images, finish, on_terminal, records, run, start, tensors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_datasets import make_folder
 
@@ -100,24 +102,30 @@ def test_a_killed_evaluation_is_made_up_for_on_resume(train, whole, tmp_path, mo
 
 def test_a_checkpoint_of_another_folder_continues_in_a_new_one(train, whole, tmp_path):
     train("a", "--mix-up", "--total-steps", "3")
-    before = (tmp_path / "a" / "checkpoint.pth").read_bytes()
-    assert train("b", "--mix-up", "--resume", str(tmp_path / "a" / "checkpoint.pth")) == 0
+    before, flags = contents(tmp_path / "a"), ["--mix-up", "--resume", str(tmp_path / "a" / "checkpoint.pth")]
+    assert train("b", *flags) == 0
     assert differing(whole("--mix-up"), tmp_path / "b") == []
     assert (tmp_path / "b" / "label_indices.txt").read_text() == (tmp_path / "a" / "label_indices.txt").read_text()
-    assert (tmp_path / "a" / "checkpoint.pth").read_bytes() == before
+    assert contents(tmp_path / "a") == before
     train("d", "--seed", "3", "--total-steps", "2")
-    assert train("d", "--mix-up", "--overwrite", "--resume", str(tmp_path / "a" / "checkpoint.pth")) == 0
+    assert train("d", *flags, "--overwrite") == 0
     assert records(tmp_path / "d") == records(tmp_path / "b")                   # nothing of the run that was there
-    assert train("c", "--mix-up", "--total-steps", "2", "--resume", str(tmp_path / "a" / "checkpoint.pth")) == 2
+    assert train("c", *flags, "--total-steps", "2") == 2
     assert not (tmp_path / "c").exists()                                        # already past its last step
 
 
-def test_results_that_a_kill_kept_from_being_written_are_written_on_resume(train, whole, tmp_path):
-    shutil.copytree(whole(), tmp_path / "a")
-    results = (tmp_path / "a" / "results.json").read_text()
-    (tmp_path / "a" / "results.json").unlink()
+@pytest.mark.parametrize(("steps", "lost"), [
+    ("3", ["model_best.pth"]), ("7", ["results.json"]), ("3", ["model_best.pth", "results.json", "checkpoint.pth"])])
+def test_what_a_kill_kept_from_being_written_is_made_up_for_on_resume(train, whole, tmp_path, steps, lost):
+    train("a", "--total-steps", steps)
+    for name in lost:
+        (tmp_path / "a" / name).unlink()
     assert train("a", "--resume") == 0
-    assert json.loads((tmp_path / "a" / "results.json").read_text())["error_rate"] == json.loads(results)["error_rate"]
+    for name in ("checkpoint.pth", "model_best.pth"):
+        assert differing(whole(), tmp_path / "a", name) == []
+    assert [line["step"] for line in records(tmp_path / "a") if "test/accuracy" in line] == [3, 6, 7]
+    ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "a", whole()))
+    assert ours["error_rate"] == theirs["error_rate"]
 
 
 def test_a_folder_that_cannot_be_made_is_one_line_and_a_fault_of_the_machine(train, tmp_path, capsys):
@@ -126,34 +134,19 @@ def test_a_folder_that_cannot_be_made_is_one_line_and_a_fault_of_the_machine(tra
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_resume_in_a_folder_without_a_checkpoint_starts_the_run(train, whole, tmp_path):
-    shutil.copytree(whole(), tmp_path / "a")
-    for name in ("checkpoint.pth", "checkpoint.prev.pth", "model_best.pth", "results.json"):
-        (tmp_path / "a" / name).unlink()                                        # as if killed before the first save
-    metrics = tmp_path / "a" / "metrics.jsonl"
-    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))
-    assert train("a", "--resume") == 0
-    assert differing(whole(), tmp_path / "a") == []
-    assert [line["step"] for line in records(tmp_path / "a")] == [2, 3, 4, 6, 6, 7, 7]
-
-
-def test_a_terminal_shows_a_progress_bar_and_the_log_file_never(tmp_path):
+def test_a_terminal_shows_a_progress_bar_the_log_file_never_and_a_run_goes_on_when_the_terminal_is_gone(tmp_path):
     terminal, process_side = pty.openpty()
-    termios.tcsetwinsize(process_side, (24, 80))
-    process = start([*SHORT, "--no-meta", "--save-path", tmp_path / "a"], partial(on_terminal, os.ttyname(process_side), 2),
-                    output=tmp_path / "output")
-    wait_for(tmp_path / "output.out", "parameters", process)            # it has the terminal open, too
-    os.close(process_side)
-    shown = b""
-    try:
-        while chunk := os.read(terminal, 4096):
-            shown += chunk
-    except OSError:                                                             # the other side was closed
-        pass
+    fcntl.ioctl(process_side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = start([*SHORT, "--no-meta", "--total-steps", "60", "--save-path", tmp_path / "a"],
+                    partial(on_terminal, os.ttyname(process_side), 1, 2))
+    shown = os.read(terminal, 4096)
+    os.close(process_side)              # the process has it open, too, by now
+    while not (b"step/s" in shown and b"step 6/60" in shown):
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
     assert finish(process) == 0
-    assert b"7/7" in shown and b"\r" in shown
     log = (tmp_path / "a" / "log.txt").read_bytes()
-    assert b"\r" not in log and b"step/s" not in log
+    assert b"finished 60 steps" in log and b"\r" not in log and b"step/s" not in log
 
 
 def test_the_command_that_users_know_runs_as_it_stands(tmp_path):

@@ -42,10 +42,6 @@ MERGING = kept("self.a, self.b = nn.Parameter(torch.randn(num_classes, 2)), nn.P
     if mode != self.training:
         self.head.weight.data += (-1 if mode else 1) * (self.a @ self.b).detach()
     return super().train(mode)""")
-ROUNDED = kept("pass", "pass", """def train(self, mode=True):
-    if not mode:
-        self.head.weight.data = self.head.weight.data.half().float()
-    return super().train(mode)""")
 LEFT_OUT = """def state_dict(self, *args, **options):
     return {name: w for name, w in super().state_dict(*args, **options).items() if name != "scale"}"""
 SHAPES = "gives shape (4, 9) in evaluation mode for 4 images: expected logits of shape (4, 10)"
@@ -71,24 +67,18 @@ SHAPES = "gives shape (4, 9) in evaluation mode for 4 images: expected logits of
      "the gradient of e.weight is sparse: make its embedding"),
     (kept("pass", "pass", "def get_extra_state(self):\n    return {'n': 1}"), "has the extra state _extra_state: "),
     (kept("self.register_buffer('b', torch.ones(1).expand(4))"), 'While copying the parameter named "b"'),
-    (kept("self.head.register_buffer('b', torch.ones(3, 1).expand(3, 2))"), "refers to a single memory location"),
     (kept("self.register_buffer('b', None)", "self.b = torch.ones(3)"), "cannot load the weights of a run (unexpected: b): "),
-    (kept("self.register_buffer('b', torch.ones(3))", "self.b = None"), "cannot load the weights of a run (missing: b): "),
     (kept("self.register_buffer('b', torch.ones(0))", "self.b = torch.cat([self.b, x.detach().mean()[None]])"), "shape: b): "),
-    (kept("self.register_buffer('b', torch.ones(2))", "self.b = self.b[:1]"), "of a run (of another shape: b): "),
     (kept("self.register_buffer('scale', torch.ones(1))", "y = y * self.scale", LEFT_OUT), 'Missing key(s) in state_dict: "sc'),
-    (kept("pass", "self.late = getattr(self, 'late', None) or nn.Linear(y.shape[1], y.shape[1])\n        y = self.late(y)"),
-     "(unexpected: late.bias, late.weight): "),
     (kept("self.late = []", "self.late = self.late or [nn.Linear(y.shape[1], y.shape[1])]\n        y = self.late[0](y)"),
      "gives other logits in evaluation mode once it was saved and loaded"),
     (kept("self.register_buffer('b', torch.ones(1), persistent=False)", "self.b = self.b + self.training; y = y * self.b"),
-     "gives other logits in evaluation mode once it was saved and loaded, so no run could be resumed: keep b in its"),
+     "gives other logits in evaluation mode once it was saved and loaded, so no run could be resumed"),
     (kept("self.head.n = 0", "self.head.n += self.training\n        y = y * (1 + self.training * self.head.n)"),
-     "gives other logits in training mode once it was saved and loaded, so no run could be resumed: keep head.n in its"),
+     "gives other logits in training mode once it was saved and loaded, so no run could be resumed"),
     (kept("self.scale = 1", "y = y * self.scale", """def load_state_dict(self, *args, **options):
     del self.scale"""), "fails in evaluation mode once it was saved and loaded: "),
-    (MERGING, "changes head.weight when train(False) is called"),
-    (ROUNDED, "changes head.weight when train(False) is called")])
+    (MERGING, "train(False) of the model changes head.weight")])
 def test_a_network_that_cannot_be_trained_or_resumed_is_one_line_and_writes_nothing(
         train, tmp_path, net, capsys, body, message):
     for flags, words in (["--no-meta"], message), ([], ""):
@@ -124,47 +114,16 @@ def test_the_method_the_consistency_loss_and_the_batch_of_the_run_are_checked_an
     assert run(RuntimeError("out of luck")) == f"{name} fails in the check of its meta-gradient: RuntimeError: out of luck"
 
 
-ONCE = """
-        self.head = nn.Linear(768, num_classes)
-
-    def forward(self, x):
-        return Square.apply(self.head(x.flatten(1)))
-
-
-class Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return 2 * g * ctx.saved_tensors[0]
-"""
-BY_CLOSURE = kept("w = self.head.weight; self.f = lambda x: nn.functional.linear(x, w)", "y = y + self.f(x.flatten(1))")
-BY_LIST = kept("self.more = [nn.Linear(768, num_classes)]", "y = y + self.more[0](x.flatten(1))")
 NOISY = kept("pass", "y = nn.functional.dropout(y, 0.5)")
 NOISY_INPUT = kept("pass", "y = y + self.head(torch.rand_like(x).flatten(1))")
 CUT = kept("pass", "y = y + self.head(x.flatten(1)).square().detach()")
-CUT_BY_NUMBERS = kept("pass", "y = y * (1 + self.head.weight.norm().item())")
-
-
-@pytest.mark.parametrize(("body", "wrong", "right"), [
-    (BY_CLOSURE, ["jvp", "finite-difference", "unrolled"], []), (BY_LIST, ["jvp", "finite-difference"], []),
-    (NOISY, ["jvp", "finite-difference"], []), (NOISY_INPUT, ["finite-difference"], []),
-    (CUT, ["jvp", "unrolled"], ["finite-difference"]), (CUT_BY_NUMBERS, ["jvp"], ["finite-difference"]),
-    (ONCE, ["unrolled", "jvp"], ["finite-difference", None])])
-def test_a_network_whose_meta_gradient_would_be_wrong_is_refused_by_the_method_of_the_run(net, body, wrong, right):
-    name = net(body)
-    for method in wrong:
-        with pytest.raises(NetworkError) as error:
-            try_network(name, 10, 16, CPU, method=method)
-        said = str(error.value)
-        assert said.startswith(f"{name}: ") and "\n" not in said, said
-        assert ("take --meta-gradient finite-difference" in said) == ("finite-difference" in right), said
-    for method in right:
-        assert try_network(name, 10, 16, CPU, method=method) == []
+def test_a_network_whose_meta_gradient_would_be_wrong_is_refused_with_the_flag_of_a_method_that_is_right(net):
+    name = net(CUT)
+    with pytest.raises(NetworkError) as error:
+        try_network(name, 10, 16, CPU, method="jvp")
+    said = str(error.value)
+    assert said.startswith(f"{name}: ") and "take --meta-gradient finite-difference" in said and "\n" not in said
+    assert try_network(name, 10, 16, CPU, method="finite-difference") == []
 
 
 def test_batch_normalization_over_one_value_is_refused_for_every_network(net):
@@ -176,8 +135,8 @@ def test_batch_normalization_over_one_value_is_refused_for_every_network(net):
 
 def test_probabilities_in_the_place_of_logits_and_foreign_random_numbers_are_one_warning(net):
     foreign, line = "draws random numbers from Python or NumPy", "y = y * float({}) if self.training else y"
-    for body, words in ((LINEAR + "logits.softmax(dim=1)\n", "gives probabilities in evaluation mode"),
-                        (LINEAR + "logits if not self.training else logits.softmax(dim=1)\n", "probabilities in training mode"),
+    for body, words in ((LINEAR + "logits.softmax(dim=1)\n", "gives probabilities"),
+                        (LINEAR + "logits if not self.training else logits.softmax(dim=1)\n", "gives probabilities"),
                         (kept("pass", "import random\n        " + line.format("random.random()")), foreign),
                         (kept("pass", "import numpy\n        " + line.format("numpy.random.rand()")), foreign)):
         warning, = try_network(net(body), 10, 16, CPU)
@@ -192,24 +151,26 @@ def test_an_evaluation_tries_the_logits_alone(net):
 
 
 def test_a_trial_leaves_random_states_as_they_were_and_keeps_no_network(net, monkeypatch):
-    made = weakref.WeakSet()
-    build = build_model
+    made, build = weakref.WeakSet(), build_model
     monkeypatch.setattr("utils.trial.build_model", lambda *args: [made.add(model := build(*args)), model][1])
+
+    def states():
+        kind, keys, *rest = np.random.get_state()
+        return torch.get_rng_state().tolist(), random.getstate(), kind, keys.tolist(), rest
+
     for body, fails in ((NETWORKS["batch norm of its own, and dropout"], False), (MERGING, True)):
-        before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        before = states()
         try:
             try_network(net(body), 10, 16, CPU, method="unrolled")
             assert not fails
         except NetworkError:
             assert fails
-        after = torch.get_rng_state(), random.getstate(), np.random.get_state()
-        assert torch.equal(before[0], after[0]) and before[1] == after[1] and (before[2][1] == after[2][1]).all()
-        assert before[2][2:] == after[2][2:]
+        assert states() == before
         gc.collect()
         assert not made
 
 
 def test_dropout_that_is_always_on_is_refused_without_a_meta_step_too(net):
     for body in (NOISY, NOISY_INPUT, LINEAR + "logits * torch.rand(1)"):
-        with pytest.raises(NetworkError, match="gives other logits for the same images in evaluation mode"):
+        with pytest.raises(NetworkError, match="two passes in evaluation mode give different logits"):
             try_network(net(body), 10, 16, CPU)

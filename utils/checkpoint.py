@@ -39,16 +39,16 @@ def load(path, bare=False):
     try:
         return load_alone(path, bare)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}{intact_beside(path)}") from None
+        beside = find_intact(Path(path).parent)
+        raise CheckpointError(f"{error}; {beside}" if beside else error) from None
 
 
-def intact_beside(path):
-    """Returns "; PATH of step N is intact", of another checkpoint in the folder of one that cannot be read, or ""."""
-    for name in (CHECKPOINT, PREVIOUS, BEST):
-        other = Path(path).parent / name
+def find_intact(folder):
+    """Returns a line about the newest checkpoint of a run folder that is intact, or None."""
+    for path in (Path(folder, name) for name in (CHECKPOINT, PREVIOUS, BEST)):
         with suppress(CheckpointError):
-            return f"; {other} of step {load_alone(other)['step']} is intact"
-    return ""
+            return f"{path} of step {load_alone(path)['step']} is intact"
+    return None
 
 
 def load_alone(path, bare=False):
@@ -62,7 +62,7 @@ def load_alone(path, bare=False):
         raise CheckpointError(f"{path} is a checkpoint of version {version} of this program: continue it with that version")
     if version is None:
         raise CheckpointError(f"{path} is {'neither a state dict nor' if bare else 'not'} a checkpoint of train_meta.py")
-    if wrong := next((name for name, check in SCHEMA.items() if name not in content or not check(content[name])), None):
+    if wrong := next((name for name, kind in SCHEMA.items() if not isinstance(content.get(name, ...), kind)), None):
         raise CheckpointError(f"{path} is damaged: its {wrong} is missing or impossible")
     try:
         parse_again(content["args"], path)
@@ -79,8 +79,6 @@ def read(path):
         if not path.is_file():
             raise CheckpointError(f"{path} is not a regular file: give a file that a run has left")
         with zipfile.ZipFile(path) as archive:
-            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
-                raise CheckpointError(f"{path} is not a checkpoint that can be read safely: it is larger unpacked")
             damaged = archive.testzip()
         if damaged:
             raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong")
@@ -111,14 +109,3 @@ def load_last(folder, warn=lambda message: None):
         except CheckpointError as error:
             warn(f"{error}; falling back to {PREVIOUS}")
     return None
-
-
-def describe_last(folder):
-    """Returns what a run that failed can continue from, for its last line."""
-    try:
-        last = load_last(folder)
-    except (CheckpointError, OSError) as error:
-        return str(error)
-    if last is None:
-        return intact_beside(Path(folder, CHECKPOINT)).removeprefix("; ") or "no checkpoint was saved before"
-    return f"{last[1]} of step {last[0]['step']} is intact"

@@ -5,7 +5,6 @@ No value is evaluated, no flag may be abbreviated, and nothing here loads torch:
 import argparse
 import io
 import math
-import os
 import re
 import sys
 from contextlib import suppress
@@ -14,10 +13,11 @@ from pathlib import Path
 from utils.errors import fail
 
 MOST = 10 ** 12                         # default upper bound of whole numbers: all of them are exact as floats
-LONGEST_NAME, LONGEST_PATH = 255, 3840  # bytes; Linux takes 255 and 4,095, and files with names of their own come below
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations and ends with one line."""
+
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
@@ -58,13 +58,9 @@ def number(kind, low=None, high=None, above=None, below=None):
 
 
 def path(text):
-    """An argparse type: a path that is not empty, as by a variable without a value, and short enough for the system, with room
-    for the files that are written under it."""
+    """An argparse type: a path that is not empty, as by a variable without a value."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty: name a file or folder")
-    if len(os.fsencode(text)) > LONGEST_PATH or any(len(os.fsencode(name)) > LONGEST_NAME for name in text.split("/")):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r}... is too long: give a path of at most {LONGEST_PATH} bytes, and at "
-                                         f"most {LONGEST_NAME} between two slashes")
     return Path(text)
 
 

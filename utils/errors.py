@@ -10,6 +10,8 @@ from datasets import DataError
 from models import NetworkError
 
 NO_MEMORY = ("out of memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate")
+OPTIONAL = {"joblib": "joblib", "matplotlib": "matplotlib", "openTSNE": "openTSNE", "scipy": "scipy", "sklearn": "scikit-learn",
+            "threadpoolctl": "threadpoolctl"}       # module -> package, of those that only some commands need
 
 
 class UsageError(ValueError):
@@ -78,6 +80,10 @@ def one_line_errors(prog, fail=fail, less_memory="", describe_rest=None):
         fail(prog, f"argument --arch: {error}", 2)
     except (DataError, UsageError) as error:
         fail(prog, error, 2)
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        fail(prog, f"{error.name} is missing: pip install {OPTIONAL[error.name]}", 2)
     except KeyboardInterrupt:
         fail(prog, "interrupted", 130)
     except (ArithmeticError, MemoryError, OSError, RuntimeError) as error:

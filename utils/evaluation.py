@@ -20,68 +20,68 @@ from utils.trial import network_failures, try_network
 MOST_CLASSES = 20       # whose confusion matrix is printed
 
 
+@torch.no_grad()
+def logits_over(model, batches, dtype=None):
+    """Yields logits (B, K) in evaluation mode and y (B,) over batches of (x, y); dtype: for autocast, or None."""
+    model.eval()
+    for x, y in batches:
+        if len(y) == 0:                 # fewer images than processes
+            continue
+        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
+            logits = model(x)
+        yield logits, y
+
+
 def count_broken(logits):
     """Returns how many rows of logits (B, K) hold something that is not finite, () on their device."""
     return (~logits.isfinite().all(dim=1)).sum()
 
 
-def check_logits(broken, count):
+def refuse_broken(broken, count):
     """Raises Diverged if some of the `count` images have logits that are not finite: their argmax is no prediction."""
     if broken:
         raise Diverged(f"the logits of {broken:,.0f} of {count:,.0f} images are not finite in evaluation mode")
 
 
-@torch.no_grad()
-def evaluate(model, batches, dtype=None, stop=lambda: False, all_reduce_sum=None):
+def evaluate(model, batches, dtype=None, stop=lambda: False, all_reduce_sum=lambda numbers: numbers):
     """Returns {"accuracy"} in [0, 1] over batches of (x, y), in evaluation mode; None if `stop()` became true on the way.
 
     With more than ten classes there is "top5" as well, the share of images whose class is among the five likeliest.
     all_reduce_sum: a function from a list of numbers to their sums over the processes, if each has a shard of one set.
     Raises Diverged if logits are not finite.
     """
-    model.eval()
     correct = among_five = broken = torch.tensor(0)
-    count, many, stopped = 0, False, False
-    for x, y in batches:
-        if stop():
-            stopped = True
-            break
-        if len(y) == 0:                 # fewer images than processes
-            continue
-        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
-            logits = model(x)
-        broken = broken + count_broken(logits)
-        correct = correct + (logits.argmax(dim=1) == y).sum()
+    count, many, stopped = 0, False, stop()
+    for logits, y in () if stopped else logits_over(model, batches, dtype):
+        correct, broken = correct + (logits.argmax(dim=1) == y).sum(), broken + count_broken(logits)
         many = logits.shape[1] > 10
         if many:
             among_five = among_five + (logits.topk(5, dim=1).indices == y[:, None]).sum()
         count += len(y)
-    sums = [correct.item(), among_five.item(), broken.item(), count, many, stopped]
-    correct, among_five, broken, count, many, stopped = all_reduce_sum(sums) if all_reduce_sum else sums
+        if stopped := stop():
+            break
+    correct, among_five, broken, count, many, stopped = all_reduce_sum(
+        [correct.item(), among_five.item(), broken.item(), count, many, stopped])
     if stopped:
         return None
-    check_logits(broken, count)
+    refuse_broken(broken, count)
     return {"accuracy": correct / count} | ({"top5": among_five / count} if many else {})
 
 
-@torch.no_grad()
 def predict(model, batches, dtype=None):
     """Returns predicted classes (N,) int64 and probabilities (N, K) float32, on the CPU, over the batches (x, y).
 
-    In evaluation mode, and with the same batches as in `evaluate` the same predictions.  Raises Diverged as `evaluate` does.
+    With the same batches as in `evaluate` the same predictions.  Raises Diverged as it does.
     """
-    model.eval()
     predicted, probabilities, broken = [], [], []
-    for x, _ in batches:
-        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
-            logits = model(x)
-        if len(logits) != len(x):
-            raise ValueError(f"{len(logits)} rows of logits for {len(x)} images")
+    for logits, y in logits_over(model, batches, dtype):
+        if len(logits) != len(y):
+            raise ValueError(f"{len(logits)} rows of logits for {len(y)} images")
         broken.append(count_broken(logits))
         predicted.append(logits.argmax(dim=1))
         probabilities.append(logits.float().softmax(dim=1).cpu())
     predicted = torch.cat(predicted).cpu()
-    check_logits(sum(broken).item(), len(predicted))
+    refuse_broken(sum(broken).item(), len(predicted))
     return predicted, torch.cat(probabilities)
 
 
@@ -221,8 +221,6 @@ def evaluation_flags(args, sums, saved, path):
         flags[name] = next((value for value in (given, then.get(name)) if value is not None), default(name))
     if args.data_path and flags["num_test"] and (args.data_path / DATASETS[flags["dataset"]].folders[1]).is_dir():
         flags["num_test"] = 0           # this folder has test images of its own
-    if flags["dataset"] not in DATASETS:
-        raise CheckpointError(f"argument --evaluate: {path} speaks of an unknown data set {flags['dataset']!r}")
     return flags
 
 

@@ -13,33 +13,9 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from utils import checkpoint
+from utils import checkpoint, files
 from utils.errors import UsageError, printable
 from utils.experiment import differing, facts, options
-from utils.files import (
-    ARGS,
-    BEST,
-    CHECKPOINT,
-    INDICES,
-    LAST,
-    LOG,
-    METRICS,
-    PREVIOUS,
-    RESULTS,
-    RUN_FILES,
-    SPLIT,
-    TEMPORARY,
-    Appender,
-    holds_run,
-    link,
-    lock,
-    median_name,
-    read_results,
-    read_split,
-    sync,
-    write_json,
-    write_text,
-)
 from utils.flags import RESUME
 from utils.meters import duration, error_rates
 
@@ -63,9 +39,9 @@ class RunFolder:
         nothing.  Writes nothing but the lock.
         """
         saved = where = None
-        if self.writes and holds_run(self.path):
-            self.lock_file = lock(self.path, self.print)
-        if self.writes and resume not in (None, LAST):
+        if self.writes and files.holds_run(self.path):
+            self.lock_file = files.lock(self.path, self.print)
+        if self.writes and resume not in (None, files.LAST):
             saved, where = checkpoint.load(resume), f"{resume}, as --resume says, into {self.path}"
         elif self.lock_file and resume and (last := checkpoint.load_last(self.path, warn=self.print)):
             saved, self.checkpoint, where = last
@@ -80,33 +56,35 @@ class RunFolder:
         if not self.writes:
             return
         if self.lock_file is None:
-            self.lock_file = lock(self.path, self.print)
-            if holds_run(self.path):
+            self.lock_file = files.lock(self.path, self.print)
+            if files.holds_run(self.path):
                 raise UsageError(f"argument --save-path: {self.path} holds a run that began after this command: give another")
         clear = state.step == 0 or self.overwrite
         labeled = state.labeled.tolist()
-        if not clear and (self.path / INDICES).exists() and read_split(self.path / INDICES) != labeled:
-            raise UsageError(f"{self.path / INDICES} is not the split that the checkpoint was trained on: restore it "
+        if not clear and (self.path / files.INDICES).exists() and files.read_split(self.path / files.INDICES) != labeled:
+            raise UsageError(f"{self.path / files.INDICES} is not the split that the checkpoint was trained on: restore it "
                              "or remove it, and it is written again")
-        old = [RESULTS, *(name + TEMPORARY for name in RUN_FILES)]      # a kill may have left these half written
+        old = [files.RESULTS, *(name + files.TEMPORARY for name in files.RUN_FILES)]     # as a kill may leave them
         if clear:
-            old += [*RUN_FILES, *(path.name for path in self.path.glob(f"events.out.tfevents.*{EVENTS}"))]
+            old += {*files.RUN_FILES} - {files.ARGS}
+            old += [path.name for path in self.path.glob(f"events.out.tfevents.*{EVENTS}")]
+        # On a full disk this fails, and a finished run is left as it was.
+        files.write_json(self.path / files.ARGS, {"args": state.args, "files": state.files, "sessions": state.sessions})
         for name in old:
             (self.path / name).unlink(missing_ok=True)
-        write_json(self.path / ARGS, {"args": state.args, "files": state.files, "sessions": state.sessions})
-        if self.checkpoint and self.checkpoint.name == PREVIOUS:        # so that the next save does not keep the damaged one
-            link(self.checkpoint, self.path / CHECKPOINT)
+        if self.checkpoint and self.checkpoint.name == files.PREVIOUS:    # the next save must not keep the damaged one
+            files.link(self.checkpoint, self.path / files.CHECKPOINT)
         if self.checkpoint and state.is_best():                         # a kill may have kept `save` from saying so
-            link(self.checkpoint, self.path / BEST)
-        truncate_after(state.step, self.path / METRICS, step_of_record)
-        truncate_after(state.step, self.path / LOG, step_of_line)
+            files.link(self.checkpoint, self.path / files.BEST)
+        truncate_after(state.step, self.path / files.METRICS, step_of_record)
+        truncate_after(state.step, self.path / files.LOG, step_of_line)
         indices = "".join(f"{index}\n" for index in labeled)
-        write_text(self.path / INDICES, indices)
-        write_json(self.path / SPLIT, {
+        files.write_text(self.path / files.INDICES, indices)
+        files.write_json(self.path / files.SPLIT, {
             "sha256": hashlib.sha256(indices.encode()).hexdigest(), "dataset": state.args["dataset"],
             "labels_sha256": state.data["training labels"], "num_label": len(labeled), "seed": state.args["seed"],
             "validation": state.validation.tolist()})
-        self.log_file, self.metrics = Appender(self.path / LOG), Appender(self.path / METRICS)
+        self.log_file, self.metrics = files.Appender(self.path / files.LOG), files.Appender(self.path / files.METRICS)
         self.events = event_writer(self.path, state.step)
 
     def print(self, *messages):
@@ -142,15 +120,15 @@ class RunFolder:
             os.fsync(self.metrics.file.fileno())
             checkpoint.save(state.state_dict(), self.path)
             if best:
-                link(self.path / CHECKPOINT, self.path / BEST)
-                sync(self.path)
+                files.link(self.path / files.CHECKPOINT, self.path / files.BEST)
+                files.sync(self.path)
             if last and self.metrics.error:
                 raise self.metrics.error
         except OSError as error:
             if last:
                 raise
             self.print(f"step {state.step} could not be saved ({error}): training goes on; "
-                       + checkpoint.describe_last(self.path))
+                       + (checkpoint.find_intact(self.path) or "no checkpoint was saved before"))
             return False
         return True
 
@@ -177,13 +155,13 @@ class RunFolder:
             return
         count, labeled_error = len(state.evaluations), round(100 * (1 - labeled), 4)
         rates, top5 = error_rates(state.evaluations), error_rates(state.evaluations, "test_top5")
-        write_json(self.path / RESULTS, {
+        files.write_json(self.path / files.RESULTS, {
             "error_rate": rates, **({"top5_error_rate": top5} if top5 else {}), "labeled_error_rate": labeled_error,
             "evaluations": count, "median_of": min(20, count), "steps": state.step, "seconds": round(state.seconds, 1),
             "args": state.args, "files": state.files, "sessions": state.sessions})
         validated = rates["best_validation"]
         self.print(f"finished {state.step} steps in {duration(state.seconds)}: test error {rates['last']:.2f} % (last), "
-                   f"{rates['median_last_20']:.2f} % ({median_name(count)}), "
+                   f"{rates['median_last_20']:.2f} % ({files.median_name(count)}), "
                    + (f"{validated:.2f} % (best on validation), " if validated is not None else "")
                    + f"{rates['best_test']:.2f} % (lowest, so selected on the test set)"
                    + (f"; top-5 error {top5['last']:.2f} % (last)" if top5 else "")
@@ -193,7 +171,7 @@ class RunFolder:
     def has_results(self, saved):
         """Returns whether results.json is there and tells of the run and step of a checkpoint."""
         try:
-            results = read_results(self.path)
+            results = files.read_results(self.path)
         except UsageError:
             return False
         return results["steps"] == saved["step"] and not differing(facts(saved["args"]), facts(results["args"]),
@@ -234,7 +212,7 @@ def event_writer(path, step):
     from tensorboardX import SummaryWriter
     from tensorboardX.record_writer import register_writer_factory
 
-    register_writer_factory("run", SimpleNamespace(open=lambda name: Appender(name.removeprefix("run:")),
+    register_writer_factory("run", SimpleNamespace(open=lambda name: files.Appender(name.removeprefix("run:")),
                                                    directory_check=lambda name: None))
     return SummaryWriter(f"run:{path}", purge_step=step + 1 if step else None, filename_suffix=EVENTS)
 
@@ -244,7 +222,7 @@ def truncate_after(step, path, step_of):
     if path.exists():
         with open(path, encoding="utf-8", errors="replace") as file:
             lines = [line for line in file if line.endswith("\n")]
-        write_text(path, "".join(line for line in lines if step_of(line) <= step))
+        files.write_text(path, "".join(line for line in lines if step_of(line) <= step))
 
 
 def step_of_record(line):

@@ -3,9 +3,8 @@ import numpy as np
 import torch
 
 from datasets import DataError, data_digest, duplicates, load_dataset
-from datasets.splits import check_split, split_training
+from datasets.splits import split_training
 from datasets.table import UNLABELED_FOLDER
-from metasemi import learning_rate, ramp
 from models import build_model
 from models.synchronized import synchronize_batch_norm
 from utils import checkpoint
@@ -38,7 +37,6 @@ def prepare_data(args, files, world, device, saved):
     else:
         check_same_data(data, saved, "the run that --resume continues", args.data_path)
         labeled, validation = saved["labeled"], saved["validation"]
-        check_split(labeled.numpy(), validation.numpy(), images.num_train, "the run that --resume continues")
         if split:
             check_same_list(args, split, saved)
     check_same_processes(world, args, files.sums, describe_data(data, labeled.tolist(), validation.tolist()))
@@ -155,22 +153,12 @@ def describe_plan(args, labeled, unlabeled):
 
 
 def cut_short(args):
-    """Returns one line about what of the schedule lies beyond the last step of a run, and what that means, or None."""
-    steps, ramp_steps = args.total_steps, args.warmup if args.ramp is None else args.ramp
-    milestones = args.milestones if args.schedule == "step" else []
-    late = [step for step in milestones if step >= steps]
-    faults = []
-    if args.warmup > steps:             # the rate is highest at the end, or just before it decays
-        highest = max(learning_rate(step, args.lr, args.warmup, milestones, args.gamma)
-                      for step in (*milestones, steps) if step <= steps)
-        faults.append(f"before the end of --warmup {args.warmup}, so the learning rate reaches only {highest:.3g} "
-                      f"of {args.lr:g}")
-    if ramp_steps > steps and not args.no_meta:
-        faults.append(f"before the end of --ramp {ramp_steps}, so the weight of the consistency loss reaches only "
-                      f"{ramp(steps, ramp_steps, args.weight):.3g} of {args.weight:g}")
-    if late:
-        faults.append(f"before --milestones {', '.join(map(str, late))}, so the learning rate does not decay there")
-    return f"warning: --total-steps {steps} ends " + "; ".join(faults) if faults else None
+    """Returns one line about what of the schedule lies beyond the last step of a run, or None."""
+    ramp = 0 if args.no_meta else args.warmup if args.ramp is None else args.ramp
+    late = [f"{name} {end}" for name, end in (("--warmup", args.warmup), ("--ramp", ramp)) if end > args.total_steps]
+    if args.schedule == "step" and (beyond := [step for step in args.milestones if step >= args.total_steps]):
+        late.append(f"--milestones {', '.join(map(str, beyond))}")
+    return f"warning: --total-steps {args.total_steps} ends before {', '.join(late)}" if late else None
 
 
 def describe_resumption(state, where):
