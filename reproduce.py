@@ -11,10 +11,10 @@
     python3 reproduce.py main --dataset imagenet --dry-run          # the commands and their cost
 
 Each run is one command of train_meta.py with a folder of its own under results/reproduce; --dry-run prints them.  A run that
-is finished is not repeated, one that was begun is continued.  Everything is written to results/, which git ignores, and nothing
-else is changed, but by `differences` images/.  With --publish, `main` and `ablation` also write their runs to results/runs.csv
-and results/evaluations.csv, from them the tables of REPRODUCTION.md, README.md and results/runs.md, and their labeled images
-to splits/.
+is finished is not repeated, one that was begun is continued.  Everything is written to results/reproduce, which git ignores,
+and nothing else is changed, but images/ by `differences`.  With --publish, `main` and `ablation` also write their runs to
+results/runs.csv and results/evaluations.csv, from them the tables of REPRODUCTION.md, README.md and results/runs.md, and their
+labeled images to splits/.
 """
 import hashlib
 import os
@@ -117,7 +117,7 @@ def parse(argv):
                              "them; OMP_NUM_THREADS in the environment sets the threads of each instead (default: 1)")
     parser.add_argument("--publish", action="store_true",
                         help="main and ablation: write the runs of this command to results/runs.csv, results/evaluations.csv, "
-                             "REPRODUCTION.md, README.md and splits/; without it no file under version control changes")
+                             "results/runs.md, REPRODUCTION.md, README.md and splits/")
     parser.add_argument("--dry-run", action="store_true", help="print the command of each run and the cost, and do nothing")
     parser.add_argument("--format", choices=FORMS, default="markdown", help="table: how it is written (default: markdown)")
     args = parser.parse_intermixed_args(argv)

@@ -1,8 +1,9 @@
 """Tells whether a method is right for a network: what `torch.autograd.gradcheck` is to a function.
 
-The reference shares nothing with the three methods.  g comes from the model's own backward pass, whatever its weights are
-reached by; the derivative along g from moving these weights themselves, in place, by several lengths, extrapolated to length
-zero.  A copy of the model would hide what is looked for: a function that keeps a weight keeps that of the original.
+The reference shares with the three methods only the link of the consistency loss.  g comes from the model's own backward pass,
+however it reaches its weights; the derivative along g from moving these weights themselves, in place, by several lengths, and
+extrapolating to length zero.  A copy of the model would hide what is looked for: a function that keeps a weight keeps that of
+the original.
 """
 import torch
 from torch import Tensor, nn

@@ -60,7 +60,7 @@ def meta_gradient(model: nn.Module, x_l: Tensor, y_l: Tensor, x_u: Tensor, metho
             in torch 2.11, another method than "jvp".
         x_l, y_l: (B_l, ...), of any type that the model takes, and (B_l,) int64 class indices.
         x_u: (B_u, ...).
-        method: "jvp", forward-mode differentiation, exact and the cheapest; "finite-difference", the central
+        method: "jvp", forward-mode differentiation, exact, in one pass; "finite-difference", the central
             difference of the paper (eqs. 15, 16), also for operations without a forward-mode derivative; "unrolled",
             double backward through the virtual step (eqs. 2-5).
         epsilon: the length in parameter space of each half-step of the finite difference, between the machine precision

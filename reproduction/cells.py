@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from utils.cli import option
 from utils.errors import UsageError, fail
-from utils.flags import COMMAND, parse_given, with_role
+from utils.flags import COMMAND, OF_META_STEP, command_line, parse_given, with_role
 
 
 class TableRow(NamedTuple):
@@ -27,7 +27,6 @@ ROWS = {
 }
 ABLATION = ("neither", "meta", "mix-up", "both")
 MAKE_ROWS = {"mix_up", "no_meta", "meta_lr"}            # flags that stand in the rows
-OF_META_STEP = {"meta_gradient", "epsilon", "consistency", "weight", "ramp"}        # without effect with --no-meta
 
 
 class Cell(NamedTuple):
@@ -73,7 +72,6 @@ CELLS = {
                     published={"neither": 15.43, "meta": 11.63, "mix-up": 11.10, "both": 7.78, "supervised": 4.88}),
     "cifar100": Cell("CIFAR-100, 10,000 labels", ("--dataset", "cifar100"), 10_000, 50_000, 7788,
                      published={"neither": 38.74, "meta": 35.40, "mix-up": 32.67, "both": 30.74, "supervised": 22.10}),
-    "cifar10-jpeg": Cell("CIFAR-10 (JPEG), 4,000 labels", JPEG, 4000, 50_000, 8469),
     "cifar10-small": Cell("CIFAR-10, 4,000 labels, small network", ("--dataset", "cifar10"), 4000, 50_000, 1, **SMALL),
     "cifar10-jpeg-small": Cell("CIFAR-10 (JPEG), 4,000 labels, small network", JPEG, 4000, 50_000, 1, **SMALL),
     **{f"cifar10-jpeg-{count}": Cell(f"CIFAR-10 (JPEG) at 16x16, {count:,} labels", AT_16, count, 50_000, 11, **FEW)
@@ -157,9 +155,11 @@ def own_flags(text):
 
 def flags_of_row(own, row, seed):
     """Returns the flags of train_meta.py for one run of an experiment of the user's own; without those that its row ignores."""
-    ignored = OF_META_STEP if "--no-meta" in ROWS[row].flags else ()
-    return [*(option(name) if value is True else f"{option(name)}={value}" for name, value in own.items()
-              if name not in ignored and (name, row) != ("include_labeled", "neither")), *ROWS[row].flags, "--seed", str(seed)]
+    ignored = {"include_labeled"} if row == "neither" else set()
+    if "--no-meta" in ROWS[row].flags:
+        ignored |= {*OF_META_STEP}
+    flags = {name: value for name, value in own.items() if name not in ignored}
+    return [*command_line(flags), *ROWS[row].flags, "--seed", str(seed)]
 
 
 def training_flop(name, row, scale):

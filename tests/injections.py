@@ -26,6 +26,7 @@ from unittest import mock
 from urllib.error import URLError
 
 import numpy as np
+import pytest
 import torch
 from helpers import (
     FEW,
@@ -557,7 +558,8 @@ def wrong_lines(folder, tries, rng, patch=None):
     chosen = WRONG if tries >= len(WRONG) else [WRONG[i] for i in rng.permutation(len(WRONG))[:tries]]
     for script, flags, parts in chosen:
         if patch:
-            with contextlib.chdir(folder):
+            with pytest.MonkeyPatch.context() as inside:
+                inside.chdir(folder)
                 code, _, error = run(folder.parent, flags, patch, script=script)
         else:
             done = subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], cwd=folder, capture_output=True, text=True,
@@ -682,7 +684,8 @@ def odd_values(folder, tries, rng, patch=None):
              for value in ("--", *(character * count for character in "1a" for count in (400, 5000)))]
     for i in rng.permutation(len(cases))[:tries]:
         script, word = cases[i]
-        with contextlib.chdir(folder):
+        with pytest.MonkeyPatch.context() as inside:
+            inside.chdir(folder)
             code, _, error = run(folder, [*required[script], word], patch, script=script)
         yield one_line(code, 2, error, word.partition("=")[0]) or (
             None if sorted(folder.rglob("*")) == before else "it wrote something")
@@ -772,7 +775,8 @@ def reported(folder, tries, rng, patch=None):
     """Foreign and damaged files under reproduce.py, two of them at once, and a locale without UTF-8."""
     from utils.files import lock
 
-    with contextlib.chdir(folder), patch() if patch else contextlib.nullcontext():
+    with pytest.MonkeyPatch.context() as inside, patch() if patch else contextlib.nullcontext():
+        inside.chdir(folder)
         both, supervised = map(finished_run, ("both", "supervised"))
         readme, table = "Müller ± 1\n<!-- cells -->\n<!-- end -->\n", Path("results", "runs.csv")
         Path("README.md").write_text(readme, encoding="utf-8")

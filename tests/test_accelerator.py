@@ -9,7 +9,6 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
-import emulator
 import pytest
 import torch
 from helpers import FEW, FLAGS, ROOT, SERVER, differing, few_digits, few_images
@@ -25,6 +24,7 @@ from models.shakeshake import ShakeShake
 from models.wideresnet import WideResNet
 
 pytestmark = pytest.mark.skipif(not torch.__version__.startswith("2.15."), reason="the emulated device is for torch 2.15 only")
+emulator = pytest.importorskip("emulator", exc_type=ImportError)
 
 NETWORKS = {                    # of full depth, since kernels go by that, and narrow
     "convlarge": lambda: ConvLarge(10, width=8, dropout=0.0), "wideresnet": lambda: WideResNet(10, widen=1),

@@ -249,7 +249,7 @@ def test_a_package_that_is_missing_is_one_line(tmp_path, monkeypatch, capsys, sc
             monkeypatch.delitem(sys.modules, name)
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
-    monkeypatch.syspath_prepend("hidden")
+    monkeypatch.syspath_prepend(tmp_path / "hidden")
     monkeypatch.setitem(loading.LOADERS, "digits", loading.load_digits)
     monkeypatch.setattr(SVHN, "download", lambda self: None)
     monkeypatch.setattr(SVHN, "_check_integrity", lambda self: True)
@@ -310,7 +310,7 @@ def test_one_line_says_what_of_the_schedule_lies_beyond_the_run(flags, named):
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_warnings_are_in_the_log_and_on_the_terminal(train, tmp_path, monkeypatch, capsys, fast):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast}, raising=False)
     schedule = ["--warmup", "1", "--milestones", "[]"] if fast else []
     assert train("a", "--total-steps", "1", "--precision", "bfloat16", *schedule) == 0
     for text in (capsys.readouterr().out, (tmp_path / "a" / "log.txt").read_text()):

@@ -7,6 +7,7 @@ from itertools import product
 from urllib.error import URLError
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from injections import other_sums, tiny_cifar
@@ -337,7 +338,9 @@ def test_opaque_images_of_8_bits_are_what_pillow_makes_of_them(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
     rgb, gray = Image.fromarray(pixels[:, :, :3]), Image.fromarray(pixels[:, :, 0])
     for name, image in (("rgb.png", rgb), ("rgb.jpg", rgb), ("gray.png", gray), ("1.png", gray.convert("1")),
-                        ("p.png", rgb.convert("P")), ("ycbcr.tiff", rgb.convert("YCbCr")),
+                        ("p.png", rgb.convert("P")),
+                        # Pillow 12.3 cannot read what it writes
+                        *([] if PIL.__version__.startswith("12.3.") else [("ycbcr.tiff", rgb.convert("YCbCr"))]),
                         ("cmyk.jpg", Image.frombytes("CMYK", (16, 16), pixels.tobytes()))):
         image.save(tmp_path / name)
         assert np.array_equal(decoded(tmp_path / name), np.asarray(Image.open(tmp_path / name).convert("RGB"))), name

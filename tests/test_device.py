@@ -24,8 +24,9 @@ CPU = torch.device("cpu")
 def accelerator(monkeypatch):
     """accelerator(kind, **functions): torch then says that it has two devices of that kind, with those functions alone."""
     def pretend(kind, **functions):
-        module = SimpleNamespace(is_available=lambda: True, device_count=lambda: 2, **functions)
-        monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device(kind))
+        module = SimpleNamespace(**functions)
+        for name, value in {"current_accelerator": torch.device(kind), "is_available": True, "device_count": 2}.items():
+            monkeypatch.setattr(torch.accelerator, name, lambda value=value: value)
         monkeypatch.setattr(torch, "get_device_module", lambda device=None: module)
         return torch.device(kind, 1)
     return pretend
@@ -62,15 +63,17 @@ def test_the_refusal_of_cuda_says_for_what_torch_is_built_which_driver_is_there_
 
 def test_every_switch_of_torch_agrees_after_each_precision_whatever_was_set_before():
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    parts = (cuda, cudnn.conv, cudnn.rnn) if hasattr(cuda, "fp32_precision") else ()         # not before torch 2.9
     before = cudnn.benchmark
     try:
         for precision, allowed in (("tf32", True), ("float32", False), ("tf32", True), ("bfloat16", False)):
-            cuda.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = "tf32", "ieee", "tf32"
+            for part, earlier in zip(parts, ("tf32", "ieee", "tf32")):
+                part.fp32_precision = earlier
             dtype = set_precision(precision, torch.device("cuda"))
             assert dtype == (torch.bfloat16 if precision == "bfloat16" else None)
             assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
             assert (cuda.allow_tf32, cudnn.allow_tf32) == (allowed, allowed)
-            assert [(part.fp32_precision == "tf32") for part in (cuda, cudnn.conv, cudnn.rnn)] == [allowed] * 3
+            assert all((part.fp32_precision == "tf32") is allowed for part in parts)
     finally:
         set_precision("float32", CPU)
         cudnn.benchmark = before

@@ -327,3 +327,11 @@ def test_a_model_that_hides_all_its_weights_is_refused_by_a_sentence(method):
     for kept in [lambda layer: torch.no_grad()(layer), *closure]:           # `check_model` says the rest
         with pytest.raises(ValueError, match="on no parameter of the model that requires a gradient: reach its weights by"):
             meta_gradient(Hidden(kept), torch.ones(2, 3), torch.tensor([0, 1]), torch.ones(2, 3), method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sparse_gradient_is_refused_by_every_method(method):
+    model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(12, 2))
+    x = torch.arange(9).view(3, 3)
+    with pytest.raises(ValueError, match="the gradient of 0.weight is sparse"):
+        meta_gradient(model, x, torch.tensor([0, 1, 0]), x, method)

@@ -353,7 +353,7 @@ def test_the_blocks_of_one_cell_are_those_of_its_largest_scale():
 
 def test_stopped_by_a_signal_its_runs_save_and_it_continues_and_repeats_nothing(tmp_path):
     command = [sys.executable, ROOT / "reproduce.py", "main", "--dataset", "digits", "--scale", "0.15", "--publish"]
-    rng, environment = np.random.default_rng(int.from_bytes(os.urandom(4))), {**os.environ, "OMP_NUM_THREADS": "1"}
+    rng, environment = np.random.default_rng(), {**os.environ, "OMP_NUM_THREADS": "1"}
     (tmp_path / "REPRODUCTION.md").write_text("<!-- cells -->\n<!-- end -->\n")
     for number, code, jobs in ((signal.SIGTERM, 143, "1"), (signal.SIGINT, 130, "2")):
         with open(tmp_path / "out", "w") as out:

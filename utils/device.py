@@ -136,7 +136,7 @@ def set_random_state(states, device):
 
 
 def fingerprint(device, precision, processes):
-    """Returns what two parts of a run must have in common, beside `experiment.versions`, to be equal bit for bit."""
+    """Returns what two parts of a run must have in common, beside the versions of packages, to be equal bit for bit."""
     if device.type == "cpu":
         name = f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     else:

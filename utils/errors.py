@@ -1,6 +1,6 @@
 """What a user may be told: the types of errors that are expected, and the one line and exit code that each ends a script with.
 
-DataError and NetworkError come from the rooms below.  Nothing here loads torch.
+DataError comes from datasets, NetworkError from models.  Nothing here loads torch.
 """
 import re
 import sys

@@ -19,6 +19,7 @@ RESUME = "may change when a run is resumed"
 PER_PROCESS = "may differ between the processes of a run: a machine's own"
 EVALUATE = "is used by --evaluate"
 FROM_CHECKPOINT = "is used by --evaluate, and is that of the checkpoint unless it is given"
+OF_META_STEP = ("meta_gradient", "epsilon", "consistency", "weight", "ramp", "meta_lr")        # without effect with --no-meta
 COUNT, POSITIVE = number(int, low=1), number(float, above=0)
 
 
@@ -204,7 +205,7 @@ def check_effect(parser, given, args):
     """Refuses flags that were given and have no effect together with the others."""
     dataset = DATASETS[args.dataset]
     for applies, choice, names in (
-            (args.no_meta, "--no-meta", ("meta_gradient", "epsilon", "consistency", "weight", "ramp", "meta_lr")),
+            (args.no_meta, "--no-meta", OF_META_STEP),
             (args.no_meta and not args.mix_up, "--no-meta and no --mix-up", ("include_labeled",)),
             (args.meta_gradient == "unrolled", "--meta-gradient unrolled", ("epsilon",)),
             (args.schedule == "cosine", "--schedule cosine", ("milestones", "gamma")),

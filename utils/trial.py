@@ -21,7 +21,7 @@ from utils.state import find_misfit
 
 def try_network(name, num_classes, image_size, device, dtype=None, method=None, consistency="mse", epsilon=1e-2, batch=4,
                 trains=True):
-    """Tries a network on a few random images; one of this repository only if the batch has one image.
+    """Tries a network on a few random images; networks of this repository only with a batch of one image.
 
     Args:
         device, dtype: where it is to run, and the type for autocast or None.
