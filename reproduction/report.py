@@ -10,7 +10,7 @@ from reproduction.cells import ABLATION, CELLS, ROWS, scaled, training_flags
 from utils.errors import UsageError
 from utils.files import median_name, read_text
 
-PAIRS = (("both", "neither"), ("both", "mix-up"), ("both", "beta-0"), ("meta", "neither"),
+PAIRS = (("both", "neither"), ("both", "mix-up"), ("both", "beta-0"), ("beta-0", "mix-up"), ("meta", "neither"),
          ("both", "finite-difference"))     # rows whose errors are subtracted
 COURSES = PAIRS[1:3]                        # those whose course is shown over the steps
 MOMENTS = {"last": "at the end", "before_decay": "before the decay"}       # column -> when in a run its error is measured
