@@ -224,13 +224,14 @@ def start_table(groups):
     means = [[ROWS[start].title, ROWS[row].title, str(len(seeds)), f"{statistics.mean(map(errors.get, seeds)):.2f}"]
              for (start, row), errors in arms.items()]
     contrasts = []
-    for title, pairs in (("weights of both less those of mix-up only, going on with {}",
+    for title, pairs in (("weights of MetaSemi less those of mix-up only, going on with {}",
                           [(("both", row), ("mix-up", row)) for row in STARTS]),
-                         ("going on with both less with mix-up only, from the weights of {}",
+                         ("going on with MetaSemi less with mix-up only, from the weights of {}",
                           [((row, "both"), (row, "mix-up")) for row in STARTS])):
         values = [[arms[first][seed] - arms[second][seed] for seed in seeds] for first, second in pairs]
         values.append(list(map(statistics.mean, zip(*values))))
-        contrasts += [[title.format(name), *contrast(own)] for name, own in zip((*STARTS, "either: the mean"), values)]
+        names = *(ROWS[row].title for row in STARTS), "either: the mean"
+        contrasts += [[title.format(name), *contrast(own)] for name, own in zip(names, values)]
     return (markdown(["weights at step 6,000", "going on with", "n", "last"], means) + "\n\n"
             + markdown(["difference", *CONTRAST], contrasts))
 
