@@ -78,18 +78,17 @@ def make(args):
         commands = [shlex.join(["train_meta.py", *run.command()]) for run in runs]
         print(*(f"# {line}" for line in costs(runs)), *(f"python3 {command}" for command in commands), sep="\n")
         return 0
-    locked = lock(RUNS.parent)                                   # against a second program that starts the same runs
-    print(*costs(runs), sep="\n")
-    for run in runs:
-        print(f"{run.folder}: {'finished' if run.results() else 'begun' if run.folder.exists() else 'to do'}", flush=True)
-    failed = run_all([run for run in runs if not run.results()], args.gpus, args.jobs)
-    if args.flags is not None and not failed:
-        print("\n" + sweep_table([run.folder for run in runs], FORMS["markdown"]))
-    elif args.table in ("main", "ablation") and args.flags is None:
-        report([run for run in runs if run not in failed], args.publish)
-    elif not failed:
-        draw(args.table, runs)
-    locked.close()
+    with lock(RUNS.parent):             # against a second program that starts the same runs
+        print(*costs(runs), sep="\n")
+        for run in runs:
+            print(f"{run.folder}: {'finished' if run.results() else 'begun' if run.folder.exists() else 'to do'}", flush=True)
+        failed = run_all([run for run in runs if not run.results()], args.gpus, args.jobs)
+        if args.flags is not None and not failed:
+            print("\n" + sweep_table([run.folder for run in runs], FORMS["markdown"]))
+        elif args.table in ("main", "ablation") and args.flags is None:
+            report([run for run in runs if run not in failed], args.publish)
+        elif not failed:
+            draw(args.table, runs)
     return 1 if failed else 0
 
 
