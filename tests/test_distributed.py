@@ -203,7 +203,8 @@ def test_a_run_of_two_processes_equals_a_run_of_one_and_leaves_the_same_files(tr
     assert {p.name for p in (tmp_path / "one").iterdir() if "tfevents" not in p.name} == {
         p.name for p in (tmp_path / "two").iterdir() if "tfevents" not in p.name}
     assert len(list((tmp_path / "two").glob("*tfevents*"))) == 1
-    assert Path(tmp_path / "rank1.out").read_text() == ""
+    said = Path(tmp_path / "rank1.out").read_text().splitlines()
+    assert [line for line in said if not line.startswith("[Gloo]")] == []      # torch 2.8 tells of a connection
     # and goes on with one process
     assert train("two", *network, "--total-steps", "22", "--resume") == 0
     assert "2 processes and is cpu" in (tmp_path / "two" / "log.txt").read_text()
