@@ -21,9 +21,9 @@ def main(argv=None):
     world = World()                     # the processes of torchrun, or this one alone
 
     def describe_rest():
-        from utils.checkpoint import find_intact
+        from utils.checkpoint import describe_last
 
-        return find_intact(args.save_path) or "no checkpoint was saved before"
+        return describe_last(args.save_path)
 
     with Interrupt() as interrupt, one_line_errors(
             PROG, world.fail, f" with --batch-size {args.batch_size}: lower it, or take --precision bfloat16",

@@ -116,8 +116,16 @@ def test_a_checkpoint_that_cannot_be_read_is_refused_with_the_name_of_one_that_c
     step = torch.load(folder / "model_best.pth", weights_only=True)["step"]
     assert train("a", "--resume") == 2
     assert f"{folder / 'model_best.pth'} of step {step} is intact" in capsys.readouterr().err
-    assert checkpoint.find_intact(folder) == f"{folder / 'model_best.pth'} of step {step} is intact"
+    assert checkpoint.describe_last(folder) == f"{folder / 'model_best.pth'} of step {step} is intact"
     assert train("a", "--resume", str(folder / "model_best.pth")) == 0
+    names = ("checkpoint.pth", "checkpoint.prev.pth", "model_best.pth")
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(b"damaged")
+    assert checkpoint.describe_last(folder) == "no checkpoint is intact"
+    for name in names:
+        (folder / name).unlink()
+    assert checkpoint.describe_last(folder) == "no checkpoint was saved before"
 
 
 def test_under_nohup_a_closed_terminal_does_not_stop_a_run():

@@ -51,6 +51,12 @@ def find_intact(folder):
     return None
 
 
+def describe_last(folder):
+    """Returns what a run that failed can continue from, for its last line."""
+    saved = any(Path(folder, name).exists() for name in (CHECKPOINT, PREVIOUS, BEST))
+    return find_intact(folder) or ("no checkpoint is intact" if saved else "no checkpoint was saved before")
+
+
 def load_alone(path, bare=False):
     """Returns what `load` does; its errors do not look beside the file."""
     content = read(Path(path))

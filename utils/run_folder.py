@@ -128,7 +128,7 @@ class RunFolder:
             if last:
                 raise
             self.print(f"step {state.step} could not be saved ({error}): training goes on; "
-                       + (checkpoint.find_intact(self.path) or "no checkpoint was saved before"))
+                       + checkpoint.describe_last(self.path))
             return False
         return True
 
