@@ -106,13 +106,11 @@ def check_files(args):
     if args.save_path.exists() and not args.save_path.is_dir():
         raise UsageError(f"argument --save-path: {args.save_path} is a file: give a folder")
     args.checkpoint_path = [file / CHECKPOINT if file.is_dir() else file for file in args.checkpoint_path or ()]
-    for name, paths in (("--checkpoint-path", args.checkpoint_path), ("--index-path", args.index_path)):
+    for name, paths in (("--checkpoint-path", args.checkpoint_path), ("--index-path", args.index_path),
+                        ("--curves", args.curves)):
         for file in paths or ():
             if not file.exists():
-                raise UsageError(f"argument {name}: {file} does not exist: give a file that a run has left")
-    for run in args.curves or ():
-        if not run.is_dir():
-            raise UsageError(f"argument --curves: {run} is not a folder: give run folders")
+                raise UsageError(f"argument {name}: {file} does not exist: give what a run has left")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,12 @@ def make(args):
         print(sweep_table(args.runs, FORMS[args.format]))
         return 0
     if args.table == "differences":
-        draw_all_differences(args)
+        from reproduction.figures import draw_differences  # matplotlib takes a second to load
+
+        evaluations = read_evaluations()
+        for cell in args.dataset:
+            of_cell = [line for line in evaluations if line["cell"] == cell and float(line["scale"]) == args.scale]
+            print(*draw_differences(of_cell, Path("images", f"differences-{cell}.png")))
         return 0
     runs = planned_runs(args)
     if args.dry_run:
@@ -249,16 +254,6 @@ def draw(table, runs):
         else:
             flags = ["--curves", *(run.folder for run in of_cell)]
         plot_features.main([*map(str, flags), "--save-path", str(folder)])
-
-
-def draw_all_differences(args):
-    """Draws images/differences-CELL.png of each cell from evaluations.csv."""
-    from reproduction.figures import draw_differences  # matplotlib takes a second to load
-
-    evaluations = read_evaluations()
-    for cell in args.dataset:
-        of_cell = [line for line in evaluations if line["cell"] == cell and float(line["scale"]) == args.scale]
-        print(*draw_differences(of_cell, Path("images", f"differences-{cell}.png")))
 
 
 if __name__ == "__main__":

@@ -62,8 +62,7 @@ JPEG = ("--dataset", "folder", "--data-path", "data/cifar10-images", "--flip")
 # This network fits its few labels completely, as the networks of the paper do.
 FEW = {"arch": "convnarrow", "batch_size": 64, "total_steps": 2000, "milestones": (1500, 1750), "warmup": 80, "test_freq": 250,
        "macs": 11.2e6}
-LONG = {"arch": "convnarrow", "batch_size": 64, "total_steps": 8000, "milestones": (6000, 7000), "warmup": 80, "test_freq": 250,
-        "macs": 11.2e6}
+LONG = FEW | {"total_steps": 8000, "milestones": (6000, 7000)}
 AT_16 = (*JPEG, "--image-size", "16")
 CELLS = {
     "svhn": Cell("SVHN, 1,000 labels", ("--dataset", "svhn", "--alpha", "0.1", "--weight-decay", "5e-5"), 1000, 73_257, 7788,
@@ -109,7 +108,6 @@ def cell_of(name, row):
 
 
 def folder_of(cell, row, seed, scale):
-    """Returns the folder of one run."""
     return Path("results", "reproduce", f"{cell}-{scale:g}", f"{row}-{seed}")
 
 
@@ -143,11 +141,8 @@ def own_flags(text):
     except ValueError as error:
         raise UsageError(f"argument --flags: {text[:80]!r} cannot be split as a shell would ({error})") from None
     given = {name: value for name, value in vars(parse_given(words, refuse)[1]).items() if value is not None}
-    for name in given:
-        if name in MAKE_ROWS:
-            raise UsageError(f"argument --flags: {option(name)} makes a row of the table: leave it out")
-        if name == "seed" or name in with_role(COMMAND):
-            raise UsageError(f"argument --flags: {option(name)} belongs to one command of train_meta.py: leave it out")
+    if odd := next((name for name in given if name in MAKE_ROWS | {"seed"} | with_role(COMMAND)), None):
+        raise UsageError(f"argument --flags: {option(odd)} is given to each run by reproduce.py: leave it out")
     if not given:
         raise UsageError("argument --flags: it holds no flag: name the data at least")
     return given

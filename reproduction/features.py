@@ -45,8 +45,9 @@ def plot(args):
     for path, saved, index_path, label in zip(args.checkpoint_path, checkpoints, index_paths, labels):
         check_same_data(data, saved, path, flags["data_path"])
         labeled, validation = saved["labeled"].numpy(), saved["validation"].numpy()
-        if args.index_path or index_path.exists():
-            check_index_file(index_path, labeled, images.num_train)
+        if (args.index_path or index_path.exists()) and sorted(read_split(index_path)) != sorted(labeled.tolist()):
+            raise UsageError(f"argument --index-path: {index_path} is not the split that the checkpoint was trained on: give "
+                             "the label_indices.txt of its run folder")
         unlabeled = np.setdiff1d(np.arange(images.num_train), np.concatenate([labeled, validation]))
         rows.append({"label": printable(label), "checkpoint": str(path), "step": saved["step"], "arch": saved["args"]["arch"],
                      **choose_points(args, labeled, unlabeled, images)})
@@ -87,16 +88,6 @@ def write_embedding(args, dataset, class_names, rows, software):
                         for row in rows]}
     write_text(args.save_path / "embedding.json", json.dumps(summary, indent=2) + "\n")
     return [args.save_path / "embedding.npz", args.save_path / "embedding.json"]
-
-
-def check_index_file(path, labeled, num_train):
-    """Raises UsageError for a list of labeled images that is not the split of the checkpoint."""
-    indices = read_split(path)
-    if max(indices, default=0) >= num_train:
-        raise UsageError(f"argument --index-path: {path}: {max(indices)} is not an index below {num_train}")
-    if sorted(indices) != sorted(labeled.tolist()):
-        raise UsageError(f"argument --index-path: {path} is not the split that the checkpoint was trained on: give the "
-                          "label_indices.txt of its run folder")
 
 
 def choose_points(args, labeled, unlabeled, images):

@@ -1,6 +1,4 @@
 """The figures: Figure 3 of the paper, the curves of runs from their metrics.jsonl, differences from evaluations.csv."""
-import csv
-import io
 import textwrap
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.textpath import TextPath
 
 from reproduction.cells import CELLS, ROWS, published_error, row_of
-from reproduction.report import COURSES, courses, differences_of, interval, less
+from reproduction.report import COURSES, courses, csv_text, differences_of, interval, less
 from reproduction.sweep import differing, grouped, label
 from utils.errors import UsageError, printable
 from utils.files import read_metrics, replacing, write_text
@@ -166,11 +164,9 @@ def draw_curves(folders, save_path, labels=None):
     name_axis(left, "test error in percent")
     name_axis(right, "training loss")
     add_legend(fig, left.get_legend_handles_labels()[0], 9)
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([("line", "name", "measure", "step", "n", "mean", "lowest", "highest"),
-                                                              *rows])
     paths = save(fig, save_path / "curves.png", save_path / "curves.pdf")
-    write_text(save_path / "curves.csv", table.getvalue())
+    head = "line", "name", "measure", "step", "n", "mean", "lowest", "highest"
+    write_text(save_path / "curves.csv", csv_text([head, *rows]))
     return [*paths, save_path / "curves.csv"]
 
 

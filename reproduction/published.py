@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from reproduction.cells import CELLS, ROWS
-from reproduction.report import filled, tables
+from reproduction.report import csv_text, filled, tables
 from reproduction.run import COLUMNS, EVALUATION_COLUMNS
 from utils.errors import UsageError
 from utils.files import INDICES, read_split, read_text, write_text
@@ -42,11 +42,7 @@ def publish(runs):
 
 
 def as_csv(columns, lines):
-    table = io.StringIO()
-    writer = csv.DictWriter(table, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return table.getvalue()
+    return csv_text([columns, *([line[column] for column in columns] for line in lines)])
 
 
 def read_runs():

@@ -1,4 +1,6 @@
 """The tables of REPRODUCTION.md, README.md and results/runs.md, from the lines of results/runs.csv and evaluations.csv."""
+import csv
+import io
 import itertools
 import re
 import shlex
@@ -6,21 +8,22 @@ import statistics
 
 from scipy.special import stdtr, stdtrit
 
-from reproduction.cells import ABLATION, CELLS, ROWS, scaled, training_flags
+from reproduction.cells import ABLATION, CELLS, ROWS, training_flags
 from utils.errors import UsageError
-from utils.files import median_name, read_text
+from utils.files import read_text
 
 PAIRS = (("both", "neither"), ("both", "mix-up"), ("both", "beta-0"), ("beta-0", "mix-up"), ("meta", "neither"),
          ("both", "finite-difference"))     # rows whose errors are subtracted
 COURSES = PAIRS[1:3]                        # those whose course is shown over the steps
 MOMENTS = {"last": "at the end", "before_decay": "before the decay"}       # column -> when in a run its error is measured
-SELECTION_RULES = {"last": "last", "median_last_20": "median of the last 20 evaluations",
+SELECTION_RULES = {"last": "last", "median_last_20": "median of the last 20 evaluations, or all",
                    "best_validation": "best on validation", "best_test": "lowest (selected on the test set)"}
-ANY_MEDIAN = "median of the last 20 evaluations, or all"      # of runs with different numbers of them
+TITLES = SELECTION_RULES | {"labeled": "on its own labeled images", "seconds": "seconds a run"}     # column -> head
 EIGHTHS = 1, 2, 4, 6, 7, 8                  # of the steps of a run, where the table of its course has a line
 CONTRAST = "n", "mean", "95 % interval", "p", "test error"              # heads of what `contrast` returns
 MATTERS = 1.0                               # points of test error; a smaller difference does not matter
 STARTS = {"both": "cifar10-jpeg-500-from-both", "mix-up": "cifar10-jpeg-500-from-mix-up"}     # row -> cell that starts from it
+APART = {*STARTS.values(), "cifar10-jpeg-500-start"}    # cells that `start_table` shows
 
 
 def filled(path, blocks):
@@ -45,20 +48,25 @@ def tables(lines, evaluations=()):
     The blocks of one cell, CELL, small-CELL, paired-CELL and course-CELL, show its largest scale; those of a question,
     ROW-less-ROW, that of every cell.
     """
-    groups = {}                         # (cell, scale, row) -> its lines
+    groups, largest = {}, {}            # (cell, scale, row) -> its lines; cell -> its largest scale, which comes first
     for line in lines:
-        groups.setdefault((line["cell"], float(line["scale"]), line["row"]), []).append(line)
+        scale = float(line["scale"])
+        largest.setdefault(line["cell"], scale)
+        groups.setdefault((line["cell"], scale, line["row"]), []).append(line)
+    rows = {name: {row: groups[name, largest[name], row] for row in ROWS if (name, largest.get(name), row) in groups}
+            for name in CELLS}          # cell -> row -> its lines at that scale
+    compared = [name for name in CELLS if name not in APART]
     blocks = {"paper": paper_table(groups), "cells": cells_table(groups), "commands": commands(groups),
-              "start": start_table(groups), **{f"{first}-less-{second}": question_table(groups, (first, second))
-                                               for first, second in PAIRS}}
+              "start": start_table(groups)}
+    for pair in PAIRS:
+        blocks["-less-".join(pair)] = contrasts_table("cell", [(CELLS[name].title, rows[name], pair) for name in compared])
     for name in CELLS:
-        largest = max((scale for cell, scale, _ in groups if cell == name), default=None)
-        rows = {row: group for (cell, scale, row), group in groups.items() if (cell, scale) == (name, largest)}
-        blocks[name] = rows_table(rows)
-        blocks[f"small-{name}"] = small_table(rows)
-        blocks[f"paired-{name}"] = paired_table(rows)
+        errors = [([ROWS[row].title], group) for row, group in rows[name].items()]
+        blocks[name] = error_table(["row"], errors)
+        blocks[f"small-{name}"] = error_table(["method"], errors, columns=("last", "labeled"))
+        blocks[f"paired-{name}"] = contrasts_table("difference", [(less(*pair), rows[name], pair) for pair in PAIRS])
         blocks[f"course-{name}"] = course_table([line for line in evaluations if line["cell"] == name
-                                                 and float(line["scale"]) == largest])
+                                                 and float(line["scale"]) == largest.get(name)])
     return blocks
 
 
@@ -88,38 +96,16 @@ def paper_and_measured(name, row, groups):
     return f"{published:.2f}", f"{mean_and_std(group, 'last')} (n = {n}): {difference:+.2f}, {verdict}"
 
 
-def evaluation_count(line):
-    """Returns how many evaluations a run of this cell and scale has."""
-    cell, scale = CELLS[line["cell"]], float(line["scale"])
-    return -(-scaled(cell.total_steps, scale) // scaled(cell.test_freq, scale))
+def error_table(head, rows, form=None, columns=None):
+    """Returns a table of n, error rates in percent and seconds of some rows: (cells that name the row, its lines).
 
-
-def rows_table(rows):
-    """Returns the table of the rows of one cell at one scale; rows: row -> its lines."""
+    form: `markdown`, or another function of a head and rows.  columns: which of TITLES; by default those that were measured.
+    """
     if not rows:
         return "Not run yet."
-    count = evaluation_count(next(iter(rows.values()))[0])
-    return error_table(["row"], [([ROWS[row].title], group) for row, group in rows.items()], median_name(count))
-
-
-def small_table(rows):
-    """Returns the table of the README: the rows of one cell, n, test error, and error on the labeled images."""
-    return markdown(["method", "n", "test error", "error on its own labeled images"], [
-        [ROWS[row].title, str(len(group)), *(mean_and_std(group, column) for column in ("last", "labeled"))]
-        for row, group in rows.items()]) if rows else "Not run yet."
-
-
-def error_table(head, rows, median, form=None):
-    """Returns a table of n, the measured error rates in percent and the seconds of some rows.
-
-    rows: (cells that name the row, its lines).  median: what the median of the last 20 is over.  form: `markdown`, or another
-    function of a head and rows.
-    """
-    rows, titles = list(rows), SELECTION_RULES | {"median_last_20": median, "labeled": "on its own labeled images"}
-    measured = [column for column in titles if any(line[column] for _, group in rows for line in group)]
-    return (form or markdown)([*head, "n", *map(titles.get, measured), "seconds a run"],
-                              [[*cells, str(len(group)), *(mean_and_std(group, column) for column in measured),
-                                f"{mean(group, 'seconds'):.0f}"] for cells, group in rows])
+    columns = columns or [column for column in TITLES if any(line[column] for _, group in rows for line in group)]
+    return (form or markdown)([*head, "n", *map(TITLES.get, columns)], [
+        [*cells, str(len(group)), *(mean_and_std(group, column) for column in columns)] for cells, group in rows])
 
 
 def cells_table(groups):
@@ -131,7 +117,7 @@ def cells_table(groups):
         commits = {line["commit"][:10] + "-dirty" * line["commit"].endswith("-dirty") for line in group}
         rows.append(([CELLS[name].title, ROWS[row].title, f"{scale:g}", group[0]["steps"], "; ".join(sorted(hardware)),
                       ", ".join(sorted(commits))], group))
-    return error_table(["cell", "row", "scale", "steps", "hardware", "commit"], rows, ANY_MEDIAN)
+    return error_table(["cell", "row", "scale", "steps", "hardware", "commit"], rows)
 
 
 def interval(differences):
@@ -171,23 +157,15 @@ def less(first, second):
     return f"{ROWS[first].title} less {ROWS[second].title}"
 
 
-def paired_table(rows):
-    """Returns the table of differences between two rows of a cell on the same seeds, in points of test error."""
-    pairs = [[less(*pair), when, *found] for pair, (rule, when) in itertools.product(PAIRS, MOMENTS.items())
-             if (found := paired(*(rows.get(row, ()) for row in pair), rule))]
-    return markdown(["difference", "measured", *CONTRAST], pairs) if pairs else (
+def contrasts_table(head, places):
+    """Returns the table of differences between two rows on the same seeds, in points of test error, at each of MOMENTS.
+
+    places: (what the first column says, row -> its lines, the two rows).
+    """
+    found = [[name, when, *contrast] for name, rows, pair in places for rule, when in MOMENTS.items()
+             if (contrast := paired(*(rows.get(row, ()) for row in pair), rule))]
+    return markdown([head, "measured", *CONTRAST], found) if found else (
         "None yet: a difference takes two rows of a cell with two seeds in common.")
-
-
-def question_table(groups, pair):
-    """Returns the table of the differences between two rows in every cell that has both, at its largest scale; those of
-    `start_table` apart."""
-    largest = {cell: scale for cell, scale, _ in sorted(groups)}
-    apart = {*STARTS.values(), *(CELLS[cell].start[0] for cell in STARTS.values())}
-    found = [(CELLS[cell].title, when, paired(*(groups.get((cell, largest[cell], row), ()) for row in pair), rule))
-             for cell in CELLS if cell in largest.keys() - apart for rule, when in MOMENTS.items()]
-    rows = [[title, when, *contrast] for title, when, contrast in found if contrast]
-    return markdown(["cell", "measured", *CONTRAST], rows) if rows else "None yet."
 
 
 def courses(evaluations, pair):
@@ -208,7 +186,8 @@ def course_table(evaluations):
             if step and (found := paired(*steps[step], "test_error")):
                 seeds = differences_of(*steps[step], "test_error")
                 own = [line for line in steps[step][0] if line["seed"] in seeds]
-                before, after, shift = (f"{mean(own, key):.{digits}f}" if all(line[key] for line in own) else "-"
+                before, after, shift = (f"{statistics.mean(float(line[key]) for line in own):.{digits}f}"
+                                        if all(line[key] for line in own) else "-"
                                         for key, digits in (("before", 2), ("after", 2), ("meta_shift", 4)))
                 rows.append([less(*pair), str(step), *found, f"{before} → {after}", shift])
     return markdown(["difference", "step", *CONTRAST, "pseudo-labels right, %", "meta-shift"], rows) if rows else "None yet."
@@ -243,17 +222,22 @@ def commands(groups):
         for (name, scale, row), group in groups.items()) or "None yet."
 
 
+def csv_text(rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
 def markdown(head, rows):
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def mean_and_std(group, rule):
-    """Mean and standard deviation over the seeds; one seed has none."""
-    values = [float(line[rule]) for line in group if line[rule]]
+def mean_and_std(group, column):
+    """Returns mean and standard deviation over the seeds, of which one seed has none; of seconds the mean."""
+    values = [float(line[column]) for line in group if line[column]]
+    if column == "seconds":
+        return f"{statistics.mean(values):.0f}"
     if not values:
         return "-"
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def mean(group, column):
-    return statistics.mean(float(line[column]) for line in group)

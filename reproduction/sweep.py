@@ -1,14 +1,12 @@
 """Run folders of any kind: which of them differ only in their seed, the flags in which the others differ, and their table."""
-import csv
-import io
 import re
 
 from reproduction.cells import ROWS, row_of
-from reproduction.report import ANY_MEDIAN, CONTRAST, error_table, markdown, paired
+from reproduction.report import CONTRAST, csv_text, error_table, markdown, paired
 from reproduction.run import resolved, texts
 from utils.cli import option
 from utils.errors import UsageError, printable
-from utils.files import RESULTS, median_name, read_flags, read_results, read_split_sums
+from utils.files import RESULTS, read_flags, read_results, read_split_sums
 
 SAME = {"seed", "split", "num_workers", "print_freq", "device"}     # flags in which runs of one row may differ
 
@@ -58,29 +56,26 @@ def sweep_table(folders, form):
 
     form: `markdown`, or another function of a head and rows.
     """
-    groups, lines = grouped(folders), {}
-    for _, folder in sum(groups, []):
-        if not (folder / RESULTS).exists():
-            raise UsageError(f"{folder} holds a run that is not finished: continue it, or leave it out")
-        lines[folder] = read_results(folder)
-    counts = {results.get("evaluations", 20) for results in lines.values()}
-    median = median_name(counts.pop()) if len(counts) == 1 else ANY_MEDIAN
+    groups = grouped(folders)
     rows = [flags for (flags, _), *_ in groups]
     names, titles = differing(rows), [ROWS[row_of(flags)].title for flags in rows]
     titled = len(set(titles)) == len(rows) > 1
     cells = [[*[title] * titled, *(shown(flags.get(name)) for name in names)] for title, flags in zip(titles, rows)]
-    groups = [[texts({"seed": flags["seed"], **lines[folder]["error_rate"], "labeled": lines[folder]["labeled_error_rate"],
-                      "seconds": lines[folder]["seconds"]}) for flags, folder in group] for group in groups]
-    table = error_table([*["row"] * titled, *map(option, names)], zip(cells, groups), median, form)
+    groups = [[measured(*run) for run in group] for group in groups]
+    table = error_table([*["row"] * titled, *map(option, names)], list(zip(cells, groups)), form)
     labels = titles if titled else [label(flags, names) for flags in rows]
     pairs = [[f"{labels[j]} less {labels[i]}", *found] for j in range(len(rows)) for i in range(j)
              if (found := paired(groups[j], groups[i]))]
     return table + (f"\n\n{form(['difference', *CONTRAST], pairs)}" if pairs else "")
 
 
-def as_markdown(head, rows):
-    head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
-    return markdown(head, rows)
+def measured(flags, folder):
+    """Returns what a run has measured, column -> text.  Raises UsageError if it is not finished."""
+    if not (folder / RESULTS).exists():
+        raise UsageError(f"{folder} holds a run that is not finished: continue it, or leave it out")
+    results = read_results(folder)
+    return texts({"seed": flags["seed"], **results["error_rate"], "labeled": results["labeled_error_rate"],
+                  "seconds": results["seconds"]})
 
 
 def as_csv(head, rows):
@@ -91,9 +86,7 @@ def as_csv(head, rows):
         columns.append((column[0], *(part[0] for part in parts)))
         if any(len(part) > 1 for part in parts):
             columns.append((f"{column[0]}, standard deviation", *(part[1] if part[1:] else "" for part in parts)))
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(zip(*columns))
-    return text.getvalue().rstrip("\n")
+    return csv_text(zip(*columns)).rstrip("\n")
 
 
 def as_latex(head, rows):
@@ -108,4 +101,4 @@ def as_latex(head, rows):
                       r"\end{tabular}"])
 
 
-FORMS = {"markdown": as_markdown, "csv": as_csv, "latex": as_latex}
+FORMS = {"markdown": markdown, "csv": as_csv, "latex": as_latex}

@@ -271,7 +271,7 @@ def test_a_table_of_any_runs_has_a_row_for_each_setting_and_differences_on_the_s
     folders = sweep(tmp_path)
     assert reproduce.main(["table", *folders]) == 0
     head, _, first, second, _, _, _, difference = capsys.readouterr().out.splitlines()
-    assert head.startswith("| --lr | n | last | median of all 2 evaluations | lowest")
+    assert head.startswith("| --lr | n | last | median of the last 20 evaluations, or all | lowest")
     assert first.startswith("| 0.1 | 2 | 11.00 ± 1.41 |") and second.startswith("| 0.2 | 2 | 14.50 ± 2.12 |")
     assert difference.startswith("| --lr 0.2 less --lr 0.1 | 2 | +3.50 | -2.85 to +9.85 |")     # of 3 and 4: 0.5 * 12.706
     assert reproduce.main(["table", "--format", "csv", *folders]) == 0
@@ -345,7 +345,7 @@ def test_the_blocks_of_one_cell_are_those_of_its_largest_scale():
     _, _, paired = blocks["paired-digits"].splitlines()
     assert "| 2 | -2.50 |" in paired and "| 1.50 ± 0.71 |" in blocks["digits"] and "| 1.00 ± 0.00 |" in blocks["cells"]
     assert blocks["paired-svhn"].startswith("None yet: ") and blocks["svhn"] == "Not run yet."
-    assert "| median of all 8 evaluations |" in blocks["digits"] and "last 20 evaluations, or all |" in blocks["cells"]
+    assert "| median of the last 20 evaluations, or all |" in blocks["digits"]
     blocks = tables([{**LINE, "scale": "0.05", "steps": "20000", "last": "10"}])           # never beside a published value
     assert "| 0.05 | 20000 | gpu, 1 thread(s), float32, torch 2 | aaaaaaaaaa | 1 | 10.00 |" in blocks["cells"]
     assert "10.00" not in blocks["paper"] and "scale 0.05" in blocks["commands"]
