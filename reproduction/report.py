@@ -178,19 +178,22 @@ def courses(evaluations, pair):
 
 
 def course_table(evaluations):
-    """Returns the table of paired differences at a few steps, with the pseudo-labels and meta-shift of the first row there."""
+    """Returns the table of paired differences at a few steps, with the pseudo-labels of both rows and the meta-shift there."""
+    def shown(lines, column, digits=2):
+        own = [line[column] for line in lines if line["seed"] in seeds]
+        return f"{statistics.mean(map(float, own)):.{digits}f}" if all(own) else "-"
+
     rows = []
     for pair in COURSES:
         steps = courses(evaluations, pair)
         for step in dict.fromkeys(max((s for s in steps if 8 * s <= k * max(steps)), default=0) for k in EIGHTHS):
             if step and (found := paired(*steps[step], "test_error")):
-                seeds = differences_of(*steps[step], "test_error")
-                own = [line for line in steps[step][0] if line["seed"] in seeds]
-                before, after, shift = (f"{statistics.mean(float(line[key]) for line in own):.{digits}f}"
-                                        if all(line[key] for line in own) else "-"
-                                        for key, digits in (("before", 2), ("after", 2), ("meta_shift", 4)))
-                rows.append([less(*pair), str(step), *found, f"{before} → {after}", shift])
-    return markdown(["difference", "step", *CONTRAST, "pseudo-labels right, %", "meta-shift"], rows) if rows else "None yet."
+                first, second = steps[step]
+                seeds = differences_of(first, second, "test_error")
+                rows.append([less(*pair), str(step), *found, f"{shown(first, 'before')} → {shown(first, 'after')}",
+                             shown(second, "before"), shown(first, "meta_shift", 4)])
+    head = ["difference", "step", *CONTRAST, "pseudo-labels right, %", "in the second row", "meta-shift"]
+    return markdown(head, rows) if rows else "None yet."
 
 
 def start_table(groups):
