@@ -11,7 +11,6 @@ def check_call(model: nn.Module, x_l: Tensor, y_l: Tensor, x_u: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}: expected a tensor; put a network of several inputs into a "
                              "module that takes them from one")
-    for name, x in (("x_l", x_l), ("x_u", x_u)):
         if x.dim() == 0 or len(x) == 0:
             raise ValueError(f"{name} has the shape {tuple(x.shape)}: expected (B, ...) with at least one example")
     if y_l.shape != x_l.shape[:1] or y_l.dtype != torch.int64:

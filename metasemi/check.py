@@ -8,7 +8,6 @@ the original.
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from metasemi.arguments import check_call, check_classes, check_logits
 from metasemi.gradient import METHODS, UNREACHED, check_options, evaluation_mode, logits, meta_gradient
@@ -189,25 +188,12 @@ def check_passes(model, x):
                              "make it in __init__")
         if not first.isfinite().all():
             raise ValueError("the logits are not finite")
+        begin = random_state(x.device)
         if not same(model(x), first, torch.finfo(first.dtype).eps ** 0.5):
-            raise ValueError(f"two passes in evaluation mode give different logits: {drawing(model, x)}")
-
-
-def drawing(model, x):
-    """Returns which module draws random numbers, and the remedy."""
-    names, drew, entered = {module: name for name, module in model.named_modules()}, [], []
-
-    def before(module, _):
-        entered.append(random_state(x.device))
-
-    def after(module, *_):
-        if not all(map(torch.equal, entered.pop(), random_state(x.device))):
-            drew.append(f"{names.get(module) or 'the model'} ({type(module).__name__})")     # the innermost is the first
-
-    with register_module_forward_pre_hook(before), register_module_forward_hook(after):
-        model(x)
-    return (f"{drew[0]} draws random numbers, so let it ask self.training" if drew else
-            "it changes its own state, or draws random numbers from elsewhere than torch, which it must not in evaluation mode")
+            drew = not all(map(torch.equal, begin, random_state(x.device)))
+            raise ValueError("two passes in evaluation mode give different logits: the network " + (
+                "draws random numbers, so let it ask self.training, as dropout(x, p, self.training) does" if drew else
+                "changes its own state, or draws random numbers from elsewhere than torch, which it must not in that mode"))
 
 
 def check_evaluation_weights(model, x):

@@ -101,9 +101,9 @@ WRONG = {           # what is wrong -> (middle of the network, methods that must
                                      ["jvp", "unrolled"], "% off on this model, where 'finite-difference' is right"),
     "dropout without training=": (
         lambda: nn.Sequential(nn.Linear(8, 8), Part(lambda self, x: dropout(self.layer(x), 0.5))), METHODS,
-        r"two passes in evaluation mode give different logits: 2\.1 \(Part\) draws random numbers"),
+        r"two passes in evaluation mode give different logits: the network draws random numbers, so let it ask self.training"),
     "random numbers of numpy": (lambda: Part(lambda self, x: self.layer(x) * np.random.rand()), METHODS,
-                                "two passes in evaluation mode give different logits: it changes its own state, or draws"),
+                                "two passes in evaluation mode give different logits: the network changes its own state, or"),
     "an adapter that is merged": (
         lambda: Part(adapter, merge, merged=False, delta=lambda self: nn.Parameter(torch.randn(8, 8) / 7)), METHODS,
         r"train\(False\) of the model changes 2.layer.weight, which train\(True\) cannot give back"),
