@@ -84,9 +84,7 @@ def meta_gradient(model: nn.Module, x_l: Tensor, y_l: Tensor, x_u: Tensor, metho
     return y_tilde, gradient
 
 
-def meta_gradient_with_telemetry(model: nn.Module, x_l: Tensor, y_l: Tensor, x_u: Tensor, method: str = "jvp",
-                                 epsilon: float = 1e-2, consistency: str = "mse", dtype: torch.dtype | None = None,
-                                 average: Average | None = None) -> tuple[Tensor, ...]:
+def meta_gradient_with_telemetry(model, x_l, y_l, x_u, method, epsilon, consistency, dtype, average):
     """Returns what `meta_gradient` does, then the labeled logits (B_l, K), their mean loss, (), and ||g||, ()."""
     check_options(model, method, epsilon, consistency)
     check_call(model, x_l, y_l, x_u)

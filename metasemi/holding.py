@@ -77,10 +77,8 @@ def held(model: nn.Module) -> tuple[list[Tensor], list]:
 
 def random_state(device: torch.device) -> list[Tensor]:
     """Returns the states of the random number generators of the CPU and of a device."""
-    states = [torch.get_rng_state()]
-    if device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return states
+    own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
+    return [torch.get_rng_state(), *own]
 
 
 def set_random_state(device: torch.device, states: list[Tensor]) -> None:
