@@ -116,7 +116,7 @@ WRONG = {           # what is wrong -> (middle of the network, methods that must
                           "the first forward makes the parameter 2.made.*: make it in"),
     "a buffer that no checkpoint holds": (
         lambda: Part(centered, kept=lambda self: self.register_buffer("center", torch.zeros(8), persistent=False)), METHODS,
-        r"training changes state that the logits depend on and state_dict\(\) does not hold \(2.center\): make it a"),
+        r"training changes state that the logits depend on and state_dict\(\) does not hold: make it a persistent buffer"),
     "steps too small to see": (lambda: Part(lambda self, x: self.layer(x) + 1e-2 * torch.sin(1e13 * self.layer(x))), METHODS,
                                "the predictions do not change smoothly as the weights move .*: the network rounds, jumps, or"),
     "logits that are not finite": (lambda: Part(lambda self, x: self.layer(x) * torch.nan), METHODS, "the logits are not"),
