@@ -28,6 +28,7 @@ from datasets import Batches, load_dataset, split_labels
 from metasemi import meta_gradient, training_step
 from models import build_model
 from utils.device import choose_device, fingerprint, set_precision
+from utils.errors import one_line_errors
 
 VARIANTS = {"float32": {}, "tf32": {}, "bfloat16": {}, "unrolled": {"method": "unrolled"},
             "finite-difference": {"method": "finite-difference"}, "supervised": {"meta": False, "lam": None}}
@@ -46,7 +47,8 @@ def main(argv=None):
     parser.add_argument("--archs", nargs="+", choices=NARROW, default=[*NARROW], help="default: all four")
     parser.add_argument("--parts", nargs="+", choices=HEADERS, default=[*HEADERS], help="default: all")
     args = parser.parse_args(argv)
-    args.device = choose_device(args.device)
+    with one_line_errors("gpu_check.py"):
+        args.device = choose_device(args.device)
     args.variants = [variant for variant in VARIANTS if variant != "tf32" or args.device.type == "cuda"]
     args.small = args.device.type == "cpu" and args.batch_size is None
     args.batch_size, args.image_size = args.batch_size or (2 if args.small else 128), 16 if args.small else 32
