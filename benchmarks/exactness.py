@@ -9,26 +9,17 @@ network puts all images into one class with certainty, e is nearly zero, and an 
 """
 import argparse
 import copy
-import sys
-import warnings
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from measuring import relative_error
+from measuring import NARROW, relative_error
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from datasets import Batches, load_dataset, split_labels  # noqa: E402
-from metasemi import learning_rate, meta_gradient, ramp, training_step  # noqa: E402
-from models.convlarge import ConvLarge  # noqa: E402
-from models.shakeshake import ShakeShake  # noqa: E402
-from models.wideresnet import WideResNet  # noqa: E402
+from datasets import Batches, load_dataset, split_labels
+from metasemi import learning_rate, meta_gradient, ramp, training_step
 
-NETWORKS = {
-    "ConvLarge, width 16": lambda: ConvLarge(10, width=16),
-    "WideResNet-10-1": lambda: WideResNet(10, depth=10, widen=1),
-    "Shake-Shake-8 (2x16d)": lambda: ShakeShake(10, depth=8, width=16),
-}
+NETWORKS = {"ConvLarge, width 16": NARROW["convlarge"], "WideResNet-10-1": NARROW["wideresnet"],
+            "Shake-Shake-8 (2x16d)": NARROW["shakeshake"]}
 WAYS = {
     "finite difference, bfloat16": {"method": "finite-difference", "dtype": torch.bfloat16},
     "finite difference, float32": {"method": "finite-difference"},
@@ -44,7 +35,6 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)
 
     third = max(1, args.steps // EVERY // 3)
     print(f"medians of the relative error, {args.batch_size} + {args.batch_size} digits a step, {args.steps} steps\n")
@@ -53,11 +43,12 @@ def main(argv=None):
     axes = figure.subplots(2, len(NETWORKS), sharex=True, sharey="row", height_ratios=(3, 1))
     for (axis, below), (name, build) in zip(axes.T, NETWORKS.items()):
         errors, norms = errors_in_training(build, args.steps, args.batch_size)
+        steps = range(0, EVERY * len(norms), EVERY)
         for way, values in errors.items():
             thirds = [torch.tensor(part).median().item() for part in (values[:third], values[third:-third], values[-third:])]
             print(f"| {name} | {way} | " + " | ".join(f"{value:.1e}" for value in thirds) + " |", flush=True)
-            axis.semilogy([EVERY * i for i in range(len(values))], values, label=way, linewidth=1.2)
-        below.semilogy([EVERY * i for i in range(len(norms))], norms, color="black", linewidth=1.2)
+            axis.semilogy(steps, values, label=way, linewidth=1.2)
+        below.semilogy(steps, norms, color="black", linewidth=1.2)
         axis.set_title(name, fontsize=10)
         below.set_xlabel("step")
     for axis in axes.flat:

@@ -3,43 +3,36 @@
     make gpu-check
     python3 benchmarks/gpu_check.py --device cpu --batch-size 32 --parts exactness speed
 
-waits      steps 2 and 3 of training, their batches included, never make the host wait for the device
-exactness  of the meta-gradient: errors relative to double backward in float64 on the CPU
-speed      of the step of train_meta.py, in turns with that of float32.  TFLOP: counted in a step with the finite difference.
-           Peak: a product of two large matrices.  Operations: those of torch that compute or copy, each one kernel or more
-input      images a second, cropped, flipped and normalized, in memory and decoded from disk
-resume     a bfloat16 run of train_meta.py that is killed and resumed
-processes  two processes on one device over gloo, which have the meta-gradient of the whole batch, and equal weights
+benchmarks/README.md says what the parts are.  Of the speed: TFLOP are those of a step with the finite difference, the peak is
+that of a product of two large matrices, and operations are those of torch that compute or copy, each one kernel or more.
 
 Each line is printed as soon as it is known.  A check that fails is a line, too, and the others go on; the exit code is then 1.
 On the CPU everything is small unless --batch-size is given.
 """
 import argparse
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-import warnings
-from importlib import import_module
+from functools import partial
+from math import inf
 from pathlib import Path
 
 import torch
-from measuring import make_images, relative_error
+from measuring import NARROW, ROOT, make_images, relative_error, run
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from datasets import Batches, load_dataset, split_labels  # noqa: E402
-from metasemi import meta_gradient, training_step  # noqa: E402
-from models import NETWORKS  # noqa: E402
+from datasets import Batches, load_dataset, split_labels
+from metasemi import meta_gradient, training_step
+from models import build_model
+from utils.device import choose_device, fingerprint, set_precision
+from utils.errors import one_line_errors
 
-NARROW = {"convlarge": {"width": 16}, "wideresnet": {"depth": 10, "widen": 1}, "shakeshake": {"depth": 8, "width": 16},
-          "resnet18": {}}
-VARIANTS = {"float32": {}, "tf32": {}, "bfloat16": {"dtype": torch.bfloat16}, "unrolled": {"method": "unrolled"},
+VARIANTS = {"float32": {}, "tf32": {}, "bfloat16": {}, "unrolled": {"method": "unrolled"},
             "finite-difference": {"method": "finite-difference"}, "supervised": {"meta": False, "lam": None}}
-ROUNDING = {"float32": 1e-3, "tf32": 0.3, "bfloat16": 0.3, "unrolled": 1e-3}         # the largest relative errors that pass
+ROUNDING = {"float32": 1e-3, "tf32": 0.3, "bfloat16": 0.3, "unrolled": 1e-3, "finite-difference": inf}   # errors that pass
 HEADERS = {
     "waits": "network | steps 2 and 3", "exactness": "network | error of the meta-gradient",
     "speed": "network | variant | ms a step | times as fast as float32 | images a second | TFLOP/s | share of peak | peak MiB "
@@ -49,29 +42,30 @@ HEADERS = {
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    parser.add_argument("--device", type=torch.device, default=default, help="default: that of torch.accelerator, else cpu")
+    parser.add_argument("--device", default="auto", help="default: that of torch.accelerator, else cpu")
     parser.add_argument("--batch-size", type=int, help="labeled images, and as many unlabeled (default: 128; on the CPU 2)")
     parser.add_argument("--archs", nargs="+", choices=NARROW, default=[*NARROW], help="default: all four")
     parser.add_argument("--parts", nargs="+", choices=HEADERS, default=[*HEADERS], help="default: all")
     args = parser.parse_args(argv)
+    with one_line_errors("gpu_check.py"):
+        args.device = choose_device(args.device)
+    args.variants = [variant for variant in VARIANTS if variant != "tf32" or args.device.type == "cuda"]
     args.small = args.device.type == "cpu" and args.batch_size is None
     args.batch_size, args.image_size = args.batch_size or (2 if args.small else 128), 16 if args.small else 32
-    warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)
-    torch.backends.cudnn.benchmark = True
 
-    name = getattr(torch.get_device_module(args.device), "get_device_name", lambda device: device.type)(args.device)
-    print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.get_num_threads()} threads; {args.batch_size} "
-          f"+ {args.batch_size} images of {args.image_size}x{args.image_size} a step")
+    about = fingerprint(args.device, "float32", processes=1)
+    print(f"{about['device']}, torch {about['torch']}, CUDA {torch.version.cuda}, {about['threads']} threads; "
+          f"{args.batch_size} + {args.batch_size} images of {args.image_size}x{args.image_size} a step")
     failures = 0
     for part in args.parts:
         print(f"\n## {part}\n\n| {HEADERS[part]} |\n|{'---|' * (HEADERS[part].count('|') + 1)}")
         for row, check, *more in rows(part, args):
             try:
-                print(f"| {row} | {check(args, *more)} |", flush=True)
+                holds, said = check(args, *more)
             except Exception as error:              # of whatever kind: the next check may still tell something
-                failures += 1
-                print(f"| {row} | FAILED: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]} |", flush=True)
+                holds, said = False, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+            print(f"| {row} | {'' if holds else 'FAILED: '}{said} |", flush=True)
+            failures += not holds
     print(f"\n{failures or 'No'} check{'s' * (failures != 1)} failed.")
     return int(failures > 0)
 
@@ -79,25 +73,14 @@ def main(argv=None):
 def rows(part, args):
     """Returns (row, its check, arguments after the flags) of a part."""
     if part == "input":
-        return [("32x32 in memory", input_rate, 32), ("224x224 from disk", input_rate, 224)]
+        return [("32x32 in memory", input_rate, "folder", (32, 32), 200, 32, True),
+                ("224x224 from disk", input_rate, "imagenet", (500, 375), 10, 224, False, 4)]
     if part == "speed":
-        few = ("float32", "tf32", "bfloat16", "supervised")
-        return [(f"{arch} | {variant}", speed, arch, variant) for arch in args.archs
-                for variant in on_device(args, VARIANTS if arch == args.archs[0] else few)]
+        return [(f"{arch} | {variant}", speed, arch, variant) for arch in args.archs for variant in args.variants
+                if arch == args.archs[0] or "method" not in VARIANTS[variant]]
     check = {"waits": waits, "exactness": exactness, "resume": resume, "processes": processes}[part]
     archs = args.archs if part in ("waits", "exactness") else ["convsmall" if args.small else "convlarge"]
     return [(arch, check, arch) for arch in archs]
-
-
-def on_device(args, variants):
-    return [name for name in variants if name != "tf32" or args.device.type == "cuda"]
-
-
-def hold(claim, said):
-    """Returns what is said about a claim that holds on this device; raises AssertionError with it for one that does not."""
-    if not claim:
-        raise AssertionError(said)
-    return said
 
 
 class Trainer:
@@ -105,8 +88,7 @@ class Trainer:
 
     def __init__(self, args, arch, variant="float32", batch_size=None):
         torch.manual_seed(0)
-        module, name, options = NETWORKS[arch]
-        self.model = getattr(import_module(module), name)(10, **options | (NARROW.get(arch, {}) if args.small else {}))
+        self.model = NARROW[arch]() if args.small and arch in NARROW else build_model(arch, 10)
         count = batch_size or args.batch_size
         x_l, x_u = torch.randn(2, count, 3, args.image_size, args.image_size)
         with torch.no_grad():
@@ -114,40 +96,37 @@ class Trainer:
         self.model.to(args.device, memory_format=torch.channels_last)
         self.batch = [x.to(args.device) for x in (x_l, torch.arange(count) % 10, x_u, torch.rand(count))]
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True)
-        self.tf32, self.options = variant == "tf32", VARIANTS[variant]
+        self.options = VARIANTS[variant]
+        self.dtype = partial(set_precision, variant if variant in ("tf32", "bfloat16") else "float32", args.device)
 
-    def step(self, batch=None, **more):
-        set_tf32(self.tf32)
-        *examples, lam = batch or self.batch
-        training_step(self.model, self.optimizer, *examples, **{"alpha": 0.01, "beta": 0.01, "lam": lam} | self.options | more)
+    def step(self, **more):
+        *examples, lam = self.batch
+        options = {"alpha": 0.01, "beta": 0.01, "lam": lam, "dtype": self.dtype()} | self.options | more
+        training_step(self.model, self.optimizer, *examples, **options)
 
     def gradient(self, **more):
-        set_tf32(self.tf32)
-        return meta_gradient(self.model, *self.batch[:3], **self.options | more)[1]
+        return meta_gradient(self.model, *self.batch[:3], **{"dtype": self.dtype()} | self.options | more)[1]
 
 
-def set_tf32(on):
-    torch.set_float32_matmul_precision("high" if on else "highest")
-    torch.backends.cudnn.allow_tf32 = on
-
+# Each check returns whether it holds on this device, and what to say.
 
 def waits(args, arch):
     cuda, images = args.device.type == "cuda", load_dataset("digits", ".")
-    index_sets = split_labels(images.train_labels, 50, 10, seed=1)
-    batches = Batches(images, *index_sets, batch_size=args.batch_size, seed=1, device=args.device, mixup_gamma=1.0)
+    split = split_labels(images.train_labels, 50, 10, seed=1)
+    batches = Batches(images, *split, batch_size=args.batch_size, seed=1, device=args.device, mixup_gamma=1.0)
     for variant in ("float32", "bfloat16"):
         trainer = Trainer(args, arch, variant)
         try:
             for step in (1, 2, 3):
                 if cuda and step > 1:
                     torch.cuda.set_sync_debug_mode("error")
-                batch = batches(step)
-                trainer.step([batch.x_l, batch.y_l, batch.x_u, batch.lam])
+                x_l, y_l, x_u, _, lam = batches(step)
+                trainer.batch = [x_l, y_l, x_u, lam]
+                trainer.step()
         finally:
             if cuda:
                 torch.cuda.set_sync_debug_mode("default")
-        hold(all(w.isfinite().all() for w in trainer.model.parameters()), f"weights are not finite after steps in {variant}")
-    return "do not wait" if cuda else "done; only CUDA can tell whether they wait"
+    return True, "do not wait" if cuda else "done; only CUDA can tell whether they wait"
 
 
 def exactness(args, arch):
@@ -157,9 +136,9 @@ def exactness(args, arch):
     oracle.batch = [x.cpu().double() if x.is_floating_point() else x.cpu() for x in oracle.batch]
     exact = oracle.gradient(method="unrolled")
     errors = {variant: relative_error(Trainer(args, arch, variant, count).gradient(), exact)
-              for variant in on_device(args, [*ROUNDING, "finite-difference"])}
-    return hold(all(errors[variant] <= most for variant, most in ROUNDING.items() if variant in errors),
-                ", ".join(f"{variant} {error:.1e}" for variant, error in errors.items()))
+              for variant in args.variants if variant in ROUNDING}
+    return (all(error <= ROUNDING[variant] for variant, error in errors.items()),
+            ", ".join(f"{variant} {error:.1e}" for variant, error in errors.items()))
 
 
 def speed(args, arch, variant):
@@ -174,28 +153,26 @@ def speed(args, arch, variant):
     with FlopCounterMode(display=False) as counter:
         own.step(method="finite-difference")
     size = 128 if args.small else 2048 if args.device.type == "cpu" else 8192
-    a = torch.randn(size, size, device=args.device, dtype=own.options.get("dtype"))
-    times = seconds(args, base.step, own.step, lambda: (set_tf32(own.tf32), a @ a))
-    ratio = statistics.median(x / y for x, y, _ in times)
-    _, step, product = map(statistics.median, zip(*times))
+    a = torch.randn(size, size, device=args.device, dtype=own.dtype())
+    float32, product, step = seconds(args, base.step, lambda: (own.dtype(), a @ a), own.step)
     rate = counter.get_total_flops() / step
-    return (f"{1000 * step:.4g} | {ratio:.2f} | {2 * args.batch_size / step:.4g} | {rate / 1e12:.3g} "
-            f"| {rate / (2 * size ** 3 / product):.0%} | {peak} | {operations.count:,}")
+    cells = (f"{1000 * step:.4g}", f"{float32 / step:.2f}", f"{2 * args.batch_size / step:.4g}", f"{rate / 1e12:.3g}",
+             f"{rate * product / (2 * size ** 3):.0%}", peak, f"{operations.count:,}")
+    return True, " | ".join(cells)
 
 
 def seconds(args, *work):
-    """Returns the seconds of functions, what they leave the accelerator to do included, in each of some turns.
+    """Returns the median seconds of each function, what it leaves the accelerator to do included, measured in turns.
 
     Before these there is one in which everything starts.
     """
-    def measure(function):
-        start = time.perf_counter()
-        function()
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        return time.perf_counter() - start
-
-    return [[measure(function) for function in work] for _ in range(2 if args.small else 6)][1:]
+    taken = [[] for _ in work]
+    for _ in range(2 if args.small else 6):
+        for function, times in zip(work, taken):
+            start = timer()                                 # waits for the accelerator
+            function()
+            times.append(timer() - start)
+    return [statistics.median(times[1:]) for times in taken]
 
 
 class CountOperations(TorchDispatchMode):
@@ -209,15 +186,14 @@ class CountOperations(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def input_rate(args, size):
-    steps, flags = 2 if args.small else 200 if size == 32 else 10, (32, True) if size == 32 else (224, False, 4)
+def input_rate(args, dataset, size, steps, *options):
+    steps, count = (2, 20) if args.small else (steps, 400)
     with tempfile.TemporaryDirectory() as folder:
-        root = make_images(Path(folder), 20 if args.small else 400, (32, 32) if size == 32 else (500, 375))
-        images = load_dataset("folder" if size == 32 else "imagenet", root, *flags)
-        index_sets = torch.arange(len(images.train_labels)).chunk(2)
-        with Batches(images, *index_sets, batch_size=args.batch_size, seed=0, device=args.device) as batches:
-            times = seconds(args, lambda: [batches(step) for step in range(1, steps + 1)])
-    return f"{2 * args.batch_size * steps / statistics.median(turn for turn, in times):,.0f}"
+        images = load_dataset(dataset, make_images(Path(folder), count, size), *options)
+        halves = torch.arange(len(images.train_labels)).chunk(2)
+        with Batches(images, *halves, batch_size=args.batch_size, seed=0, device=args.device) as batches:
+            time, = seconds(args, lambda: [batches(step) for step in range(1, steps + 1)])
+    return True, f"{2 * args.batch_size * steps / time:,.0f}"
 
 
 def resume(args, arch):
@@ -225,20 +201,17 @@ def resume(args, arch):
     flags = (f"--dataset digits --num-label 50 -a {arch} --mix-up --precision bfloat16 --device {args.device.type} "
              f"--batch-size {min(args.batch_size, 64)} --total-steps {steps} --warmup 4 --print-freq 1 "
              f"--test-freq {steps // 4} --save-path")
-    command = [sys.executable, ROOT / "train_meta.py", *flags.split()]
+    command = [ROOT / "train_meta.py", *flags.split()]
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([*command, "whole"], cwd=folder, stdout=subprocess.DEVNULL, check=True)
-        with subprocess.Popen([*command, "killed"], cwd=folder, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout:
-                if line.startswith(f"step {steps // 2 + 1}/"):
-                    process.kill()
-        done = subprocess.run([*command, "killed", "--resume"], cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+        run([*command, "whole"], folder)
+        run([*command, "killed"], folder, f"step {steps // 2 + 1}/", signal.SIGKILL, -signal.SIGKILL)
+        output = run([*command, "killed", "--resume"], folder)
         a, b = (torch.load(f"{folder}/{name}/checkpoint.pth", map_location="cpu", weights_only=True)["model"].values()
                 for name in ("whole", "killed"))
-    resumed = process.returncode < 0 and f"step {steps // 4}/" not in done.stdout
+    resumed = f"step {steps // 4}/" not in output
     error = relative_error(*(torch.cat([value.double().flatten() for value in weights]) for weights in (b, a)))
-    return hold(resumed and (args.device.type != "cpu" or error == 0), f"{'resumed' if resumed else 'begun again'} after step "
-                f"{steps // 2}, where it was killed; weights differ by {error:.1e} from those of a whole run")
+    said = f"{'resumed' if resumed else 'begun again'} after step {steps // 2}; weights differ by {error:.1e} from a whole run"
+    return resumed and (args.device.type != "cpu" or error == 0), said
 
 
 def processes(args, arch):
@@ -246,13 +219,12 @@ def processes(args, arch):
         torch.multiprocessing.spawn(one_of_two, (folder, args, arch), nprocs=2)
         gradients, weights = zip(*[torch.load(f"{folder}/{rank}.pth", weights_only=True) for rank in range(2)])
     error, equal = relative_error(torch.cat(gradients), Trainer(args, arch).gradient()), all(map(torch.equal, *weights))
-    return hold(error <= ROUNDING["float32"] and equal, f"the meta-gradient differs from that of one process by {error:.1e}; "
-                f"weights are {'equal' if equal else 'different'} after two steps")
+    said = f"the meta-gradient differs from that of one by {error:.1e}; weights are {'equal' if equal else 'different'}"
+    return error <= ROUNDING["float32"] and equal, said
 
 
 def one_of_two(rank, folder, args, arch):
     """Takes half of the batch, in a process of its own, and saves its part of the meta-gradient and its weights."""
-    warnings.filterwarnings("ignore", "`torch.jit", category=FutureWarning)
     dist = torch.distributed
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     trainer = Trainer(args, arch)

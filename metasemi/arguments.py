@@ -1,7 +1,4 @@
 """Refusals: each says in one sentence what is wrong with a call, and what to do, before anything has moved."""
-from collections.abc import Iterable
-from math import isfinite
-
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -14,7 +11,6 @@ def check_call(model: nn.Module, x_l: Tensor, y_l: Tensor, x_u: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}: expected a tensor; put a network of several inputs into a "
                              "module that takes them from one")
-    for name, x in (("x_l", x_l), ("x_u", x_u)):
         if x.dim() == 0 or len(x) == 0:
             raise ValueError(f"{name} has the shape {tuple(x.shape)}: expected (B, ...) with at least one example")
     if y_l.shape != x_l.shape[:1] or y_l.dtype != torch.int64:
@@ -34,55 +30,37 @@ def check_call(model: nn.Module, x_l: Tensor, y_l: Tensor, x_u: Tensor) -> None:
                              "module inside it, one process a device, and a mean over the processes as `average`")
 
 
-def check_number(name: str, value: float, above: float = 0.0) -> None:
-    """Raises ValueError unless a number is finite and at least `above`."""
-    if not (isfinite(value) and value >= above):
-        raise ValueError(f"{name} is {value}: expected a finite number, {above:g} or more")
-
-
-def check_logits(logits: Tensor, x: Tensor, mode: str, y: Tensor | None = None) -> Tensor:
-    """Returns what a model gave for x, (B, ...), if it is a tensor (B, K), K at least 2, with a place for the classes y.
-
-    Raises ValueError otherwise.
-    """
+def check_logits(logits: Tensor, x: Tensor, mode: str) -> Tensor:
+    """Returns what a model gave for x, (B, ...), if it is a tensor (B, K), K at least 2; raises ValueError otherwise."""
     if not isinstance(logits, Tensor):
         raise ValueError(f"the model gives a {type(logits).__name__} for {len(x)} examples in {mode} mode: expected logits of "
                          f"the shape ({len(x)}, K); put it into a module whose forward returns the logits alone")
     if logits.shape[:-1] != x.shape[:1] or logits.shape[1] < 2:
         raise ValueError(f"the model gives the shape {tuple(logits.shape)} for {len(x)} examples in {mode} mode: expected "
                          f"logits of the shape ({len(x)}, K), K at least 2")
-    if y is not None:
-        check_classes(y, logits.shape[1])
     return logits
 
 
-def check_dense(model: nn.Module, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Raises ValueError if one of the gradients, given as (weight, gradient), is sparse."""
-    for w, d in gradients:
+def check_dense(gradients: dict[str, Tensor]) -> None:
+    """Raises ValueError if one of the gradients, by the names of their weights, is sparse."""
+    for name, d in gradients.items():
         if d.layout != torch.strided:
-            name = next((name for name, other in model.named_parameters() if other is w), "a weight")
             raise ValueError(f"the gradient of {name} is sparse: make its embedding with sparse=False")
 
 
-def check_classes(y: Tensor, num_classes: int) -> bool:
-    """Raises ValueError for a class outside 0..K-1, and returns True; returns False where looking would wait for the device."""
-    if not on_cpu(y):
-        return False
-    low, high = (int(bound) for bound in y.aminmax())
-    if low < 0 or high >= num_classes:
-        raise ValueError(f"y_l holds the class {low if low < 0 else high}: expected 0 to {num_classes - 1}, since the model "
-                         f"gives {num_classes} logits")
-    return True
+def check_classes(y: Tensor, num_classes: int) -> None:
+    """Raises ValueError for a class outside 0..K-1 on the CPU; for an accelerator's answer the host would have to wait."""
+    if on_cpu(y):
+        low, high = (int(bound) for bound in y.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"y_l holds the class {low if low < 0 else high}: expected 0 to {num_classes - 1}, since the "
+                             f"model gives {num_classes} logits")
 
 
-def check_shares(lam: Tensor) -> bool:
-    """Raises ValueError for a mix-up weight outside [0, 1], and returns True; returns False where looking would wait for the
-    device."""
-    if not on_cpu(lam):
-        return False
-    if not (lam.clamp(0, 1) == lam).all():
+def check_shares(lam: Tensor) -> None:
+    """Raises ValueError for a mix-up weight outside [0, 1] on the CPU."""
+    if on_cpu(lam) and not (lam.clamp(0, 1) == lam).all():
         raise ValueError(f"lam reaches from {lam.min().item():g} to {lam.max().item():g}: expected shares between 0 and 1")
-    return True
 
 
 def on_cpu(x: Tensor) -> bool:

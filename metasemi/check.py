@@ -9,16 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from metasemi.arguments import check_call, check_logits
-from metasemi.gradient import (
-    METHODS,
-    UNREACHED,
-    check_epsilon,
-    check_names,
-    evaluation_mode,
-    logits,
-    meta_gradient,
-)
+from metasemi.arguments import check_call, check_classes, check_logits
+from metasemi.gradient import METHODS, UNREACHED, check_options, evaluation_mode, logits, meta_gradient
 from metasemi.holding import as_it_was, in_type, random_state, set_random_state
 from metasemi.losses import CONSISTENCY
 
@@ -47,78 +39,69 @@ def check_model(model: nn.Module, x_l: Tensor, y_l: Tensor, x_u: Tensor, method:
             one that draws random numbers in evaluation mode, makes parameters in its first forward, evaluates copies of its
             weights, or whose training changes state that matters and is not in `state_dict()`.
     """
-    check_names(method, consistency)
+    check_options(model, method, epsilon, consistency)
     check_call(model, x_l, y_l, x_u)
-    check_epsilon(epsilon, next((w.dtype for w in model.parameters()), torch.float32))
     with as_it_was(model, x_l.device), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         x = x_l if len(x_l) > len(x_u) else x_u
         check_passes(model, x)
         check_evaluation_weights(model, x)
         check_state(model, x)
         for dtype in (torch.float64, None):
-            with as_it_was(model, x_l.device):
-                try:
-                    with in_type(model, dtype), evaluation_mode(model):
-                        labeled, unlabeled = (x.to(dtype) if x.is_floating_point() else x for x in (x_l, x_u))
-                        exact, doubt, scale = reference(model, labeled, y_l, unlabeled, consistency)
-                        return compare(model, labeled, y_l, unlabeled, method, consistency, epsilon, exact, doubt, scale)
-                except Wrong as wrong:
-                    raise ValueError(str(wrong)) from None
-                except Exception:           # the device has no float64, or the network names its type
-                    if dtype is None:
-                        raise
-    raise AssertionError
-
-
-class Wrong(Exception):
-    """What `compare` found, apart from the faults of the model's own."""
+            try:
+                with as_it_was(model, x_l.device), in_type(model, dtype), evaluation_mode(model):
+                    labeled, unlabeled = (x.to(dtype) if x.is_floating_point() else x for x in (x_l, x_u))
+                    exact = reference(model, labeled, y_l, unlabeled, consistency)
+                    error, fault = compare(model, labeled, y_l, unlabeled, method, consistency, epsilon, *exact)
+                break
+            except Exception:               # the device has no float64, or the network names its type
+                if dtype is None:
+                    raise
+    if fault:
+        raise ValueError(fault)
+    return error
 
 
 def compare(model, x_l, y_l, x_u, method, consistency, epsilon, exact, doubt, scale):
-    """Returns the relative error of a method.  Raises Wrong if it is too large; doubt is the uncertainty of `exact`."""
-    dtype = exact.dtype
-    allowed = TOLERANCE.get(dtype, 0.2) + 2 * doubt / scale
+    """Returns the relative error of a method, and what is wrong with it or None; doubt is the uncertainty of `exact`."""
+    allowed = TOLERANCE.get(exact.dtype, 0.2) + 2 * doubt / scale
 
-    def error(method, epsilon):
+    def tried(method, epsilon):
+        """Returns the relative error of a method, infinite if it fails, and what to say of it."""
         try:
             found = meta_gradient(model, x_l, y_l, x_u, method, epsilon, consistency)[1]
         except Exception as fault:
-            return fault
-        return ((found - exact).norm() / scale).nan_to_num(torch.inf).item()
+            return torch.inf, f"fails ({type(fault).__name__}: {(str(fault).strip() or '?').splitlines()[0][:160]})"
+        error = ((found - exact).norm() / scale).nan_to_num(torch.inf).item()
+        return error, f"is {error:.1%} off"
 
-    def right(method, result):
-        if method != "finite-difference" or isinstance(result, Exception):
-            return isinstance(result, float) and result <= allowed
-        lengths = [epsilon / 10 ** i for i in range(8)]
-        return any(error(method, length) <= allowed for length in lengths if length > 10 * torch.finfo(dtype).eps)
+    def right(method):
+        lengths = [epsilon / 10 ** i for i in range(8 if method == "finite-difference" else 1)]
+        return any(tried(method, length)[0] <= allowed for length in lengths)
 
-    if doubt > scale / 20 and dtype in TOLERANCE:
-        raise Wrong("the predictions do not change smoothly as the weights move along the labeled gradient: the network "
-                    "rounds, jumps, or draws random numbers from elsewhere than torch")
-    result = error(method, epsilon)
-    if right(method, result):
-        return result
+    if doubt > scale / 20 and exact.dtype in TOLERANCE:
+        return None, ("the predictions do not change smoothly as the weights move along the labeled gradient: the network "
+                      "rounds, jumps, or draws random numbers from elsewhere than torch")
+    error, said = tried(method, epsilon)
+    if error <= allowed or right(method):
+        return error, None
     if hidden := hidden_weights(model, x_l):
-        raise Wrong(f"the meta-gradient misses {', '.join(hidden)}, which the logits depend on other than by a registered "
-                    "name: reach each weight through its module, registered, when the model is called")
-    if isinstance(result, Exception):
-        said = f"fails ({type(result).__name__}: {(str(result).strip() or '?').splitlines()[0][:160]})"
-    else:
-        said = f"is {result:.1%} off"
-    others = [repr(other) for other in METHODS if other != method and right(other, error(other, epsilon))]
+        return error, (f"the meta-gradient misses {names_of(hidden, model)}, which the logits depend on other than by a "
+                       "registered name: reach each weight through its module, registered, when the model is called")
+    others = [repr(other) for other in METHODS if other != method and right(other)]
     if others:
-        raise Wrong(f"the method {method!r} {said} on this model, where {' and '.join(others)} "
-                    f"{'is' if len(others) == 1 else 'are'} right: take method={others[0]}")
-    raise Wrong(f"the method {method!r} {said} on this model, and no other is right: let the logits be a differentiable "
-                "function of the weights, without torch.no_grad(), detach(), or weights kept from one call to the next")
+        return error, (f"the method {method!r} {said} on this model, where {' and '.join(others)} "
+                       f"{'is' if len(others) == 1 else 'are'} right: take method={others[0]}")
+    return error, (f"the method {method!r} {said} on this model, and no other is right: let the logits be a differentiable "
+                   "function of the weights, without torch.no_grad(), detach(), or weights kept from one call to the next")
 
 
 def reference(model, x_l, y_l, x_u, consistency):
     """Returns the derivative of the link of x_u's logits along g, its uncertainty, and its scale, three norms."""
-    logits_l = check_logits(model(x_l), x_l, "evaluation", y_l)
+    logits_l = check_logits(model(x_l), x_l, "evaluation")
     theta = leaves(logits_l)
     if not theta:
         raise ValueError(UNREACHED.format("logits depend"))
+    check_classes(y_l, logits_l.shape[1])
     g = torch.autograd.grad(cross_entropy(logits_l, y_l), theta)
     norm, size = (torch.stack([t.detach().norm() for t in tensors]).norm().item() for tensors in (g, theta))
     before = [w.data.clone() for w in theta]
@@ -166,12 +149,16 @@ def leaves(y):
     return found
 
 
+def names_of(weights, model):
+    """Returns what to call weights, in one text."""
+    names = {w: name for name, w in model.named_parameters()}
+    return ", ".join(names.get(w, f"a weight of the shape {tuple(w.shape)} that is no parameter of the model") for w in weights)
+
+
 def hidden_weights(model, x):
-    """Returns names of the weights that the logits of x still depend on when every parameter is replaced by another tensor."""
-    names = {id(w): name for name, w in model.named_parameters()}
+    """Returns the weights that the logits of x still depend on when every parameter is replaced by another tensor."""
     others = {name: w.detach().clone().requires_grad_() for name, w in model.named_parameters() if w.requires_grad}
-    return [names.get(id(w), f"a weight of the shape {tuple(w.shape)} that is no parameter of the model")
-            for w in leaves(logits(model, others, x, None)) if not any(w is other for other in others.values())]
+    return [w for w in leaves(logits(model, others, x, None)) if w not in set(others.values())]
 
 
 def same(a, b, tolerance=0.0):
@@ -181,18 +168,17 @@ def same(a, b, tolerance=0.0):
     return bool((a - b).norm() <= tolerance * b.norm()) or bool(((a == b) | (a != a) & (b != b)).all())
 
 
-def unchanged(a, b):
-    return same(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+def kept_state(model):
+    """Returns a copy of the tensors in `state_dict()`."""
+    return {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def check_passes(model, x):
     """Raises ValueError if a pass in evaluation mode is not what it was, or has made the model another one."""
-    names, device = {name for name, _ in model.named_parameters()}, x.device
-    with as_it_was(model, device), torch.no_grad():
-        model.train()
-        weights = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-        model.eval()
-        for name, value in model.state_dict().items():
+    names = {name for name, _ in model.named_parameters()}
+    with as_it_was(model, x.device), torch.no_grad():
+        weights = kept_state(model.train())
+        for name, value in kept_state(model.eval()).items():
             if name in weights and not same(value, weights[name]):
                 raise ValueError(f"train(False) of the model changes {name}, which train(True) cannot give back in every bit: "
                                  "add up such weights in forward")
@@ -202,30 +188,12 @@ def check_passes(model, x):
                              "make it in __init__")
         if not first.isfinite().all():
             raise ValueError("the logits are not finite")
+        begin = random_state(x.device)
         if not same(model(x), first, torch.finfo(first.dtype).eps ** 0.5):
-            raise ValueError(f"two passes in evaluation mode give different logits: {drawing(model, x)}")
-
-
-def drawing(model, x):
-    """Returns which module draws random numbers, and the remedy."""
-    names, drew, entered = {module: name for name, module in model.named_modules()}, [], []
-
-    def before(module, _):
-        entered.append(random_state(x.device))
-
-    def after(module, *_):
-        if any(not torch.equal(a, b) for a, b in zip(entered.pop(), random_state(x.device))):
-            drew.append(f"{names[module] or 'the model'} ({type(module).__name__})")         # the innermost is the first
-
-    hooks = [hook for module in names
-             for hook in (module.register_forward_pre_hook(before), module.register_forward_hook(after))]
-    try:
-        model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return (f"{drew[0]} draws random numbers, so let it ask self.training" if drew else
-            "it changes its own state, or draws random numbers from elsewhere than torch, which it must not in evaluation mode")
+            drew = not all(map(torch.equal, begin, random_state(x.device)))
+            raise ValueError("two passes in evaluation mode give different logits: the network " + (
+                "draws random numbers, so let it ask self.training, as dropout(x, p, self.training) does" if drew else
+                "changes its own state, or draws random numbers from elsewhere than torch, which it must not in that mode"))
 
 
 def check_evaluation_weights(model, x):
@@ -233,17 +201,14 @@ def check_evaluation_weights(model, x):
     with as_it_was(model, x.device):
         trained = leaves(check_logits(model.train()(x), x, "training"))
         first = model.eval()(x)
-        evaluated = leaves(first)
-        lost = [w for w in trained if not any(w is other for other in evaluated)]
-        names = {id(w): name for name, w in model.named_parameters()}
+        lost = [w for w in trained if w not in set(leaves(first))]
         with as_it_was(model, x.device, lost):
             for w in lost:
                 w.data.copy_(w.data * 1.5 + 0.1)
-            model.train()
-            moved = model.eval()(x) if lost else first
+            moved = model.train().eval()(x)
         if not same(moved, first, torch.finfo(first.dtype).eps ** 0.5):
-            raise ValueError(f"in evaluation mode the logits depend on {', '.join(names.get(id(w), 'a weight') for w in lost)} "
-                             "only by copies that train(False) made: take the weights themselves")
+            raise ValueError(f"in evaluation mode the logits depend on {names_of(lost, model)} only by copies that "
+                             "train(False) made: take the weights themselves")
 
 
 def check_state(model, x):
@@ -255,32 +220,15 @@ def check_state(model, x):
             set_random_state(x.device, begin)
             return [model.train(mode)(x) for mode in (False, True)]
 
-    kept = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    state, before, again = plain_state(model), passes(), passes()
+    kept, before, again = kept_state(model), passes(), passes()
     with as_it_was(model, x.device):
         model.train()
         for _ in range(2):
             model(x)
-        changed = [name for name, value in plain_state(model).items() if not unchanged(value, state.get(name))]
-        for name, value in model.state_dict().items():
-            if name in kept and value.shape == kept[name].shape:
-                value.copy_(kept[name])
+        model.load_state_dict(kept, strict=False)
         after = passes()
     for a, b, c in zip(before, again, after):
         unit = max(1e-5, 4 * torch.finfo(a.dtype).eps)
         if same(b, a, unit) and not same(c, a, unit):
-            raise ValueError("training changes state that the logits depend on and state_dict() does not hold"
-                             + (f" ({', '.join(changed)})" if changed else "") + ": make it a persistent buffer")
-
-
-def plain_state(model):
-    """Returns name -> value of what modules hold beside `state_dict()`; a tensor, or a text that tells changes."""
-    kept, own, state = model.state_dict().keys(), vars(nn.Module()).keys(), {}
-    for prefix, module in model.named_modules():
-        for key, value in [*module._buffers.items(), *vars(module).items()]:
-            name = f"{prefix}.{key}".lstrip(".")
-            if isinstance(value, Tensor) and name not in kept:
-                state[name] = value.detach().clone()
-            elif key not in own and isinstance(value, (bool, int, float, str, tuple, list, dict, set)):
-                state[name] = repr(value)
-    return state
+            raise ValueError("training changes state that the logits depend on and state_dict() does not hold: make it a "
+                             "persistent buffer")

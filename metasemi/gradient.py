@@ -37,7 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
 
 from metasemi.arguments import check_call, check_dense, check_logits
-from metasemi.losses import CONSISTENCY, Consistency, labeled_loss
+from metasemi.losses import CONSISTENCY, labeled_loss
 
 Average = Callable[[list[Tensor]], list[Tensor]]
 
@@ -76,128 +76,113 @@ def meta_gradient(model: nn.Module, x_l: Tensor, y_l: Tensor, x_u: Tensor, metho
         gradient: (B_u, K), 2 J g for "mse" (rows sum to zero), J_log g for "kl".  Zero where g is zero.
 
     Raises:
-        ValueError: for an unknown method or consistency, a consistency that is not a `Consistency`, a wrong shape, a class
-            outside 0..K-1 (on an accelerator the gradient is not finite instead), an epsilon out of range, logits that
-            depend on no parameter, a sparse gradient, DataParallel, and inside inference_mode or parametrize.cached.
+        ValueError: for an unknown method or consistency, a wrong shape, a class outside 0..K-1 (on an accelerator the
+            gradient is not finite instead), an epsilon out of range, logits that depend on no parameter, a sparse gradient,
+            DataParallel, and inside inference_mode or parametrize.cached.
     """
     y_tilde, gradient, *_ = meta_gradient_with_telemetry(model, x_l, y_l, x_u, method, epsilon, consistency, dtype, average)
     return y_tilde, gradient
 
 
-def meta_gradient_with_telemetry(model: nn.Module, x_l: Tensor, y_l: Tensor, x_u: Tensor, method: str = "jvp",
-                                 epsilon: float = 1e-2, consistency: str = "mse", dtype: torch.dtype | None = None,
-                                 average: Average | None = None) -> tuple[Tensor, ...]:
+def meta_gradient_with_telemetry(model, x_l, y_l, x_u, method, epsilon, consistency, dtype, average):
     """Returns what `meta_gradient` does, then the labeled logits (B_l, K), their mean loss, (), and ||g||, ()."""
-    check_names(method, consistency)
+    check_options(model, method, epsilon, consistency)
     check_call(model, x_l, y_l, x_u)
     with (evaluation_mode(model), differentiable_attention(), torch.enable_grad(),
           torch.autocast(x_l.device.type, enabled=False)):      # under it, forward-mode differentiation fails
         theta = {k: w for k, w in model.named_parameters() if w.requires_grad}
         if not theta:
             raise ValueError("no parameter of the model requires a gradient, so nothing answers to the pseudo-labels")
-        check_epsilon(epsilon, next(iter(theta.values())).dtype)
-        result = METHODS[method](model, theta, x_l, y_l, x_u, epsilon, CONSISTENCY[consistency], dtype, average)
+        f = partial(logits, model, dtype=dtype)
+        result = METHODS[method](f, theta, x_l, y_l, x_u, CONSISTENCY[consistency], average or list, epsilon)
     return tuple(tensor.detach() for tensor in result)
 
 
-def check_names(method: str, consistency: str) -> None:
-    """Raises ValueError unless there is such a method and such a consistency loss."""
-    if method not in METHODS:
-        raise ValueError(f"no method is named {method!r}; choose from {', '.join(METHODS)}")
-    if consistency not in CONSISTENCY:
-        raise ValueError(f"no consistency is named {consistency!r}; choose from {', '.join(CONSISTENCY)}")
-    if not isinstance(CONSISTENCY[consistency], Consistency):
-        raise ValueError(f"the consistency {consistency!r} is a loss without its derivative: register a Consistency")
-
-
-def check_epsilon(epsilon: float, dtype: torch.dtype) -> None:
-    """Raises ValueError for a half-step that weights of this type cannot make, or after which they would be nothing else."""
+def check_options(model: nn.Module, method: str, epsilon: float, consistency: str) -> None:
+    """Raises ValueError for a name that there is not, and for a half-step that the weights cannot make, or after which they
+    would be nothing else."""
+    for what, name, known in (("method", method, METHODS), ("consistency", consistency, CONSISTENCY)):
+        if name not in known:
+            raise ValueError(f"no {what} is named {name!r}; choose from {', '.join(known)}")
+    dtype = next((w.dtype for w in model.parameters() if w.requires_grad), torch.float32)
     unit = torch.finfo(dtype).eps
     if not unit <= epsilon <= 1 / unit:
         raise ValueError(f"epsilon is {epsilon}: expected a length between {unit:.2g} and {1 / unit:.2g}, since the weights "
                          f"are {dtype}")
 
 
-@contextmanager
-def without_compiled_code():
-    """Runs the original of compiled models inside: compiled code has no forward-mode derivative, which some versions of torch
-    drop silently, and no second one."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
+# The three methods.  f(theta, x) are logits; each returns y_tilde, the gradient, and what `labeled_gradient` has beside g.
 
-
-@torch.no_grad()
-def by_jvp(model, theta, g, g_norm, x_u, epsilon, consistency, dtype):
-    """Returns y_tilde and the derivative of the predictions along g, exactly, by forward-mode differentiation."""
+def by_jvp(f, theta, x_l, y_l, x_u, consistency, average, epsilon):
+    """Differentiates the predictions along g, exactly, in forward mode."""
+    g, *labeled = labeled_gradient(f, theta, x_l, y_l, average)                             # lines 4, 5
+    # Compiled code has no forward-mode derivative, and some versions of torch drop it silently.
     # Dual numbers w + g dt, rather than torch.func.jvp: bit for bit the same, without its cost per operation.
-    with forward_ad.dual_level():
-        dual = {k: forward_ad.make_dual(w, g[k]) for k, w in theta.items()}
-        logits_u = logits(model, dual, x_u, dtype)
-        linked, gradient = forward_ad.unpack_dual(consistency.link(logits_u))           # line 7
+    with torch.compiler.set_stance("force_eager"), torch.no_grad(), forward_ad.dual_level():
+        dual = {k: forward_ad.make_dual(w.detach(), g[k]) for k, w in theta.items()}
+        linked, gradient = forward_ad.unpack_dual(consistency.link(f(dual, x_u)))           # line 7
         if gradient is None:
             raise ValueError(UNREACHED.format("predictions on x_u depend"))
-        return consistency.inverse(linked), gradient                                    # line 3
+        return consistency.inverse(linked), gradient, *labeled                              # line 3
 
 
-def by_finite_difference(model, theta, g, g_norm, x_u, epsilon, consistency, dtype):
-    """Returns y_tilde and the derivative of the predictions along g, by the central difference of the paper (eqs. 15, 16)."""
-    half_step = epsilon / g_norm.clamp_min(torch.finfo(g_norm.dtype).tiny)          # line 6; g = 0 moves nothing
+def by_finite_difference(f, theta, x_l, y_l, x_u, consistency, average, epsilon):
+    """Differentiates the predictions along g by the central difference of the paper (eqs. 15, 16)."""
+    g, logits_l, loss_l, g_norm = labeled_gradient(f, theta, x_l, y_l, average)             # lines 4, 5
+    theta = {k: w.detach() for k, w in theta.items()}
+    half_step = epsilon / g_norm.clamp_min(torch.finfo(g_norm.dtype).tiny)                  # line 6; g = 0 moves nothing
 
     def at(sign):
         # Moved copies: adding epsilon g in place and taking it off again changes half of all float32 weights.
         moved = {k: w + sign * half_step * g[k] for k, w in theta.items()}
-        return consistency.link(logits(model, moved, x_u, dtype))
+        return consistency.link(f(moved, x_u))
 
-    y_tilde = logits(model, theta, x_u, dtype).softmax(dim=1)                       # line 3
-    difference = (at(+1) - at(-1)) / 2                                              # line 7
-    return y_tilde, difference * (g_norm / epsilon)
-
-
-def along_g(derivative, model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, average):
-    """Computes the meta-gradient by a derivative of the predictions along g, `by_jvp` or `by_finite_difference`."""
-    logits_l = logits(model, theta, x_l, dtype)                                         # line 4
-    loss_l = labeled_loss(logits_l, y_l)
-    g = gradient_of(loss_l, theta)                                                      # line 5
-    check_dense(model, zip(theta.values(), g))
-    g = average(g) if average else g
-    theta = {k: w.detach() for k, w in theta.items()}
-    g_norm = get_total_norm(g)
-    y_tilde, gradient = derivative(model, theta, dict(zip(theta, g)), g_norm, x_u, epsilon, consistency, dtype)
-    return y_tilde, gradient, logits_l, loss_l, g_norm
+    y_tilde = f(theta, x_u).softmax(dim=1)                                                  # line 3
+    difference = (at(+1) - at(-1)) / 2                                                      # line 7
+    return y_tilde, difference * (g_norm / epsilon), logits_l, loss_l, g_norm
 
 
-@without_compiled_code()
-def by_unrolling(model, theta, x_l, y_l, x_u, epsilon, consistency, dtype, average):
-    """Computes the meta-gradient by double backward through the virtual step (eqs. 2-5)."""
-    logits_u = logits(model, theta, x_u, dtype)
-    y_tilde = logits_u.softmax(dim=1).detach().requires_grad_()                     # eq. 2
-    loss_u = consistency.loss(logits_u, y_tilde).mean()
-    g_u = gradient_of(loss_u, theta, create_graph=True)                             # eq. 3
-    check_dense(model, zip(theta.values(), g_u))
-    virtual = {k: w - d for (k, w), d in zip(theta.items(), g_u)}                   # eq. 4 with alpha = 1
-    logits_l = logits(model, virtual, x_l, dtype)
-    loss_l = labeled_loss(logits_l, y_l)
-    g = gradient_of(loss_l, virtual, retain_graph=True)
-    g = average(g) if average else g
-    gradient, = torch.autograd.grad(list(virtual.values()), y_tilde, g)             # eq. 5
-    return y_tilde, len(x_u) * gradient, logits_l, loss_l, get_total_norm(g)
+def by_unrolling(f, theta, x_l, y_l, x_u, consistency, average, epsilon):
+    """Differentiates the labeled loss twice, backward through the virtual step (eqs. 2-5)."""
+    with torch.compiler.set_stance("force_eager"):          # compiled code has no second derivative
+        logits_u = f(theta, x_u)
+        y_tilde = logits_u.softmax(dim=1).detach().requires_grad_()                         # eq. 2
+        loss_u = consistency.loss(logits_u, y_tilde).mean()
+        g_u = gradient_of(loss_u, theta, create_graph=True)                                 # eq. 3
+        virtual = {k: w - g_u[k] for k, w in theta.items()}                                 # eq. 4 with alpha = 1
+        g, *labeled = labeled_gradient(f, virtual, x_l, y_l, average)
+        gradient, = torch.autograd.grad(list(virtual.values()), y_tilde, list(g.values()))  # eq. 5
+        return y_tilde, len(x_u) * gradient, *labeled
 
 
 METHODS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-    "jvp": partial(along_g, without_compiled_code()(by_jvp)),
-    "finite-difference": partial(along_g, by_finite_difference),
-    "unrolled": by_unrolling,
-}
+    "jvp": by_jvp, "finite-difference": by_finite_difference, "unrolled": by_unrolling}
 UNREACHED = ("the {} on no parameter of the model that requires a gradient: reach its weights by their registered names alone, "
              "and outside of torch.no_grad() and detach()")
 
 
-def gradient_of(loss, theta, **options):
-    """Returns the gradient of a loss in theta, zero for what it does not depend on; ValueError if that is everything."""
-    g = torch.autograd.grad(loss, list(theta.values()), allow_unused=True, **options) if loss.requires_grad else []
-    if all(d is None for d in g):
+def labeled_gradient(f, theta, x_l, y_l, average):
+    """Returns g by the names of theta, then the labeled logits, their mean loss, and ||g||."""
+    logits_l = f(theta, x_l)
+    loss_l = labeled_loss(logits_l, y_l)
+    g = gradient_of(loss_l, theta)
+    g = dict(zip(g, average(list(g.values()))))
+    return g, logits_l, loss_l, get_total_norm(list(g.values()))
+
+
+def gradient_of(loss, theta, create_graph=False):
+    """Returns the gradient of a loss by the names of theta, zero for what the loss does not depend on.
+
+    Raises ValueError if that is everything, and for a sparse gradient.
+    """
+    found = []
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss, list(theta.values()), create_graph=create_graph, allow_unused=True)
+    if all(d is None for d in found):
         raise ValueError(UNREACHED.format("loss depends"))
-    return [torch.zeros_like(w) if d is None else d for w, d in zip(theta.values(), g)]
+    g = {k: torch.zeros_like(w) if d is None else d for (k, w), d in zip(theta.items(), found)}
+    check_dense(g)
+    return g
 
 
 def logits(model, theta, x, dtype):
@@ -228,16 +213,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             model.eval()
         yield
     finally:
-        set_modes(modes)
-
-
-def set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    """Calls train(mode) of each module that is not in its mode, parents first as torch does."""
-    for module, training in modes:
-        if module.training != training:
-            module.train(training)
-    for module, training in modes:
-        module.training = training          # a module with two parents, or whose own `train` leaves it as it is
+        for module, training in modes:              # parents first, as torch does
+            if module.training != training:
+                module.train(training)
+        for module, training in modes:
+            module.training = training              # a module with two parents, or whose own `train` leaves it as it is
 
 
 @contextmanager

@@ -77,16 +77,12 @@ def held(model: nn.Module) -> tuple[list[Tensor], list]:
 
 def random_state(device: torch.device) -> list[Tensor]:
     """Returns the states of the random number generators of the CPU and of a device."""
-    states = [torch.get_rng_state()]
-    if device.type != "cpu":
-        module = torch.get_device_module(device)
-        states.append(module.get_rng_state() if device.index is None else module.get_rng_state(device))
-    return states
+    own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
+    return [torch.get_rng_state(), *own]
 
 
 def set_random_state(device: torch.device, states: list[Tensor]) -> None:
     """Undoes what has been drawn since `random_state`."""
     torch.set_rng_state(states[0])
     if device.type != "cpu":
-        module = torch.get_device_module(device)
-        module.set_rng_state(states[1]) if device.index is None else module.set_rng_state(states[1], device)
+        torch.get_device_module(device).set_rng_state(states[1], device)

@@ -35,8 +35,8 @@ def cross_domain_mixup(x_l: Tensor, y_l_one_hot: Tensor, x_u: Tensor, y_hat: Ten
     if lam.shape != (pairs,):
         raise ValueError(f"lam has the shape {tuple(lam.shape)}: expected ({pairs},), since {len(x_l)} labeled and {len(x_u)} "
                          f"unlabeled examples make {pairs} pairs")
-    if not check_shares(lam):
-        y_hat = y_hat / (lam.clamp(0, 1) == lam).all()          # inf or NaN if one is outside
+    check_shares(lam)
+    y_hat = y_hat / (lam.clamp(0, 1) == lam).all()              # inf or NaN if one is outside, on an accelerator
     lam = lam.to(x_l.device)
     x_l, y_l_one_hot, x_u, y_hat = (repeated(t, pairs) for t in (x_l, y_l_one_hot, x_u, y_hat))
     lam_x, lam_y = lam.view(-1, *[1] * (x_l.dim() - 1)), lam.view(-1, 1)

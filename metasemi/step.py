@@ -9,6 +9,7 @@
 The symbols are those of `metasemi.meta_gradient`.
 """
 from collections.abc import Sequence
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from metasemi.arguments import check_call, check_dense, check_logits, check_number
+from metasemi.arguments import check_call, check_dense, check_logits
 from metasemi.gradient import Average, evaluation_mode, logits, meta_gradient_with_telemetry
 from metasemi.losses import CONSISTENCY, kl_divergence, labeled_loss, one_hot
 from metasemi.pseudo_labels import cross_domain_mixup, update_pseudo_labels
@@ -83,7 +84,7 @@ def training_step(model: nn.Module, optimizer: Optimizer, x_l: Tensor, y_l: Tens
             x_in, y_in = cross_domain_mixup(x_l, one_hot(y_l, y_hat), x_u, y_hat, lam)       # lines 10, 11
             logits_in = check_logits(model(x_in), x_in, "training")
         else:
-            logits_in = check_logits(model(x_l), x_l, "training", y_l)
+            logits_in = check_logits(model(x_l), x_l, "training")
         logits_u = check_logits(model(x_u if x_u_strong is None else x_u_strong), x_u, "training") if meta else None
     if lam is not None:
         loss = kl_divergence(full_precision(logits_in), y_in).mean()                         # line 12
@@ -98,9 +99,9 @@ def training_step(model: nn.Module, optimizer: Optimizer, x_l: Tensor, y_l: Tens
 
     optimizer.zero_grad(set_to_none=True)
     loss.backward()                                                                          # line 14
-    loss, owned = loss.detach(), [w for group in optimizer.param_groups for w in group["params"] if w.grad is not None]
-    check_dense(model, [(w, w.grad) for w in owned])
-    gradients = [w.grad for w in owned]
+    owned = {w: w.grad for group in optimizer.param_groups for w in group["params"] if w.grad is not None}
+    check_dense({name: owned[w] for name, w in model.named_parameters() if w in owned})
+    loss, gradients = loss.detach(), list(owned.values())
     if average:
         loss, *means = average([loss, *gradients])
         for d, mean in zip(gradients, means):
@@ -122,8 +123,8 @@ def check_step(model, optimizer, x_l, y_l, x_u, x_u_strong, alpha, beta, weight,
     if meta and beta is None:
         raise ValueError("beta is missing: expected the meta learning rate, or meta=False for no meta step")
     for name, value in (("alpha", alpha), ("beta", beta), ("weight", weight)):
-        if value is not None:
-            check_number(name, value)
+        if value is not None and not 0 <= value < inf:
+            raise ValueError(f"{name} is {value}: expected a finite number, 0 or more")
     check_call(model, x_l, y_l, x_l if x_u is None else x_u)
     for group in optimizer.param_groups:
         if group.get("fused") and group.get("momentum") and group.get("dampening"):

@@ -101,9 +101,9 @@ WRONG = {           # what is wrong -> (middle of the network, methods that must
                                      ["jvp", "unrolled"], "% off on this model, where 'finite-difference' is right"),
     "dropout without training=": (
         lambda: nn.Sequential(nn.Linear(8, 8), Part(lambda self, x: dropout(self.layer(x), 0.5))), METHODS,
-        r"two passes in evaluation mode give different logits: 2\.1 \(Part\) draws random numbers"),
+        r"two passes in evaluation mode give different logits: the network draws random numbers, so let it ask self.training"),
     "random numbers of numpy": (lambda: Part(lambda self, x: self.layer(x) * np.random.rand()), METHODS,
-                                "two passes in evaluation mode give different logits: it changes its own state, or draws"),
+                                "two passes in evaluation mode give different logits: the network changes its own state, or"),
     "an adapter that is merged": (
         lambda: Part(adapter, merge, merged=False, delta=lambda self: nn.Parameter(torch.randn(8, 8) / 7)), METHODS,
         r"train\(False\) of the model changes 2.layer.weight, which train\(True\) cannot give back"),
@@ -116,7 +116,7 @@ WRONG = {           # what is wrong -> (middle of the network, methods that must
                           "the first forward makes the parameter 2.made.*: make it in"),
     "a buffer that no checkpoint holds": (
         lambda: Part(centered, kept=lambda self: self.register_buffer("center", torch.zeros(8), persistent=False)), METHODS,
-        r"training changes state that the logits depend on and state_dict\(\) does not hold \(2.center\): make it a"),
+        r"training changes state that the logits depend on and state_dict\(\) does not hold: make it a persistent buffer"),
     "steps too small to see": (lambda: Part(lambda self, x: self.layer(x) + 1e-2 * torch.sin(1e13 * self.layer(x))), METHODS,
                                "the predictions do not change smoothly as the weights move .*: the network rounds, jumps, or"),
     "logits that are not finite": (lambda: Part(lambda self, x: self.layer(x) * torch.nan), METHODS, "the logits are not"),
