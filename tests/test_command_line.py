@@ -68,7 +68,7 @@ TRAINING = [       # (flags, what the line must contain)
     (["--evaluate", "file", "--total-steps", "5", "--mix-up"], ["--mix-up, --total-steps", "--evaluate", "leave them out"]),
     (["--no-meta", "--meta-lr", "0"], ["--meta-lr", "--no-meta", "leave it out"]),
     (["--no-meta", "--include-labeled"], ["--include-labeled", "--no-meta and no --mix-up", "leave it out"]),
-    (["--epsilon", "1e9"], ["--epsilon", "1e9", "at most 8e+06"]),
+    (["--epsilon", "1e9"], ["--epsilon", "1e9", "at most 8000000"]),
     (["--image-size", "64", "--skip-corrupt"], ["--image-size, --skip-corrupt", "--dataset cifar10", "leave them out"]),
     (["--evaluate", "file", "--predictions", "run/args.json"], ["--predictions", "args.json is not the name of a .csv file"]),
     (["--evaluate", "file", "--predictions", "none/p.csv"], ["--predictions", "none is not a folder"]),

@@ -108,7 +108,7 @@ def several_steps(place, cases, results):
     become(*place)
     torch.set_num_threads(1)
     world = World()
-    world.join(torch.device("cpu"), "gloo")
+    world.join(torch.device("cpu"))
     for norm, method, synchronized in cases:
         found = steps(norm, method, world.rows(BATCH), world.all_reduce_mean, world.size * synchronized)
         results.put((norm.__name__, method, place[0], {name: value.numpy() for name, value in found.items()}))

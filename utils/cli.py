@@ -5,6 +5,7 @@ No value is evaluated, no flag may be abbreviated, and nothing here loads torch:
 import argparse
 import io
 import math
+import operator
 import re
 import sys
 from contextlib import suppress
@@ -41,19 +42,17 @@ def number(kind, low=None, high=None, above=None, below=None):
     """
     if kind is int and high is None:
         high = MOST
-    rule = " and ".join(f"{words} {bound if kind is int else format(bound, 'g')}" for words, bound in
-                        (("at least", low), ("at most", high), ("above", above), ("below", below)) if bound is not None)
+    bounds = [bound for bound in (("at least", operator.ge, low), ("at most", operator.le, high), ("above", operator.gt, above),
+                                  ("below", operator.lt, below)) if bound[-1] is not None]
     noun = "a whole number" if kind is int else "a number"
+    rule = " and ".join(f"{words} {bound}" for words, _, bound in bounds)
 
     def parse(text):
-        try:
+        with suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {noun}: give one {rule}") from None
-        if not ((low is None or value >= low) and (high is None or value <= high)
-                and (above is None or value > above) and (below is None or value < below) and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text[:80]} is out of range: give {noun} {rule}")
-        return value
+            if all(holds(value, bound) for _, holds, bound in bounds) and math.isfinite(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {noun} {rule}: give one")
     return parse
 
 
@@ -91,7 +90,7 @@ def refuse_without_effect(parser, args, choice, keys):
 
     A default that is spelled out is no contradiction: the official command lines spell out many.
     """
-    flags = [option(key) for key in keys if getattr(args, key) not in (None, parser.get_default(key))]
+    flags = [option(key) for key in keys if getattr(args, key, None) not in (None, parser.get_default(key))]
     if flags:
         parser.error(f"argument {', '.join(flags)}: without effect with {choice}: leave {'them' if flags[1:] else 'it'} out")
 

@@ -10,7 +10,7 @@ from datasets.table import is_under
 from utils import checkpoint
 from utils.cli import option
 from utils.device import choose_device, set_precision, slow_precision
-from utils.errors import CheckpointError, Diverged, ImagesLost, UsageError, printable
+from utils.errors import CheckpointError, Diverged, RunFailure, UsageError, printable
 from utils.experiment import check_arch, differing
 from utils.files import CHECKPOINT, replacing
 from utils.flags import FROM_CHECKPOINT, default, with_role
@@ -112,7 +112,7 @@ class Evaluator:
         except Diverged as error:
             raise Diverged(f"{error} at step {self.state.step}") from None
         except (DataError, OSError) as error:
-            raise ImagesLost(error) from None
+            raise RunFailure(error) from None
 
     def evaluate(self, stop):
         """Returns accuracies in [0, 1] by tag, such as "test/accuracy" and "test/top5"; None if `stop()` became true."""

@@ -6,6 +6,7 @@ Nothing here loads torch.
 """
 import argparse
 import hashlib
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -135,21 +136,20 @@ def resolve_flags(argv=None, fail=cli.fail):
     fail: a function as `errors.fail`, which ends the program with code 2 for a contradiction.
     """
     parser, given = parse_given(argv, fail)
-    named = {name for name, value in vars(given).items() if value is not None}
-    defaults = {name: default(name) for name in declared()}
-    if given.predictions and not given.evaluate:
+    named, defaults = vars(given), {name: default(name) for name in declared()}
+    if "predictions" in named and "evaluate" not in named:
         parser.error("argument --predictions: it belongs to --evaluate")
     try:
         *_, size = processes()
-        if given.evaluate:
+        if "evaluate" in named:
             if size > 1:
                 parser.error("argument --evaluate: it takes one process: leave out torchrun")
-            used = with_role(EVALUATE) | with_role(FROM_CHECKPOINT)
-            cli.refuse_without_effect(parser, given, "--evaluate, which trains nothing", [n for n in defaults if n not in used])
-            return merged(given, defaults | dict.fromkeys(with_role(FROM_CHECKPOINT))), named
-        earlier = flags_to_resume(given)
-        args = merged(given, defaults | earlier)
-        if "num_label" not in named | earlier.keys() and has_unlabeled(args.dataset, args.data_path):
+            unused = [name for name in named if name not in with_role(EVALUATE) | with_role(FROM_CHECKPOINT)]
+            cli.refuse_without_effect(parser, given, "--evaluate, which trains nothing", unused)
+            return argparse.Namespace(**defaults | dict.fromkeys(with_role(FROM_CHECKPOINT)) | named), set(named)
+        earlier = flags_to_resume(named)
+        args = argparse.Namespace(**defaults | earlier | named)
+        if "num_label" not in earlier | named and has_unlabeled(args.dataset, args.data_path):
             args.num_label = None       # all of them, once they are counted
         check_effect(parser, given, args)
         check_counts(args, size)
@@ -158,38 +158,31 @@ def resolve_flags(argv=None, fail=cli.fail):
             check_same_flags(args, {}, defaults | earlier, {})
     except (ValueError, OSError) as error:
         fail(parser.prog, error, 2)
-    return args, named
+    return args, set(named)
 
 
-def merged(given, otherwise):
-    """Returns the flags that were given, and for the others what `otherwise` says."""
-    return argparse.Namespace(**otherwise | {name: value for name, value in vars(given).items() if value is not None})
-
-
-def flags_to_resume(given):
+def flags_to_resume(named):
     """Returns the flags in the args.json of the run that --resume continues; {} without one.
 
-    --resume with a run folder stands for --save-path with that folder and --resume.  Raises UsageError for a damaged args.json,
-    and for a folder or a network that the command line must name.
+    named: name -> value, of the flags on the command line.  In it --resume with a run folder becomes --save-path with that
+    folder and --resume.  Raises UsageError for a damaged args.json, and for a folder or a network that the command line must
+    name.
     """
-    if given.resume is None:
+    resume = named.get("resume")
+    if resume is None:
         return {}
-    if given.resume != LAST and given.resume.is_dir():
-        if given.save_path not in (None, given.resume):
-            raise UsageError(f"argument --resume: {given.resume} is a folder: give a checkpoint in it, or leave --save-path "
-                             "out")
-        if not holds_run(given.resume):
-            raise UsageError(f"argument --resume: {given.resume} holds no run: give the folder of one, or --save-path for a "
-                             "new run")
-        given.save_path, given.resume = given.resume, LAST
-    folder = given.save_path or default("save_path")
-    if given.resume != LAST:
-        folder = given.resume.parent
-    if not (folder / ARGS).exists():
+    if resume != LAST and resume.is_dir():
+        if named.get("save_path", resume) != resume:
+            raise UsageError(f"argument --resume: {resume} is a folder: give a checkpoint in it, or leave --save-path out")
+        if not holds_run(resume):
+            raise UsageError(f"argument --resume: {resume} holds no run: give the folder of one, or --save-path for a new run")
+        named |= {"save_path": resume, "resume": LAST}
+    path = (resume.parent if named["resume"] != LAST else named.get("save_path", default("save_path"))) / ARGS
+    if not path.exists():
         return {}
-    flags = parse_again(read_flags(folder), folder / ARGS)
-    if ":" in (flags.get("arch") or "") and given.arch is None:
-        raise unnamed_code(folder, flags["arch"])
+    flags = parse_again(read_flags(path.parent), path)
+    if "arch" not in named:
+        check_arch(flags["arch"], {}, path.parent, [], {})
     return flags
 
 
@@ -199,12 +192,7 @@ def parse_again(flags, path):
         raise UsageError(f"{path} is damaged: {message}: restore it, or remove it and give every flag of the run")
 
     _, parsed = parse_given(command_line(flags), fail)
-    return {name: value for name, value in vars(parsed).items() if value is not None and name not in with_role(COMMAND)}
-
-
-def unnamed_code(path, name):
-    """Returns the error of a run or checkpoint whose network is code that the command line does not name."""
-    return UsageError(f"argument --arch: {path} was trained with {name}, which is code: it runs only if you say -a {name}")
+    return {name: value for name, value in vars(parsed).items() if name not in with_role(COMMAND)}
 
 
 def check_arch(name, sums, path, arch, sums_given):
@@ -214,7 +202,7 @@ def check_arch(name, sums, path, arch, sums_given):
     of them, its file unchanged; with none named, it may be any but one in a file.
     """
     if ":" in name and not arch:
-        raise unnamed_code(path, name)
+        raise UsageError(f"argument --arch: {path} was trained with {name}, which is code: it runs only if you say -a {name}")
     if arch and name not in arch:
         raise UsageError(f"argument --arch: {', '.join(arch)}, but {path} was trained with {name}")
     if arch and sums_given[name] != sums.get("arch"):
@@ -233,11 +221,9 @@ def check_counts(args, size):
         for name, count, available in (
                 ("--num-val", args.num_val, dataset.num_train),
                 ("--num-label", None if args.split else args.num_label, dataset.num_train - args.num_val)):
-            try:
+            with about(f"argument {name}: {args.dataset}"):
                 if count:
                     check_num_label(count, dataset.num_classes, available)
-            except DataError as error:
-                raise UsageError(f"argument {name}: {args.dataset}: {error}") from None
 
 
 # The files that a command line names
@@ -247,35 +233,30 @@ def read_named_files(args, named):
 
     Sets args.num_label to what the file of --split says.
     """
-    labels = None
+    labels, sums = None, {}
     if "split" in named:
-        labels = read_labels(args.split, args.num_label if "num_label" in named else None)
+        with about("argument --split"):
+            labels = sorted(read_split(args.split, names=True))
+            if not labels:
+                raise UsageError(f"{args.split} names no image: write one a line")
+            if isinstance(labels[0], str) and not DATASETS[args.dataset].folders:
+                raise UsageError(f"{args.split} names files, but {args.dataset} has none: write indices")
+        if "num_label" in named and args.num_label != len(labels):
+            raise UsageError(f"argument --num-label: {args.num_label}, but --split {args.split} has {len(labels)} lines: leave "
+                             "the flag out")
         args.num_label = len(labels) - args.num_val
-        if isinstance(labels[0], str) and not DATASETS[args.dataset].folders:
-            raise UsageError(f"argument --split: {args.split} names files, but {args.dataset} has none: write indices")
-    sums = {"arch": check_network(args.arch) if args.arch else None, "init": sum_of_weights(args.init) if args.init else None}
-    return NamedFiles(labels, {name: value for name, value in sums.items() if value})
+    if args.arch and (found := check_network(args.arch)):
+        sums["arch"] = found
+    if args.init:
+        with about("argument --init"):
+            sums["init"] = hashlib.sha256(read_bytes(args.init)).hexdigest()
+    return NamedFiles(labels, sums)
 
 
-def read_labels(path, num_label=None):
-    """Returns the indices of --split, ascending, a list of ints, or the names of files, of str.
-
-    num_label: how many there must be, if not None.
-    """
+@contextmanager
+def about(what):
+    """Makes a UsageError of a DataError or UsageError inside, which first says what it is about, such as a flag."""
     try:
-        indices = sorted(read_split(path, names=True))
-    except UsageError as error:
-        raise UsageError(f"argument --split: {error}") from None
-    if not indices:
-        raise UsageError(f"argument --split: {path} names no image: write one a line")
-    if num_label not in (None, len(indices)):
-        raise UsageError(f"argument --num-label: {num_label}, but --split {path} has {len(indices)} lines: leave the flag out")
-    return indices
-
-
-def sum_of_weights(path):
-    """Returns the SHA-256 of the file of --init."""
-    try:
-        return hashlib.sha256(read_bytes(path)).hexdigest()
-    except UsageError as error:
-        raise UsageError(f"argument --init: {error}: give a file of weights") from None
+        yield
+    except (DataError, UsageError) as error:
+        raise UsageError(f"{what}: {error}") from None

@@ -95,8 +95,8 @@ def add_data_flags(data):
 def add_method_flags(method):
     flag(method, "-a", "--architecture", "--arch", dest="arch", roles={FROM_CHECKPOINT}, type=network, default="convlarge",
          metavar="NETWORK",
-         help=f"{', '.join(NETWORKS)}, or FILE:CLASS in a file of your own, which is executed, and never "
-              "because a checkpoint names it (default: %(default)s)")
+         help=f"{', '.join(NETWORKS)}, or FILE:CLASS in a file of your own, which is executed, and never because a checkpoint "
+              "names it (default: %(default)s)")
     flag(method, "--init", roles={PER_PROCESS}, type=path, metavar="FILE",
          help="start from the weights in this state dict, or checkpoint; those of torchvision fit resnet18 and resnet50, whose "
               "last layer starts at random for another number of classes (default: random weights)")
@@ -106,7 +106,7 @@ def add_method_flags(method):
     flag(method, "--no-meta", action="store_true", help="no meta-gradient and no consistency loss")
     flag(method, "--meta-gradient", choices=("jvp", "finite-difference", "unrolled"), default="jvp",
          help="exact and fast, the paper's approximation, or double backward (default: %(default)s)")
-    flag(method, "--epsilon", default=1e-2, type=number(float, low=1.2e-7, high=8e6), metavar="X",
+    flag(method, "--epsilon", default=1e-2, type=number(float, low=1.2e-7, high=8_000_000), metavar="X",
          help="length of the half-step of finite-difference (default: %(default)s)")
     flag(method, "--consistency", choices=("mse", "kl"), default="mse", help="consistency loss (default: %(default)s)")
     flag(method, "--weight", default=1.0, type=number(float, low=0), metavar="W",
@@ -119,20 +119,16 @@ def add_optimization_flags(optimization):
     flag(optimization, "--total-steps", roles={RESUME}, default=400_000, type=COUNT, metavar="N",
          help="updates (default: %(default)s)")
     flag(optimization, "--batch-size", default=128, type=number(int, low=1, high=1_000_000), metavar="B",
-         help="labeled images a step, and as many unlabeled ones, in all processes together "
-              "(default: %(default)s)")
+         help="labeled images a step, and as many unlabeled ones, in all processes together (default: %(default)s)")
     flag(optimization, "--sync-bn", action="store_true",
-         help="under torchrun: batch normalization over the batches of all processes (default: each its "
-              "own)")
-    flag(optimization, "--lr", default=0.1, type=POSITIVE, metavar="X",
-         help="learning rate alpha_t (default: %(default)s)")
+         help="under torchrun: batch normalization over the batches of all processes (default: each its own)")
+    flag(optimization, "--lr", default=0.1, type=POSITIVE, metavar="X", help="learning rate alpha_t (default: %(default)s)")
     flag(optimization, "--meta-lr", default=None, type=number(float, low=0), metavar="X",
          help="fixed meta learning rate beta (default: beta_t is the current learning rate)")
     flag(optimization, "--warmup", default=4000, type=number(int, low=0), metavar="N",
          help="steps of linear warm-up of the learning rate (default: %(default)s)")
     flag(optimization, "--schedule", choices=("step", "cosine"), default="step",
-         help="after the warm-up: decay at --milestones, or a cosine to 0 at the last step "
-              "(default: %(default)s)")
+         help="after the warm-up: decay at --milestones, or a cosine to 0 at the last step (default: %(default)s)")
     flag(optimization, "--milestones", action=Milestones, default=[300_000, 350_000], nargs="+", metavar="STEP",
          help='the learning rate decays after these steps (default: "[300000, 350000]"; "[]": never)')
     flag(optimization, "--gamma", default=0.1, type=number(float, above=0, high=1), metavar="X",
@@ -147,8 +143,7 @@ def add_optimization_flags(optimization):
          help="auto: the accelerator that torch finds, else the CPU")
     flag(optimization, "--precision", roles={FROM_CHECKPOINT, RESUME}, choices=("float32", "tf32", "bfloat16"),
          default="float32",
-         help="of the network's arithmetic; weights, losses and batch statistics stay float32 "
-              "(default: %(default)s)")
+         help="of the network's arithmetic; weights, losses and batch statistics stay float32 (default: %(default)s)")
     flag(optimization, "--gpu", roles={COMMAND}, type=no_gpu, help=argparse.SUPPRESS)
 
 
@@ -189,10 +184,11 @@ def default(name):
 
 
 def parse_given(words, fail):
-    """Returns the parser of train_meta.py, and the flags that a command line gives; the others are None."""
+    """Returns the parser of train_meta.py, and a namespace of the flags that a command line gives."""
     parser = training_parser()
     parser.fail = fail
-    return parser, parser.parse_args(words, argparse.Namespace(**dict.fromkeys(declared())))
+    parsed = vars(parser.parse_args(words, argparse.Namespace(**dict.fromkeys(declared()))))
+    return parser, argparse.Namespace(**{name: value for name, value in parsed.items() if value is not None})
 
 
 def command_line(flags):

@@ -1,6 +1,7 @@
 """Signals that end a run at the next safe point."""
 import os
 import signal
+from contextlib import ExitStack
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
 REPEATED = (signal.SIGHUP, signal.SIGXCPU)      # a closed terminal sends the first twice, the kernel the second every second
@@ -13,27 +14,19 @@ class Stopped(BaseException):
     """
 
 
-class Interrupt:
+class Interrupt(ExitStack):
     """Within the block, after `listen()`, the first of SIGNALS raises Stopped, or after `defer()` only sets `received`; another
     one ends the process at once, unless it is one of REPEATED.
     """
 
     received, deferred = None, False
 
-    def __enter__(self):
-        self.previous = {}              # number -> handler, of the signals that are taken over
-        return self
-
     def listen(self):
-        """Takes the signals over."""
+        """Takes the signals over until the end of the block."""
         for number in SIGNALS:
             # A SIGHUP that is ignored, as under nohup, stays so.
-            if number not in self.previous and (number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN):
-                self.previous[number] = signal.signal(number, self.handle)
-
-    def __exit__(self, *exception):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self.callback(signal.signal, number, signal.signal(number, self.handle))
 
     def defer(self):
         """Lets signals wait for the next safe point: from here on there is something to save."""
