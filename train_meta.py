@@ -8,7 +8,7 @@ from datasets import check_root
 from utils import cli
 from utils.distributed import World
 from utils.errors import RunFailure, UsageError, one_line_errors, printable
-from utils.experiment import check_same_run, read_named_files, resolve_flags, versions
+from utils.experiment import check_same_flags, read_named_files, resolve_flags, versions
 from utils.files import check_evaluation_paths, check_paths
 from utils.interrupt import Interrupt, Stopped, exit_code
 
@@ -70,7 +70,7 @@ def train(args, files, device, interrupt, world):
     folder = RunFolder(args.save_path, world, args.overwrite)
     saved, where, finished = world.broadcast_object(folder.open(args.resume))
     if saved is not None:
-        check_same_run(args, files, saved)
+        check_same_flags(args, files.sums, saved["args"], saved["files"], saved["step"])
         if saved["step"] > args.total_steps and not finished:
             raise UsageError(f"argument --total-steps: {args.total_steps}, but the run that --resume continues is at step "
                              f"{saved['step']} already: give more")

@@ -10,11 +10,8 @@ from datasets import DataError
 from models import NetworkError
 
 NO_MEMORY = ("out of memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate")
-OPTIONAL = {"joblib": "joblib", "matplotlib": "matplotlib", "openTSNE": "openTSNE", "scipy": "scipy", "sklearn": "scikit-learn",
-            "threadpoolctl": "threadpoolctl"}       # module -> package, of those that only some commands need
-# What torch says of an operation that a device does not have.
-LACKS = (r"forward AD with (\S+) that does not support it", r"operator '(?:aten::)?([^']+)' is not currently",
-         r"Could not run '(?:aten::)?([^']+)' with arguments")
+LACKS = re.compile(r"(?:forward AD with |operator '|Could not run ')(?:aten::)?([^\s']+)"
+                   r"'? (?:that does not support it|is not currently|with arguments)")      # torch, of what a device cannot do
 
 
 class UsageError(ValueError):
@@ -71,9 +68,7 @@ def one_line_errors(prog, fail=fail, less_memory="", describe_rest=None):
     except (DataError, UsageError) as error:
         fail(prog, error, 2)
     except ModuleNotFoundError as error:
-        if error.name not in OPTIONAL:
-            raise
-        fail(prog, f"{error.name} is missing: pip install {OPTIONAL[error.name]}", 2)
+        fail(prog, f"{error.name} is missing: pip install -r requirements.txt", 2)
     except KeyboardInterrupt:
         fail(prog, "interrupted", 130)
     except (ArithmeticError, MemoryError, OSError, RuntimeError) as error:
@@ -94,6 +89,6 @@ def is_out_of_memory(error):
 
 def missing_formula(error):
     """Returns one line about an operation that a device cannot compute or differentiate, if an error speaks of one, or None."""
-    found = next(filter(None, (re.search(pattern, str(error)) for pattern in LACKS)), None)
+    found = LACKS.search(str(error))
     return found and (f"the operation {found[1]}, or its forward-mode derivative, does not exist on this device: take "
                       "--meta-gradient finite-difference, which needs no such derivative, or --device cpu")

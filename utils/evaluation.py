@@ -13,7 +13,7 @@ from utils.device import choose_device, set_precision, slow_precision
 from utils.errors import CheckpointError, Diverged, RunFailure, UsageError, printable
 from utils.experiment import check_arch, differing
 from utils.files import CHECKPOINT, replacing
-from utils.flags import FROM_CHECKPOINT, default, with_role
+from utils.flags import FROM_CHECKPOINT, defaults, with_role
 from utils.setup import load_images, load_model
 from utils.trial import network_failures, try_network
 
@@ -218,7 +218,7 @@ def evaluation_flags(args, sums, saved, path):
         given = getattr(args, name)
         if name in ("dataset", "image_size") and then and given not in (None, then.get(name)):
             raise UsageError(f"argument {option(name)}: {given}, but {path} was trained with {then.get(name)}: leave it out")
-        flags[name] = next((value for value in (given, then.get(name)) if value is not None), default(name))
+        flags[name] = next((value for value in (given, then.get(name)) if value is not None), defaults()[name])
     if args.data_path and flags["num_test"] and (args.data_path / DATASETS[flags["dataset"]].folders[1]).is_dir():
         flags["num_test"] = 0           # this folder has test images of its own
     return flags

@@ -19,19 +19,7 @@ from utils.cli import option
 from utils.distributed import processes
 from utils.errors import UsageError
 from utils.files import ARGS, LAST, holds_run, read_bytes, read_flags, read_split
-from utils.flags import (
-    COMMAND,
-    EVALUATE,
-    FROM_CHECKPOINT,
-    PER_PROCESS,
-    RESUME,
-    check_effect,
-    command_line,
-    declared,
-    default,
-    parse_given,
-    with_role,
-)
+from utils.flags import FROM_CHECKPOINT, PER_PROCESS, RESUME, check_effect, defaults, kept, parse_again, parse_given, with_role
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow")
 
@@ -50,8 +38,7 @@ def facts(flags, sums=(), **more):
 
     A flag that is newer than the run has its default.  sums: of `NamedFiles`.  more: such as the data.
     """
-    own = {name: flags.get(name, action.default) for name, action in declared().items() if COMMAND not in action.roles}
-    return {**{option(name): str(value) for name, value in own.items()},
+    return {**{option(name): str(flags.get(name, value)) for name, value in kept().items()},
             **{f"SHA-256 of --{name}": dict(sums).get(name, "none") for name in ("arch", "init")}, **more}
 
 
@@ -79,8 +66,7 @@ def versions():
 
 def plain_flags(args):
     """Returns the flags of a run as plain types, as args.json and a checkpoint keep them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-            if name not in with_role(COMMAND)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name in kept()}
 
 
 def check_same_flags(args, sums, then, sums_then, step=0):
@@ -93,21 +79,11 @@ def check_same_flags(args, sums, then, sums_then, step=0):
     ignored = options([RESUME]) - ({"--total-steps"} if args.schedule == "cosine" else set())       # which ends with the run
     before, now = facts(then, sums_then), facts(flags, sums)
     for name in differing(now, before, ignored):
-        if name.startswith("SHA-256 of "):
-            flag = name.removeprefix("SHA-256 of ")
-            raise UsageError(f"argument {flag}: {flags[flag[2:]]} has changed since the run that --resume continues (SHA-256 "
-                             f"{before[name]} then, {now[name]} now): restore the file, or give another --save-path without "
-                             "--resume")
-        remedy = "leave it out" if before[name] in ("None", "False") else f"give {before[name]}"
-        raise UsageError(f"argument {name}: {now[name]} now, {before[name]} in the run that --resume continues: {remedy}, "
-                         "or give another --save-path without --resume")
-
-
-def check_same_run(args, files, saved):
-    """Raises UsageError if the command line would make of the run of a checkpoint another experiment; files: `NamedFiles`."""
-    check_same_flags(args, files.sums, saved["args"], saved["files"], saved["step"])
-    if files.labels and not isinstance(files.labels[0], str):
-        check_same_list(args, files.labels, saved)
+        flag = name.removeprefix("SHA-256 of ")
+        remedy = ("restore its file, which has changed since (SHA-256)" if flag != name else
+                  "leave it out" if before[name] in ("None", "False") else f"give {before[name]}")
+        raise UsageError(f"argument {flag}: {now[name]} now, {before[name]} in the run that --resume continues: {remedy}, or "
+                         "give another --save-path without --resume")
 
 
 def check_same_list(args, indices, saved):
@@ -136,26 +112,22 @@ def resolve_flags(argv=None, fail=cli.fail):
     fail: a function as `errors.fail`, which ends the program with code 2 for a contradiction.
     """
     parser, given = parse_given(argv, fail)
-    named, defaults = vars(given), {name: default(name) for name in declared()}
-    if "predictions" in named and "evaluate" not in named:
-        parser.error("argument --predictions: it belongs to --evaluate")
+    named = vars(given)
     try:
         *_, size = processes()
-        if "evaluate" in named:
+        earlier = dict.fromkeys(with_role(FROM_CHECKPOINT)) if "evaluate" in named else flags_to_resume(named)
+        args = argparse.Namespace(**defaults() | earlier | named)
+        check_effect(parser, given, args)
+        if args.evaluate:
             if size > 1:
-                parser.error("argument --evaluate: it takes one process: leave out torchrun")
-            unused = [name for name in named if name not in with_role(EVALUATE) | with_role(FROM_CHECKPOINT)]
-            cli.refuse_without_effect(parser, given, "--evaluate, which trains nothing", unused)
-            return argparse.Namespace(**defaults | dict.fromkeys(with_role(FROM_CHECKPOINT)) | named), set(named)
-        earlier = flags_to_resume(named)
-        args = argparse.Namespace(**defaults | earlier | named)
+                raise UsageError("argument --evaluate: it takes one process: leave out torchrun")
+            return args, set(named)
         if "num_label" not in earlier | named and has_unlabeled(args.dataset, args.data_path):
             args.num_label = None       # all of them, once they are counted
-        check_effect(parser, given, args)
         check_counts(args, size)
         args.image_size = args.image_size or DATASETS[args.dataset].image_size
         if earlier:
-            check_same_flags(args, {}, defaults | earlier, {})
+            check_same_flags(args, {}, defaults() | earlier, {})
     except (ValueError, OSError) as error:
         fail(parser.prog, error, 2)
     return args, set(named)
@@ -177,22 +149,13 @@ def flags_to_resume(named):
         if not holds_run(resume):
             raise UsageError(f"argument --resume: {resume} holds no run: give the folder of one, or --save-path for a new run")
         named |= {"save_path": resume, "resume": LAST}
-    path = (resume.parent if named["resume"] != LAST else named.get("save_path", default("save_path"))) / ARGS
+    path = (resume.parent if named["resume"] != LAST else named.get("save_path", defaults()["save_path"])) / ARGS
     if not path.exists():
         return {}
     flags = parse_again(read_flags(path.parent), path)
     if "arch" not in named:
         check_arch(flags["arch"], {}, path.parent, [], {})
     return flags
-
-
-def parse_again(flags, path):
-    """Returns flags that a run has kept, checked as those of a command line; path: of their file, for the message."""
-    def fail(prog, message, code):
-        raise UsageError(f"{path} is damaged: {message}: restore it, or remove it and give every flag of the run")
-
-    _, parsed = parse_given(command_line(flags), fail)
-    return {name: value for name, value in vars(parsed).items() if name not in with_role(COMMAND)}
 
 
 def check_arch(name, sums, path, arch, sums_given):

@@ -10,6 +10,7 @@ from pathlib import Path
 from datasets import DATASETS
 from models import NETWORKS
 from utils.cli import Parser, number, option, parse_milestones, path, refuse_without_effect
+from utils.errors import UsageError
 from utils.files import LAST
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
@@ -178,9 +179,14 @@ def with_role(role):
     return {name for name, action in declared().items() if role in action.roles}
 
 
-def default(name):
-    """Returns the default of a flag."""
-    return declared()[name].default
+def defaults():
+    """Returns name -> default, of the flags of train_meta.py."""
+    return {name: action.default for name, action in declared().items()}
+
+
+def kept():
+    """Returns name -> default, of the flags that a run keeps: all that do not belong to one command."""
+    return {name: value for name, value in defaults().items() if name not in with_role(COMMAND)}
 
 
 def parse_given(words, fail):
@@ -197,10 +203,24 @@ def command_line(flags):
             if name in declared() and value is not None and value is not False]
 
 
+def parse_again(flags, path):
+    """Returns flags that a run has kept, checked as those of a command line; path: of their file, for the message."""
+    def fail(prog, message, code):
+        raise UsageError(f"{path} is damaged: {message}: restore it, or remove it and give every flag of the run")
+
+    _, parsed = parse_given(command_line(flags), fail)
+    return {name: value for name, value in vars(parsed).items() if name in kept()}
+
+
 def check_effect(parser, given, args):
     """Refuses flags that were given and have no effect together with the others."""
+    if args.evaluate:
+        unused = [name for name in vars(given) if name not in with_role(EVALUATE) | with_role(FROM_CHECKPOINT)]
+        refuse_without_effect(parser, given, "--evaluate, which trains nothing", unused)
+        return
     dataset = DATASETS[args.dataset]
     for applies, choice, names in (
+            (True, "no --evaluate", ("predictions",)),
             (args.no_meta, "--no-meta", OF_META_STEP),
             (args.no_meta and not args.mix_up, "--no-meta and no --mix-up", ("include_labeled",)),
             (args.meta_gradient == "unrolled", "--meta-gradient unrolled", ("epsilon",)),

@@ -11,7 +11,7 @@ from utils import checkpoint
 from utils.device import memory_for_images, slow_precision, why_missing
 from utils.errors import UsageError
 from utils.experiment import check_same_list, check_same_processes, describe_data, differing
-from utils.flags import default
+from utils.flags import defaults
 from utils.state import load_weights
 from utils.trial import try_network
 
@@ -52,7 +52,7 @@ def prepare_data(args, files, world, device, saved):
 
 def explained(error, args, images):
     """Returns the DataError of a split that is not possible; that of a folder where --num-label has its default says more."""
-    if args.num_label != default("num_label") or not images.train_files or "--num-label" not in str(error):
+    if args.num_label != defaults()["num_label"] or not images.train_files or "--num-label" not in str(error):
         return error
     counts = torch.bincount(images.train_labels[:images.num_train]).tolist()
     smallest = min(range(len(counts)), key=counts.__getitem__)
