@@ -99,7 +99,7 @@ def train(args, files, device, interrupt, world):
     if saved is not None:
         folder.print(*describe_resumption(state, where), *not_restored)
 
-    interrupt.defer()
+    interrupt.deferred = True           # from here on there is something to save
     with batches, folder.progress(state.step, args.total_steps):
         stop = take_steps(args, state, batches, evaluator, folder, interrupt, device, dtype, world)
         if not stop:

@@ -71,7 +71,7 @@ TRAINING = [       # (flags, what the line must contain)
     (["--epsilon", "1e9"], ["--epsilon", "1e9", "at most 8000000"]),
     (["--image-size", "64", "--skip-corrupt"], ["--image-size, --skip-corrupt", "--dataset cifar10", "leave them out"]),
     (["--evaluate", "file", "--predictions", "run/args.json"], ["--predictions", "args.json is not the name of a .csv file"]),
-    (["--evaluate", "file", "--predictions", "none/p.csv"], ["--predictions", "none is not a folder"]),
+    (["--evaluate", "file", "--predictions", "none/p.csv"], ["--predictions", "none/p.csv is not the name of a .csv"]),
     (["--predictions", "p.csv"], ["--predictions", "without effect with no --evaluate"]),
 ]
 PLOTTING = [

@@ -31,7 +31,7 @@ def test_a_run_starts_from_given_weights_keeps_their_sum_and_is_not_resumed_with
     capsys.readouterr()
     torch.save({**given, "classifier.bias": given["classifier.bias"] + 1}, path)
     assert train("a", *still, "--total-steps", "6", "--resume") == 2
-    assert "in the run that --resume continues: restore its file, which has changed since (SHA-256), or" in capsys.readouterr().err
+    assert "--resume continues: restore its file, which has changed since (SHA-256), or" in capsys.readouterr().err
     assert state_of(tmp_path / "a")["step"] == 4
 
 

@@ -3,7 +3,6 @@
 No value is evaluated, no flag may be abbreviated, and nothing here loads torch: a wrong flag answers at once.
 """
 import argparse
-import io
 import math
 import operator
 import re
@@ -97,6 +96,5 @@ def refuse_without_effect(parser, args, choice, keys):
 
 def escape_output():
     """Makes standard output escape what the locale cannot write, such as a name in another alphabet."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        with suppress(OSError):             # a pipe that has taken the place of a file
-            sys.stdout.reconfigure(errors="backslashreplace")
+    with suppress(AttributeError, OSError):     # no file of text, or a pipe that has taken the place of one
+        sys.stdout.reconfigure(errors="backslashreplace")

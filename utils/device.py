@@ -84,8 +84,7 @@ def memory_for_images(device):
         free += [1024 * int(size) for size in re.findall(r"MemAvailable:\s+(\d+)", text)]
     with suppress(OSError, ValueError):                 # of a container; "max" is none
         free.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
-    shared = min(free) // (int(processes) if re.fullmatch("0*[1-9][0-9]{0,8}", processes) else 1)
+    shared = min(free) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
     return min(shared, call(device, "mem_get_info", device, default=(shared,))[0]) // 3
 
 
@@ -110,11 +109,11 @@ def set_random_state(states, device):
 
 def fingerprint(device, precision, processes):
     """Returns what two parts of a run must have in common, beside the versions of packages, to be equal bit for bit."""
+    name = f"{device.type}: {call(device, 'get_device_name', device, default=platform.processor() or platform.machine())}"
     if device.type == "cpu":
-        name = f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    else:
-        name = call(device, "get_device_name", device, default=platform.processor() or platform.machine())
-    name = f"{device.type}: {name}" + (f", cuDNN {torch.backends.cudnn.version()}" if device.type == "cuda" else "")
+        name += f", {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        name += f", cuDNN {torch.backends.cudnn.version()}"
     name += f", {processes} processes" * (processes > 1)
     return {"device": name, "threads": torch.get_num_threads(), "precision": precision, "python": platform.python_version(),
             "torch": str(torch.__version__)}

@@ -25,9 +25,8 @@ class Stop(NamedTuple):
 
 
 def processes():
-    """Returns (rank, local rank, size): which of how many processes of one run this is, as torchrun says in the environment;
-    else (0, 0, 1).  Raises UsageError for an environment that is neither.
-    """
+    """Returns (rank, local rank, size), which of how many processes of one run this is, as the environment says; (0, 0, 1)
+    without torchrun.  Raises UsageError for an environment that is neither."""
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1":
         return 0, 0, 1
@@ -156,7 +155,10 @@ class World:
         """Raises RunFailure unless name -> tensor is the same in every process, bit for bit."""
         if self.size == 1:
             return
-        sums = [checksum(tensor) for tensor in state.values()]
+        import torch
+
+        sums = [hashlib.sha256(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy()).hexdigest()
+                for tensor in state.values()]
         different = [name for name, *found in zip(state, *self.all_gather_object(sums)) if len(set(found)) > 1]
         if different:
             raise RunFailure(f"the {self.size} processes are not equal any more at step {step}: {len(different)} of "
@@ -182,10 +184,3 @@ def calls():
     except RuntimeError as error:
         said = first_line(error).split("] ")[-1]        # without a place in the source of gloo
         raise RunFailure(f"another process of this run is gone or does not answer ({said})") from None
-
-
-def checksum(tensor):
-    """Returns the SHA-256 of the bytes of a tensor."""
-    import torch
-
-    return hashlib.sha256(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy()).hexdigest()

@@ -40,8 +40,7 @@ def printable(text):
 
 def first_line(error):
     """Returns what an error says, in at most 100 characters."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:100] if lines else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
 
 
 def fail(prog, message, code):

@@ -14,10 +14,9 @@ from typing import NamedTuple
 from datasets import DATASETS, DataError, has_unlabeled
 from datasets.splits import check_num_label
 from models import check_network
-from utils import cli
 from utils.cli import option
 from utils.distributed import processes
-from utils.errors import UsageError
+from utils.errors import UsageError, fail
 from utils.files import ARGS, LAST, holds_run, read_bytes, read_flags, read_split
 from utils.flags import FROM_CHECKPOINT, PER_PROCESS, RESUME, check_effect, defaults, kept, parse_again, parse_given, with_role
 
@@ -52,13 +51,6 @@ def options(roles):
     return {option(name) for role in roles for name in with_role(role)}
 
 
-def describe_data(digest, labeled=None, validation=None):
-    """Returns what `facts` holds of a run's data: the digest of `data_digest`, and sums of the images with a label."""
-    split = {"labeled images": labeled, "validation images": validation}
-    return {**digest, **{name: hashlib.sha256(repr(sorted(index)).encode()).hexdigest()
-                         for name, index in split.items() if index is not None}}
-
-
 def versions():
     """Returns the versions of what computes, name -> text."""
     return {package: version(package) for package in PACKAGES}
@@ -86,16 +78,13 @@ def check_same_flags(args, sums, then, sums_then, step=0):
                          "give another --save-path without --resume")
 
 
-def check_same_list(args, indices, saved):
-    """Raises UsageError if the indices of --split, ascending, are not those of a checkpoint."""
-    if indices != sorted(saved["labeled"].tolist() + saved["validation"].tolist()):
-        raise UsageError(f"argument --split: {args.split} is not the split of the run that --resume continues")
+def check_same_processes(world, args, sums, data, **split):
+    """Raises UsageError, which names what differs, unless all processes of a world are in one experiment.
 
-
-def check_same_processes(world, args, sums, data):
-    """Raises UsageError, which names what differs, unless all processes of a world are in one experiment."""
-    own = facts(plain_flags(args), sums, **data, **versions())
-    everyone = world.all_gather_object(own)
+    sums: of `NamedFiles`.  data: the digest of `data_digest`.  split: name -> indices of the images with a label, a list.
+    """
+    hashes = {f"{name} images": hashlib.sha256(repr(sorted(indices)).encode()).hexdigest() for name, indices in split.items()}
+    everyone = world.all_gather_object(facts(plain_flags(args), sums, **data, **hashes, **versions()))
     for rank, other in enumerate(everyone):
         if names := differing(other, everyone[0], options([PER_PROCESS])):
             raise UsageError(f"process {rank} is in another experiment than process 0: "
@@ -105,7 +94,7 @@ def check_same_processes(world, args, sums, data):
 
 # The flags of a command, resolved against the run that it continues
 
-def resolve_flags(argv=None, fail=cli.fail):
+def resolve_flags(argv=None, fail=fail):
     """Returns the flags of train_meta.py, and the set of the names of those on the command line.
 
     With --resume, the others are those of the run that it continues; with --evaluate, None where the checkpoint answers.
@@ -117,10 +106,10 @@ def resolve_flags(argv=None, fail=cli.fail):
         *_, size = processes()
         earlier = dict.fromkeys(with_role(FROM_CHECKPOINT)) if "evaluate" in named else flags_to_resume(named)
         args = argparse.Namespace(**defaults() | earlier | named)
+        if args.evaluate and size > 1:
+            raise UsageError("argument --evaluate: it takes one process: leave out torchrun")
         check_effect(parser, given, args)
         if args.evaluate:
-            if size > 1:
-                raise UsageError("argument --evaluate: it takes one process: leave out torchrun")
             return args, set(named)
         if "num_label" not in earlier | named and has_unlabeled(args.dataset, args.data_path):
             args.num_label = None       # all of them, once they are counted
@@ -136,9 +125,8 @@ def resolve_flags(argv=None, fail=cli.fail):
 def flags_to_resume(named):
     """Returns the flags in the args.json of the run that --resume continues; {} without one.
 
-    named: name -> value, of the flags on the command line.  In it --resume with a run folder becomes --save-path with that
-    folder and --resume.  Raises UsageError for a damaged args.json, and for a folder or a network that the command line must
-    name.
+    named: name -> value, of the flags on the command line; a run folder of --resume moves to --save-path in it.  Raises
+    UsageError for a damaged args.json, and for a folder or a network that the command line must name.
     """
     resume = named.get("resume")
     if resume is None:
@@ -176,9 +164,7 @@ def check_arch(name, sums, path, arch, sums_given):
 def check_counts(args, size):
     """Raises UsageError for numbers of images that cannot be divided; size: of processes."""
     if args.batch_size % size:
-        lower = args.batch_size - args.batch_size % size
-        raise UsageError(f"argument --batch-size: {args.batch_size} cannot be split evenly over {size} processes: use "
-                         + (f"{lower} or " if lower else "") + str(lower + size))
+        raise UsageError(f"argument --batch-size: {args.batch_size} for {size} processes: use a multiple of {size}")
     dataset = DATASETS[args.dataset]
     if dataset.num_train is not None:
         for name, count, available in (

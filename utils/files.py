@@ -251,11 +251,9 @@ def check_paths(path, resume, overwrite):
     if path.exists() and not path.is_dir():
         raise UsageError(f"argument --save-path: {path} is a file: give a folder")
     for file in (path / name for name in (*RUN_FILES, LOCK)):
-        if os.path.lexists(file) and not file.is_file():
-            raise UsageError(f"argument --save-path: {file} is not a regular file: move it away")
-        if file.exists() and file.name != LOCK and not (path / ARGS).exists():
-            raise UsageError(f"argument --save-path: {file} is not a file of a run, as there is no {ARGS} beside it: move it "
-                             "away")
+        alone = file.name != LOCK and not (path / ARGS).exists()
+        if os.path.lexists(file) and (alone or not file.is_file()):
+            raise UsageError(f"argument --save-path: {file} is not a regular file of a run, beside an {ARGS}: move it away")
     if resume == LAST or resume is not None and resume.parent.resolve() == path.resolve():     # the run in the folder
         if overwrite:
             raise UsageError("argument --overwrite: it removes what --resume continues: give one of them")
@@ -273,7 +271,6 @@ def check_evaluation_paths(path, predictions):
     """Raises UsageError for a file of --evaluate that is not there, or one of --predictions, if any, that cannot be written."""
     if not path.exists():
         raise UsageError(f"argument --evaluate: {path} does not exist: give a checkpoint, the folder of a run, or a state dict")
-    if predictions and (predictions.suffix != ".csv" or predictions.exists() and not predictions.is_file()):
-        raise UsageError(f"argument --predictions: {predictions} is not the name of a .csv file")
-    if predictions and not predictions.parent.is_dir():
-        raise UsageError(f"argument --predictions: {predictions.parent} is not a folder: make it first")
+    if predictions and (predictions.suffix != ".csv" or predictions.exists() and not predictions.is_file()
+                        or not predictions.parent.is_dir()):
+        raise UsageError(f"argument --predictions: {predictions} is not the name of a .csv file in a folder that exists")

@@ -8,15 +8,12 @@ REPEATED = (signal.SIGHUP, signal.SIGXCPU)      # a closed terminal sends the fi
 
 
 class Stopped(BaseException):
-    """A signal, whose number is the argument, came when there was nothing to save yet.
-
-    It is no Exception, so that `except Exception` lets it pass.
-    """
+    """A signal, whose number is the argument, came when there was nothing to save yet; no `except Exception` stops it."""
 
 
 class Interrupt(ExitStack):
-    """Within the block, after `listen()`, the first of SIGNALS raises Stopped, or after `defer()` only sets `received`; another
-    one ends the process at once, unless it is one of REPEATED.
+    """Within the block, after `listen()`, the first of SIGNALS raises Stopped, or only sets `received` once `deferred` is true;
+    another one ends the process at once, unless it is one of REPEATED.
     """
 
     received, deferred = None, False
@@ -27,10 +24,6 @@ class Interrupt(ExitStack):
             # A SIGHUP that is ignored, as under nohup, stays so.
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 self.callback(signal.signal, number, signal.signal(number, self.handle))
-
-    def defer(self):
-        """Lets signals wait for the next safe point: from here on there is something to save."""
-        self.deferred = True
 
     def handle(self, number, frame):
         if self.received is not None:
