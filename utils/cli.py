@@ -13,6 +13,8 @@ from pathlib import Path
 from utils.errors import fail
 
 MOST = 10 ** 12                         # default upper bound of whole numbers: all of them are exact as floats
+BOUNDS = {"low": ("at least", operator.ge), "high": ("at most", operator.le), "above": ("above", operator.gt),
+          "below": ("below", operator.lt)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,24 +36,22 @@ class Parser(argparse.ArgumentParser):
         self.fail(self.prog, f"{message} (usage: {self.prog} --help)", 2)
 
 
-def number(kind, low=None, high=None, above=None, below=None):
-    """An argparse type: a finite number of a kind (int or float) within closed (low, high) or open bounds.
+def number(kind, **bounds):
+    """An argparse type: a finite number of a kind (int or float) within bounds, whose names are those of BOUNDS.
 
     A whole number is at most MOST unless `high` says otherwise.
     """
-    if kind is int and high is None:
-        high = MOST
-    bounds = [bound for bound in (("at least", operator.ge, low), ("at most", operator.le, high), ("above", operator.gt, above),
-                                  ("below", operator.lt, below)) if bound[-1] is not None]
+    if kind is int:
+        bounds.setdefault("high", MOST)
     noun = "a whole number" if kind is int else "a number"
-    rule = " and ".join(f"{words} {bound}" for words, _, bound in bounds)
+    rule = " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items())
 
     def parse(text):
         with suppress(ValueError):
             value = kind(text)
-            if all(holds(value, bound) for _, holds, bound in bounds) and math.isfinite(value):
+            if all(BOUNDS[name][1](value, bound) for name, bound in bounds.items()) and math.isfinite(value):
                 return value
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {noun} {rule}: give one")
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {noun} that is {rule}: give one")
     return parse
 
 

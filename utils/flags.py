@@ -97,9 +97,8 @@ def add_data_flags(data):
 
 def add_method_flags(method):
     flag(method, "-a", "--architecture", "--arch", dest="arch", roles={FROM_CHECKPOINT}, type=network, default="convlarge",
-         metavar="NETWORK",
-         help=f"{', '.join(NETWORKS)}, or FILE:CLASS in a file of your own, which is executed, and never because a checkpoint "
-              "names it")
+         metavar="NETWORK", help=f"{', '.join(NETWORKS)}, or FILE:CLASS in a file of your own, which is executed, and never "
+                                 "because a checkpoint names it")
     flag(method, "--init", roles={PER_PROCESS}, type=path, metavar="FILE",
          help="start from the weights in this state dict, or checkpoint; those of torchvision fit resnet18 and resnet50, whose "
               "last layer starts at random for another number of classes (default: random weights)")
@@ -214,8 +213,7 @@ def check_effect(parser, given, args):
     """Refuses flags that were given and have no effect together with the others."""
     if args.evaluate:
         unused = [name for name in vars(given) if name not in with_role(EVALUATE) | with_role(FROM_CHECKPOINT)]
-        refuse_without_effect(parser, given, "--evaluate, which trains nothing", unused)
-        return
+        return refuse_without_effect(parser, given, "--evaluate, which trains nothing", unused)
     dataset = DATASETS[args.dataset]
     for applies, choice, names in (
             (True, "no --evaluate", ("predictions",)),
