@@ -46,7 +46,7 @@ def plot(args):
         check_same_data(data, saved, path, flags["data_path"])
         labeled, validation = saved["labeled"].numpy(), saved["validation"].numpy()
         if args.index_path or index_path.exists():
-            check_index_file(index_path, labeled, images.num_train)
+            check_index_file(index_path, labeled)
         unlabeled = np.setdiff1d(np.arange(images.num_train), np.concatenate([labeled, validation]))
         rows.append({"label": printable(label), "checkpoint": str(path), "step": saved["step"], "arch": saved["args"]["arch"],
                      **choose_points(args, labeled, unlabeled, images)})
@@ -89,12 +89,9 @@ def write_embedding(args, dataset, class_names, rows, software):
     return [args.save_path / "embedding.npz", args.save_path / "embedding.json"]
 
 
-def check_index_file(path, labeled, num_train):
+def check_index_file(path, labeled):
     """Raises UsageError for a list of labeled images that is not the split of the checkpoint."""
-    indices = read_split(path)
-    if max(indices, default=0) >= num_train:
-        raise UsageError(f"argument --index-path: {path}: {max(indices)} is not an index below {num_train}")
-    if sorted(indices) != sorted(labeled.tolist()):
+    if sorted(read_split(path)) != sorted(labeled.tolist()):
         raise UsageError(f"argument --index-path: {path} is not the split that the checkpoint was trained on: give the "
                           "label_indices.txt of its run folder")
 

@@ -68,9 +68,7 @@ def parse_milestones(texts):
     Raises ValueError unless the steps are whole, positive and ascending.
     """
     text = texts if isinstance(texts, str) else " ".join(map(str, texts))
-    body = text.strip()
-    if body.startswith("[") and body.endswith("]"):
-        body = body[1:-1].strip()
+    body = text.strip().removeprefix("[").removesuffix("]").strip()
     if not re.fullmatch(r"([0-9]{1,15}(\s*,\s*|\s+))*([0-9]{1,15})?", body, re.ASCII):
         raise ValueError(f"{text[:80]!r} is not a list of steps: write \"[300000, 350000]\" or 300000,350000")
     steps = [int(part) for part in re.findall("[0-9]+", body)]

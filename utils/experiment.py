@@ -185,7 +185,7 @@ def read_named_files(args, named):
     labels, sums = None, {}
     if "split" in named:
         with about("argument --split"):
-            labels = sorted(read_split(args.split, names=True))
+            labels = sorted(read_split(args.split))
             if not labels:
                 raise UsageError(f"{args.split} names no image: write one a line")
             if isinstance(labels[0], str) and not DATASETS[args.dataset].folders:

@@ -214,20 +214,20 @@ def read_metrics(folder):
     return records
 
 
-def read_split(path, names=False):
+def read_split(path):
     """Returns the indices in a label_indices.txt, a list of ints, checked against the split.json beside it, if there is one.
 
-    names: whether it may be a list of file names instead, a list of str: "class/file", with or without a number behind it.
+    In another list there may be names of files instead, a list of str: "class/file", with or without a number behind it.
     """
     text = read_text(path)
     odd = next((word for word in text.split() if not re.fullmatch("[0-9]{1,15}", word)), None)
     if odd is None:
         entries = [int(word) for word in text.split()]
-    elif names and "/" in text:
+    elif "/" in text:
         # The number that published lists have behind a name is that of its class, which the folder says, too.
         entries = [os.path.normpath(re.sub(r"\s+\d+$", "", line.strip())) for line in text.splitlines() if line.strip()]
     else:
-        raise UsageError(f"{path}: {odd[:40]!r} is not the index of an image" + " nor class/file" * names)
+        raise UsageError(f"{path}: {odd[:40]!r} is not the index of an image nor class/file")
     if len(set(entries)) < len(entries):
         raise UsageError(f"{path} names an image twice")
     if path.name == INDICES and path.with_name(SPLIT).exists():
