@@ -7,8 +7,8 @@ from functools import partial
 from datasets import check_root
 from utils import cli
 from utils.distributed import World
-from utils.errors import ImagesLost, UsageError, one_line_errors, printable
-from utils.experiment import check_same_run, read_named_files, resolve_flags, versions
+from utils.errors import RunFailure, UsageError, one_line_errors, printable
+from utils.experiment import check_same_flags, read_named_files, resolve_flags, versions
 from utils.files import check_evaluation_paths, check_paths
 from utils.interrupt import Interrupt, Stopped, exit_code
 
@@ -41,10 +41,10 @@ def main(argv=None):
                 check_paths(args.save_path, args.resume, args.overwrite)
             check_root(args.dataset, args.data_path, args.num_test)
             # torch takes seconds to load: only now, so that a wrong flag answers at once.
-            from utils.device import backend, choose_device
+            from utils.device import choose_device
 
             device = choose_device(args.device, world.local_rank)
-            world.join(device, backend(device))
+            world.join(device)
             interrupt.listen()
             return train(args, files, device, interrupt, world)
         except Stopped as stopped:
@@ -70,7 +70,7 @@ def train(args, files, device, interrupt, world):
     folder = RunFolder(args.save_path, world, args.overwrite)
     saved, where, finished = world.broadcast_object(folder.open(args.resume))
     if saved is not None:
-        check_same_run(args, files, saved)
+        check_same_flags(args, files.sums, saved["args"], saved["files"], saved["step"])
         if saved["step"] > args.total_steps and not finished:
             raise UsageError(f"argument --total-steps: {args.total_steps}, but the run that --resume continues is at step "
                              f"{saved['step']} already: give more")
@@ -99,14 +99,14 @@ def train(args, files, device, interrupt, world):
     if saved is not None:
         folder.print(*describe_resumption(state, where), *not_restored)
 
-    interrupt.defer()
+    interrupt.deferred = True           # from here on there is something to save
     with batches, folder.progress(state.step, args.total_steps):
         stop = take_steps(args, state, batches, evaluator, folder, interrupt, device, dtype, world)
         if not stop:
             accuracy = evaluator.measure_labeled(interrupt)
             stop = world.agree_to_stop(interrupt.received)
         if stop and stop.fault:
-            raise ImagesLost(stop.fault)
+            raise RunFailure(stop.fault)
     if stop and state.step == 0:        # nothing was saved
         raise Stopped(stop.signal)
     if stop:
@@ -153,8 +153,8 @@ def take_steps(args, state, batches, evaluator, folder, interrupt, device, dtype
             rate = timer.rate(step)
             folder.log_means(step, args.total_steps, alpha, meter.read(world.all_reduce_mean), rate * images_per_step,
                              timer.left(rate, args.total_steps - step, args.test_freq))
-        elif timer.first_sign_is_due():
-            folder.print(f"step {step}/{args.total_steps}  {timer.describe(step, args.total_steps)}")
+        elif sign := timer.first_sign(step, args.total_steps):
+            folder.print(f"step {step}/{args.total_steps}  {sign}")
         if step % args.test_freq == 0 or last:
             meter.check()
             evaluate_and_save(state, folder, evaluator, timer, interrupt, device)

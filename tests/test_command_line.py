@@ -68,11 +68,11 @@ TRAINING = [       # (flags, what the line must contain)
     (["--evaluate", "file", "--total-steps", "5", "--mix-up"], ["--mix-up, --total-steps", "--evaluate", "leave them out"]),
     (["--no-meta", "--meta-lr", "0"], ["--meta-lr", "--no-meta", "leave it out"]),
     (["--no-meta", "--include-labeled"], ["--include-labeled", "--no-meta and no --mix-up", "leave it out"]),
-    (["--epsilon", "1e9"], ["--epsilon", "1e9", "at most 8e+06"]),
+    (["--epsilon", "1e9"], ["--epsilon", "1e9", "at most 8000000"]),
     (["--image-size", "64", "--skip-corrupt"], ["--image-size, --skip-corrupt", "--dataset cifar10", "leave them out"]),
     (["--evaluate", "file", "--predictions", "run/args.json"], ["--predictions", "args.json is not the name of a .csv file"]),
-    (["--evaluate", "file", "--predictions", "none/p.csv"], ["--predictions", "none is not a folder"]),
-    (["--predictions", "p.csv"], ["--predictions", "it belongs to --evaluate"]),
+    (["--evaluate", "file", "--predictions", "none/p.csv"], ["--predictions", "none/p.csv is not the name of a .csv"]),
+    (["--predictions", "p.csv"], ["--predictions", "without effect with no --evaluate"]),
 ]
 PLOTTING = [
     ([], ["--save-path"]),
@@ -255,8 +255,7 @@ def test_a_package_that_is_missing_is_one_line(tmp_path, monkeypatch, capsys, sc
     monkeypatch.setattr(SVHN, "_check_integrity", lambda self: True)
     with pytest.raises(SystemExit, match="2"):
         import_module(script).main([*flags, "new"])
-    install = package.replace("sklearn", "scikit-learn")
-    assert capsys.readouterr().err == f"{script}.py: {package} is missing: pip install {install}\n"
+    assert capsys.readouterr().err == f"{script}.py: {package} is missing: pip install -r requirements.txt\n"
     assert os.listdir() == ["hidden"]
 
 

@@ -5,9 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from utils import device as device_module
 from utils.device import (
-    backend,
     choose_device,
     get_random_state,
     memory_for_images,
@@ -45,20 +43,19 @@ def test_auto_takes_the_accelerator_that_torch_finds_and_every_process_one_of_it
         choose_device("mps")
 
 
-@pytest.mark.parametrize(("driver", "said"), [
-    (None, r"no NVIDIA driver is found \(CUDA 13 needs driver 580 or newer; a container needs docker run --gpus all\)"),
-    ((12, 4), r"the NVIDIA driver ends at CUDA 12\.4 \(CUDA 13 needs driver 580 or newer: update it, or .* CUDA 12; the cont"),
-    ((13, 2), r"the NVIDIA driver knows CUDA 13\.2 \(does CUDA_VISIBLE_DEVICES hide the GPU\?\)")])
-def test_the_refusal_of_cuda_says_for_what_torch_is_built_which_driver_is_there_and_what_to_do(monkeypatch, driver, said):
-    monkeypatch.setattr(torch.version, "cuda", "13.2")
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)       # though the build names CUDA
-    monkeypatch.setattr(device_module, "newest_cuda", lambda: driver)
+@pytest.mark.parametrize("error", [
+    RuntimeError("The NVIDIA driver is too old (found version 12040). Please update your GPU driver by downloading ... "),
+    RuntimeError("No CUDA GPUs are available"), AssertionError("Torch not compiled with CUDA enabled")])
+def test_the_refusal_of_cuda_says_why_torch_finds_none_and_what_to_do(monkeypatch, error):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(error))
     assert choose_device("auto") == CPU
-    with pytest.raises(UsageError, match=r"^argument --device: cuda: no CUDA device is visible: torch \S+ is built for CUDA "
-                                         rf"13\.2, and {said}.*; use --device cpu$"):
+    said = str(error).partition(". ")[0]
+    with pytest.raises(UsageError) as caught:
         choose_device("cuda")
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert why_missing() == f"no CUDA device is visible to torch {torch.__version__}"
+    assert str(caught.value) == (f"argument --device: cuda: no CUDA device is visible to torch {torch.__version__} ({said}; "
+                                 "README.md says which build needs which driver); use --device cpu")
+    assert why_missing("xpu") == f"no XPU device is visible to torch {torch.__version__}"
 
 
 def test_every_switch_of_torch_agrees_after_each_precision_whatever_was_set_before():
@@ -86,7 +83,7 @@ def test_memory_for_images_is_a_third_of_what_is_free_shared_by_processes_and_le
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert 0 < memory_for_images(CPU) <= physical // 12
-    for nothing in ("", "0", "x"):
+    for nothing in ("", "0"):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", nothing)
         assert 0 < memory_for_images(CPU) <= physical // 3
     assert memory_for_images(accelerator("xpu", mem_get_info=lambda device: (3000 + device.index, physical))) == 1000
@@ -100,15 +97,10 @@ def test_random_states_go_by_the_type_of_their_device_and_one_of_another_is_left
     assert states.keys() == {"cpu", "xpu"}
     drawn = torch.rand(3)
     assert set_random_state(states, device) == [] and own[1] is own[0] and torch.equal(torch.rand(3), drawn)
-    for kinds, here in (({"cpu", "xpu"}, CPU), ({"cpu"}, device), ({"cpu", "cuda"}, device)):
-        line, = set_random_state({kind: before["cpu"] for kind in kinds}, here)
-        assert f"do not go on on {here.type}: " in line
+    for kinds, here in ((("cpu", "xpu"), CPU), (("cpu",), device), (("cpu", "cuda"), device)):
+        line, = set_random_state(dict.fromkeys(kinds, before["cpu"]), here)
+        assert f"random numbers of {kinds[-1]} do not go on on {here.type}: " in line
     assert len(own) == 2 and torch.equal(torch.get_rng_state(), before["cpu"])
-    assert get_random_state(accelerator("mps")).keys() == {"cpu"}       # whose module lacks the function
-
-
-def test_tensors_travel_between_processes_as_the_type_of_their_device_allows():
-    assert [backend(torch.device(kind)) for kind in ("cpu", "cuda", "xpu", "mps")] == ["gloo", "nccl", "xccl", "gloo"]
 
 
 def test_an_operation_that_a_device_lacks_is_named_with_the_flag_that_does_without_its_derivative():
@@ -116,9 +108,9 @@ def test_an_operation_that_a_device_lacks_is_named_with_the_flag_that_does_witho
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError) as caught:
         torch.autograd.forward_ad.make_dual(x, x.detach()).geqrf()
     assert missing_formula(caught.value).startswith(
-        "the operation geqrf has no forward-mode derivative on this device: take --meta-gradient finite-difference")
+        "the operation geqrf, or its forward-mode derivative, does not exist on this device: take --meta-gradient finite-diff")
     for said in ("The operator 'aten::triu.out' is not currently implemented for the MPS device. If you want",
                  "Could not run 'aten::triu.out' with arguments from the 'MPS' backend. This could"):
         line = missing_formula(NotImplementedError(said))
-        assert line.startswith("the operation triu.out does not exist on MPS: ") and "--meta-gradient finite-difference" in line
+        assert line.startswith("the operation triu.out, or its") and "--meta-gradient finite-difference" in line
     assert missing_formula(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None

@@ -125,7 +125,7 @@ def test_what_does_not_fit_a_checkpoint_is_one_line_and_writes_nothing(runs, tmp
     for path, flags, text, message in (
             (tmp_path / "nan.pth", [], "", "are not finite"),
             (tmp_path / "foreign.pth", [], "", "do not fit convsmall"),
-            (good, ["--index-path", index], "1297\n", "is not the split that the checkpoint was"),
+            (good, ["--index-path", index], "a/b.png\n", "is not the split that the checkpoint was"),
             (good, ["--index-path", index], "1\n2\n", "is not the split that the checkpoint was"),
             (good, ["--dataset", "svhn"], "", "--dataset: svhn, but"),
             (good, ["--num-point", "20", "--perplexity", "30"], "", "--perplexity: 30 is too large for 90 points"),

@@ -180,12 +180,12 @@ def test_files_of_others_in_a_run_folder_stay_and_one_in_the_place_of_a_runs_own
     assert {path.read_text() for path in foreign} == {"foreign"}
     assert {path.name for path in (tmp_path / "a").glob("*.tmp")} == {"notes.tmp"}
     assert len(list((tmp_path / "a").glob("*tfevents*"))) == 2
-    for name, make, words in (("b", Path.touch, "is not a file of a run"), ("c", os.mkfifo, "is not a regular file")):
+    for name, make in (("b", Path.touch), ("c", os.mkfifo)):
         (tmp_path / name).mkdir()
         make(tmp_path / name / "split.json")
         capsys.readouterr()
         assert train(name, *flags) == 2
-        assert f"{tmp_path / name / 'split.json'} {words}" in capsys.readouterr().err
+        assert f"{tmp_path / name / 'split.json'} is not a regular file of a run" in capsys.readouterr().err
         assert {path.name for path in (tmp_path / name).iterdir()} <= {"split.json", ".lock"}
 
 

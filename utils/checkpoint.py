@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from utils.errors import CheckpointError, UsageError, first_line
-from utils.experiment import parse_again
 from utils.files import BEST, CHECKPOINT, PREVIOUS, replacing
+from utils.flags import parse_again
 from utils.state import SCHEMA, VERSION
 
 

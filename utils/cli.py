@@ -3,8 +3,8 @@
 No value is evaluated, no flag may be abbreviated, and nothing here loads torch: a wrong flag answers at once.
 """
 import argparse
-import io
 import math
+import operator
 import re
 import sys
 from contextlib import suppress
@@ -13,6 +13,8 @@ from pathlib import Path
 from utils.errors import fail
 
 MOST = 10 ** 12                         # default upper bound of whole numbers: all of them are exact as floats
+BOUNDS = {"low": ("at least", operator.ge), "high": ("at most", operator.le), "above": ("above", operator.gt),
+          "below": ("below", operator.lt)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,26 +36,22 @@ class Parser(argparse.ArgumentParser):
         self.fail(self.prog, f"{message} (usage: {self.prog} --help)", 2)
 
 
-def number(kind, low=None, high=None, above=None, below=None):
-    """An argparse type: a finite number of a kind (int or float) within closed (low, high) or open bounds.
+def number(kind, **bounds):
+    """An argparse type: a finite number of a kind (int or float) within bounds, whose names are those of BOUNDS.
 
     A whole number is at most MOST unless `high` says otherwise.
     """
-    if kind is int and high is None:
-        high = MOST
-    rule = " and ".join(f"{words} {bound if kind is int else format(bound, 'g')}" for words, bound in
-                        (("at least", low), ("at most", high), ("above", above), ("below", below)) if bound is not None)
+    if kind is int:
+        bounds.setdefault("high", MOST)
     noun = "a whole number" if kind is int else "a number"
+    rule = " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items())
 
     def parse(text):
-        try:
+        with suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {noun}: give one {rule}") from None
-        if not ((low is None or value >= low) and (high is None or value <= high)
-                and (above is None or value > above) and (below is None or value < below) and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text[:80]} is out of range: give {noun} {rule}")
-        return value
+            if all(BOUNDS[name][1](value, bound) for name, bound in bounds.items()) and math.isfinite(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {noun} that is {rule}: give one")
     return parse
 
 
@@ -70,9 +68,7 @@ def parse_milestones(texts):
     Raises ValueError unless the steps are whole, positive and ascending.
     """
     text = texts if isinstance(texts, str) else " ".join(map(str, texts))
-    body = text.strip()
-    if body.startswith("[") and body.endswith("]"):
-        body = body[1:-1].strip()
+    body = text.strip().removeprefix("[").removesuffix("]").strip()
     if not re.fullmatch(r"([0-9]{1,15}(\s*,\s*|\s+))*([0-9]{1,15})?", body, re.ASCII):
         raise ValueError(f"{text[:80]!r} is not a list of steps: write \"[300000, 350000]\" or 300000,350000")
     steps = [int(part) for part in re.findall("[0-9]+", body)]
@@ -91,13 +87,12 @@ def refuse_without_effect(parser, args, choice, keys):
 
     A default that is spelled out is no contradiction: the official command lines spell out many.
     """
-    flags = [option(key) for key in keys if getattr(args, key) not in (None, parser.get_default(key))]
+    flags = [option(key) for key in keys if getattr(args, key, None) not in (None, parser.get_default(key))]
     if flags:
         parser.error(f"argument {', '.join(flags)}: without effect with {choice}: leave {'them' if flags[1:] else 'it'} out")
 
 
 def escape_output():
     """Makes standard output escape what the locale cannot write, such as a name in another alphabet."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        with suppress(OSError):             # a pipe that has taken the place of a file
-            sys.stdout.reconfigure(errors="backslashreplace")
+    with suppress(AttributeError, OSError):     # no file of text, or a pipe that has taken the place of one
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -2,7 +2,6 @@
 
 No other file knows kinds of device: elsewhere the question is whether `device.type` is "cpu".
 """
-import ctypes
 import os
 import platform
 import re
@@ -11,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from utils.errors import UsageError
+from metasemi import holding
+from utils.errors import UsageError, first_line
 
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")      # instructions of x86, and of ARM
-DRIVERS = {12: "525", 13: "580"}        # major version of CUDA -> the oldest NVIDIA driver that runs it
 
 
 def choose_device(name, local_rank=0):
@@ -38,29 +37,14 @@ def choose_device(name, local_rank=0):
 
 
 def why_missing(name="cuda"):
-    """Returns why torch finds no device of a type, in one line: what torch is built for, and which driver is there."""
-    built, runtime = f"torch {torch.__version__}", torch.version.cuda
-    if name != "cuda" or runtime is None:
-        return f"no {name.upper()} device is visible to {built}"
-    major, driver = int(runtime.partition(".")[0]), newest_cuda()
-    needed = f"CUDA {major} needs driver {DRIVERS.get(major, 'of its time')} or newer"
-    if driver is None:
-        said = f"no NVIDIA driver is found ({needed}; a container needs docker run --gpus all)"
-    elif driver[0] < major:
-        said = (f"the NVIDIA driver ends at CUDA {driver[0]}.{driver[1]} ({needed}: update it, or take a build of torch for "
-                f"CUDA {driver[0]}; the container of docker/ has CUDA 12)")
-    else:
-        said = f"the NVIDIA driver knows CUDA {driver[0]}.{driver[1]} (does CUDA_VISIBLE_DEVICES hide the GPU?)"
-    return f"no CUDA device is visible: {built} is built for CUDA {runtime}, and {said}"
-
-
-def newest_cuda():
-    """Returns (major, minor) of the newest CUDA that the NVIDIA driver of this machine runs, or None without a driver."""
-    number = ctypes.c_int()
-    with suppress(OSError, AttributeError):
-        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)) == 0:
-            return number.value // 1000, number.value % 1000 // 10
-    return None
+    """Returns why torch finds no device of a type, in one line; of CUDA in its own words."""
+    line = f"no {name.upper()} device is visible to torch {torch.__version__}"
+    if name == "cuda":
+        try:
+            torch.cuda.init()
+        except (AssertionError, RuntimeError) as error:
+            line += f" ({first_line(error).partition('. ')[0]}; README.md says which build needs which driver)"
+    return line
 
 
 def call(device, function, *args, default=None):
@@ -100,24 +84,13 @@ def memory_for_images(device):
         free += [1024 * int(size) for size in re.findall(r"MemAvailable:\s+(\d+)", text)]
     with suppress(OSError, ValueError):                 # of a container; "max" is none
         free.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
-    shared = min(free) // (int(processes) if re.fullmatch("0*[1-9][0-9]{0,8}", processes) else 1)
+    shared = min(free) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
     return min(shared, call(device, "mem_get_info", device, default=(shared,))[0]) // 3
 
 
-def backend(device):
-    """Returns the name of the backend of torch.distributed for tensors of a device."""
-    return {"cuda": "nccl", "xpu": "xccl"}.get(device.type, "gloo")
-
-
-# Random state: type of device -> the state of its generator, a ByteTensor of the host.
-
 def get_random_state(device):
-    """Returns the states of torch's generators that a program on a device draws from: those of the CPU and of the device."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states |= {device.type: call(device, "get_rng_state", device)}
-    return {kind: state for kind, state in states.items() if state is not None}
+    """Returns type of device -> state, a ByteTensor of the host, of the generators of the CPU and then of another device."""
+    return dict(zip(("cpu", device.type), holding.random_state(device)))
 
 
 def set_random_state(states, device):
@@ -125,23 +98,22 @@ def set_random_state(states, device):
 
     Returns lines about what could not be set: the generator of another type of device, whose numbers do not go on here.
     """
+    *_, kind = states
+    if kind == device.type:
+        holding.set_random_state(device, list(states.values()))
+        return []
     torch.set_rng_state(states["cpu"])
-    kinds = sorted(set(states) - {"cpu"})
-    if device.type in states and device.type != "cpu":
-        call(device, "set_rng_state", states[device.type], device)
-    elif device.type != "cpu" or kinds:
-        return [f"warning: the random numbers of {', '.join(kinds) or 'the cpu'} do not go on on {device.type}: from here on "
-                "the run is not what it would have been there"]
-    return []
+    return [f"warning: the random numbers of {kind} do not go on on {device.type}: from here on the run is not what it would "
+            "have been there"]
 
 
 def fingerprint(device, precision, processes):
     """Returns what two parts of a run must have in common, beside the versions of packages, to be equal bit for bit."""
+    name = f"{device.type}: {call(device, 'get_device_name', device, default=platform.processor() or platform.machine())}"
     if device.type == "cpu":
-        name = f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    else:
-        name = call(device, "get_device_name", device, default=platform.processor() or platform.machine())
-    name = f"{device.type}: {name}" + (f", cuDNN {torch.backends.cudnn.version()}" if device.type == "cuda" else "")
+        name += f", {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        name += f", cuDNN {torch.backends.cudnn.version()}"
     name += f", {processes} processes" * (processes > 1)
     return {"device": name, "threads": torch.get_num_threads(), "precision": precision, "python": platform.python_version(),
             "torch": str(torch.__version__)}

@@ -5,18 +5,16 @@ device; flags, counts and messages over gloo, where no device has to be waited f
 a connection dies, and flags travel at every step: so no process waits for one that is gone.  A process that fails says why and
 exits; torchrun ends the others.
 """
+import hashlib
 import os
-import re
-import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple
 
-from utils.errors import UsageError, WorldError, fail, one_line
+from utils.errors import RunFailure, UsageError, fail, first_line
 
 TIMEOUT = timedelta(minutes=10)         # for a process that neither answers nor dies
 LOADING = timedelta(days=1)             # for the first process of a machine, which may download
-FAULT = 1000                            # sent instead of a signal's number: a process cannot read the next batch
 
 
 class Stop(NamedTuple):
@@ -27,18 +25,17 @@ class Stop(NamedTuple):
 
 
 def processes():
-    """Returns (rank, local rank, size): which of how many processes of one run this is, as torchrun says in the environment;
-    else (0, 0, 1).  Raises UsageError for an environment that is neither.
-    """
+    """Returns (rank, local rank, size), which of how many processes of one run this is, as the environment says; (0, 0, 1)
+    without torchrun.  Raises UsageError for an environment that is neither."""
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1":
         return 0, 0, 1
-    found = [os.environ.get("RANK", ""), os.environ.get("LOCAL_RANK", "0"), size, os.environ.get("MASTER_PORT", "")]
-    numbers = [int(text) for text in found if re.fullmatch("[0-9]{1,9}", text)]
-    if len(numbers) < 4 or numbers[0] >= numbers[2] or not os.environ.get("MASTER_ADDR"):
-        raise UsageError(f"WORLD_SIZE={size[:20]!r} in the environment is not as torchrun sets it, with RANK, MASTER_ADDR and "
-                         "MASTER_PORT: start with torchrun, or unset it")
-    return tuple(numbers[:3])
+    with suppress(KeyError, ValueError):
+        rank, count, _ = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+        if 0 <= rank < count and os.environ["MASTER_ADDR"]:
+            return rank, int(os.environ.get("LOCAL_RANK", 0)), count
+    raise UsageError(f"WORLD_SIZE={size[:20]!r} in the environment is not as torchrun sets it, with RANK, MASTER_ADDR and "
+                     "MASTER_PORT: start with torchrun, or unset it")
 
 
 class World:
@@ -48,13 +45,14 @@ class World:
         self.rank, self.local_rank, self.size = processes()
         self.dist = self.control = None
 
-    def join(self, device, backend):
-        """Connects the processes.  device: a torch.device, that of this one; backend: of its tensors, such as "nccl"."""
+    def join(self, device):
+        """Connects the processes; device: a torch.device, that of this one."""
         if self.size == 1:
             return
         import torch.distributed
 
         self.dist = torch.distributed
+        backend = self.dist.get_default_backend_for_device(device)
         with calls():
             store = next(iter(self.dist.rendezvous("env://", timeout=TIMEOUT)))[0]
             # torchrun may keep one store over its restarts, and with it what the processes before have left there.
@@ -75,10 +73,11 @@ class World:
 
     def fail(self, prog, message, code):
         """Ends this process as `errors.fail` does, without waiting for another on its way out."""
-        if self.size == 1:
+        try:
             fail(prog, message, code)
-        print(f"{prog}: {one_line(message)}", file=sys.stderr, flush=True)
-        os._exit(code)
+        finally:
+            if self.size > 1:
+                os._exit(code)
 
     # Messages
 
@@ -87,10 +86,10 @@ class World:
 
         signal: its number, or None.  fault: an exception, or None.
         """
-        largest = int(self.all_reduce_numbers([FAULT if fault else signal or 0], "MAX")[0])
-        if largest == FAULT:
-            return Stop(None, next(text for text in self.all_gather_object(fault and str(fault)) if text))
-        return Stop(largest, None) if largest else None
+        signals, faults = zip(*self.all_gather_object((signal, fault and str(fault))))
+        if not any(signals + faults):
+            return None
+        return Stop(max(filter(None, signals), default=None), next(filter(None, faults), None))
 
     def broadcast_object(self, value):
         """Returns the value that rank 0 gave, in every process: tensors and plain types."""
@@ -110,16 +109,9 @@ class World:
             self.dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def all_reduce_numbers(self, numbers, operation="SUM"):
-        """Returns the sums of numbers over the processes, or with "MAX" the largest of them, a list."""
-        if self.size == 1:
-            return numbers
-        import torch
-
-        values = torch.tensor(numbers, dtype=torch.float64)
-        with calls():
-            self.dist.all_reduce(values, getattr(self.dist.ReduceOp, operation), group=self.control)
-        return values.tolist()
+    def all_reduce_numbers(self, numbers):
+        """Returns the sums of numbers over the processes, a list."""
+        return [sum(values) for values in zip(*self.all_gather_object(numbers))]
 
     @contextmanager
     def local_first(self):
@@ -136,41 +128,40 @@ class World:
 
     def all_reduce_mean(self, tensors):
         """Returns the means of tensors over the processes, a list of new tensors."""
-        if self.size == 1:
-            return tensors
-        return self.flattened(tensors, lambda flat: self.dist.all_reduce(flat.div_(self.size)))
+        if self.size > 1:
+            tensors = [tensor.detach().clone() for tensor in tensors]
+            self.together(tensors, lambda flat: self.dist.all_reduce(flat.div_(self.size)))
+        return tensors
 
     def broadcast(self, tensors):
         """Puts what rank 0 has into tensors, in place."""
         if self.size > 1:
-            for tensor, first in zip(tensors, self.flattened(tensors, lambda flat: self.dist.broadcast(flat, src=0))):
-                tensor.copy_(first)
+            self.together(tensors, lambda flat: self.dist.broadcast(flat, src=0))
 
-    def flattened(self, tensors, call):
-        """Returns the results of a collective call on tensors, a list of new ones; those of one type travel as one tensor."""
+    def together(self, tensors, call):
+        """Makes a collective call on tensors, in place; those of one type travel as one tensor."""
         import torch
 
         with torch.no_grad():
-            results = [torch.empty_like(tensor) for tensor in tensors]
             for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-                alike = [(t, result) for t, result in zip(tensors, results) if t.dtype == dtype]
-                flat = torch.cat([t.reshape(-1) for t, _ in alike])
+                alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+                flat = torch.cat([tensor.reshape(-1) for tensor in alike])
                 with calls():
                     call(flat)
-                for (_, result), values in zip(alike, flat.split([t.numel() for t, _ in alike])):
-                    result.copy_(values.view(result.shape))
-        return results
+                for tensor, values in zip(alike, flat.split([tensor.numel() for tensor in alike])):
+                    tensor.copy_(values.view_as(tensor))
 
     def check_replicas(self, state, step):
-        """Raises WorldError unless name -> tensor is the same in every process, bit for bit."""
+        """Raises RunFailure unless name -> tensor is the same in every process, bit for bit."""
         if self.size == 1:
             return
         import torch
 
-        sums = torch.stack([checksum(tensor) for tensor in state.values()]).tolist()
+        sums = [hashlib.sha256(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy()).hexdigest()
+                for tensor in state.values()]
         different = [name for name, *found in zip(state, *self.all_gather_object(sums)) if len(set(found)) > 1]
         if different:
-            raise WorldError(f"the {self.size} processes are not equal any more at step {step}: {len(different)} of "
+            raise RunFailure(f"the {self.size} processes are not equal any more at step {step}: {len(different)} of "
                              f"{len(state)} tensors differ, {different[0]} the first of them")
 
     # What each process does for itself
@@ -187,18 +178,9 @@ class World:
 
 @contextmanager
 def calls():
-    """Makes a WorldError of whatever goes wrong between processes."""
+    """Makes a RunFailure of whatever goes wrong between processes."""
     try:
         yield
     except RuntimeError as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0].split("] ")[-1]
-        raise WorldError(f"another process of this run is gone or does not answer ({said[:80]})") from None
-
-
-def checksum(tensor):
-    """Returns () int64 of all bits of a tensor and of their places."""
-    import torch
-
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    bits = tensor.detach().reshape(-1).view(whole).long()
-    return (bits * (torch.arange(len(bits), device=bits.device) % 65521 + 1)).sum()
+        said = first_line(error).split("] ")[-1]        # without a place in the source of gloo
+        raise RunFailure(f"another process of this run is gone or does not answer ({said})") from None

@@ -10,8 +10,8 @@ from datasets import DataError
 from models import NetworkError
 
 NO_MEMORY = ("out of memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate")
-OPTIONAL = {"joblib": "joblib", "matplotlib": "matplotlib", "openTSNE": "openTSNE", "scipy": "scipy", "sklearn": "scikit-learn",
-            "threadpoolctl": "threadpoolctl"}       # module -> package, of those that only some commands need
+LACKS = re.compile(r"(?:forward AD with |operator '|Could not run ')(?:aten::)?([^\s']+)"
+                   r"'? (?:that does not support it|is not currently|with arguments)")      # torch, of what a device cannot do
 
 
 class UsageError(ValueError):
@@ -26,16 +26,8 @@ class Diverged(ArithmeticError):
     """Training, or the network in evaluation mode, left the finite numbers."""
 
 
-class NetworkFailure(RuntimeError):
-    """A network of the user's own raised an error in use; the message says where, and in which step."""
-
-
-class ImagesLost(RuntimeError):
-    """Images that were there when a run began, or the processes that decode them, are gone."""
-
-
-class WorldError(RuntimeError):
-    """The processes of a run cannot go on together."""
+class RunFailure(RuntimeError):
+    """A run lost what it needs: a network of the user's own raised an error, or images or another process are gone."""
 
 
 def printable(text):
@@ -46,20 +38,14 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def one_line(message):
-    """Returns a message without line breaks and control characters."""
-    return printable(" ".join(str(message).split()))
-
-
 def first_line(error):
     """Returns what an error says, in at most 100 characters."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:100] if lines else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
 
 
 def fail(prog, message, code):
     """Prints one line on standard error and raises SystemExit."""
-    print(f"{prog}: {one_line(message)}", file=sys.stderr)
+    print(f"{prog}: {printable(' '.join(str(message).split()))}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -81,9 +67,7 @@ def one_line_errors(prog, fail=fail, less_memory="", describe_rest=None):
     except (DataError, UsageError) as error:
         fail(prog, error, 2)
     except ModuleNotFoundError as error:
-        if error.name not in OPTIONAL:
-            raise
-        fail(prog, f"{error.name} is missing: pip install {OPTIONAL[error.name]}", 2)
+        fail(prog, f"{error.name} is missing: pip install -r requirements.txt", 2)
     except KeyboardInterrupt:
         fail(prog, "interrupted", 130)
     except (ArithmeticError, MemoryError, OSError, RuntimeError) as error:
@@ -91,7 +75,7 @@ def one_line_errors(prog, fail=fail, less_memory="", describe_rest=None):
             error = f"out of memory{less_memory}"
         elif line := missing_formula(error):
             error = line
-        elif not isinstance(error, (Diverged, ImagesLost, NetworkFailure, OSError, WorldError)):
+        elif not isinstance(error, (Diverged, OSError, RunFailure)):
             raise
         fail(prog, f"{error}; {describe_rest()}" if describe_rest else error, 1)
 
@@ -104,12 +88,6 @@ def is_out_of_memory(error):
 
 def missing_formula(error):
     """Returns one line about an operation that a device cannot compute or differentiate, if an error speaks of one, or None."""
-    said = str(error)
-    if found := re.search(r"forward AD with (\S+) that does not support it", said):
-        return (f"the operation {found[1]} has no forward-mode derivative on this device: take --meta-gradient "
-                "finite-difference, which needs none, or --device cpu")
-    if found := (re.search(r"operator '(?:aten::)?([^']+)' is not currently \w+ (?:for|on) the (\w+)", said)
-                 or re.search(r"Could not run '(?:aten::)?([^']+)' with arguments from the '(\w+)' backend", said)):
-        return (f"the operation {found[1]} does not exist on {found[2]}: where it belongs to the derivative alone, "
-                "--meta-gradient finite-difference does without it; else take --device cpu")
-    return None
+    found = LACKS.search(str(error))
+    return found and (f"the operation {found[1]}, or its forward-mode derivative, does not exist on this device: take "
+                      "--meta-gradient finite-difference, which needs no such derivative, or --device cpu")

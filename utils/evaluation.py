@@ -10,10 +10,10 @@ from datasets.table import is_under
 from utils import checkpoint
 from utils.cli import option
 from utils.device import choose_device, set_precision, slow_precision
-from utils.errors import CheckpointError, Diverged, ImagesLost, UsageError, printable
+from utils.errors import CheckpointError, Diverged, RunFailure, UsageError, printable
 from utils.experiment import check_arch, differing
 from utils.files import CHECKPOINT, replacing
-from utils.flags import FROM_CHECKPOINT, default, with_role
+from utils.flags import FROM_CHECKPOINT, defaults, with_role
 from utils.setup import load_images, load_model
 from utils.trial import network_failures, try_network
 
@@ -112,7 +112,7 @@ class Evaluator:
         except Diverged as error:
             raise Diverged(f"{error} at step {self.state.step}") from None
         except (DataError, OSError) as error:
-            raise ImagesLost(error) from None
+            raise RunFailure(error) from None
 
     def evaluate(self, stop):
         """Returns accuracies in [0, 1] by tag, such as "test/accuracy" and "test/top5"; None if `stop()` became true."""
@@ -218,7 +218,7 @@ def evaluation_flags(args, sums, saved, path):
         given = getattr(args, name)
         if name in ("dataset", "image_size") and then and given not in (None, then.get(name)):
             raise UsageError(f"argument {option(name)}: {given}, but {path} was trained with {then.get(name)}: leave it out")
-        flags[name] = next((value for value in (given, then.get(name)) if value is not None), default(name))
+        flags[name] = next((value for value in (given, then.get(name)) if value is not None), defaults()[name])
     if args.data_path and flags["num_test"] and (args.data_path / DATASETS[flags["dataset"]].folders[1]).is_dir():
         flags["num_test"] = 0           # this folder has test images of its own
     return flags

@@ -6,6 +6,7 @@ Nothing here loads torch.
 """
 import argparse
 import hashlib
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -13,24 +14,11 @@ from typing import NamedTuple
 from datasets import DATASETS, DataError, has_unlabeled
 from datasets.splits import check_num_label
 from models import check_network
-from utils import cli
 from utils.cli import option
 from utils.distributed import processes
-from utils.errors import UsageError
+from utils.errors import UsageError, fail
 from utils.files import ARGS, LAST, holds_run, read_bytes, read_flags, read_split
-from utils.flags import (
-    COMMAND,
-    EVALUATE,
-    FROM_CHECKPOINT,
-    PER_PROCESS,
-    RESUME,
-    check_effect,
-    command_line,
-    declared,
-    default,
-    parse_given,
-    with_role,
-)
+from utils.flags import FROM_CHECKPOINT, PER_PROCESS, RESUME, check_effect, defaults, kept, parse_again, parse_given, with_role
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow")
 
@@ -49,8 +37,7 @@ def facts(flags, sums=(), **more):
 
     A flag that is newer than the run has its default.  sums: of `NamedFiles`.  more: such as the data.
     """
-    own = {name: flags.get(name, action.default) for name, action in declared().items() if COMMAND not in action.roles}
-    return {**{option(name): str(value) for name, value in own.items()},
+    return {**{option(name): str(flags.get(name, value)) for name, value in kept().items()},
             **{f"SHA-256 of --{name}": dict(sums).get(name, "none") for name in ("arch", "init")}, **more}
 
 
@@ -64,13 +51,6 @@ def options(roles):
     return {option(name) for role in roles for name in with_role(role)}
 
 
-def describe_data(digest, labeled=None, validation=None):
-    """Returns what `facts` holds of a run's data: the digest of `data_digest`, and sums of the images with a label."""
-    split = {"labeled images": labeled, "validation images": validation}
-    return {**digest, **{name: hashlib.sha256(repr(sorted(index)).encode()).hexdigest()
-                         for name, index in split.items() if index is not None}}
-
-
 def versions():
     """Returns the versions of what computes, name -> text."""
     return {package: version(package) for package in PACKAGES}
@@ -78,8 +58,7 @@ def versions():
 
 def plain_flags(args):
     """Returns the flags of a run as plain types, as args.json and a checkpoint keep them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-            if name not in with_role(COMMAND)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name in kept()}
 
 
 def check_same_flags(args, sums, then, sums_then, step=0):
@@ -92,33 +71,20 @@ def check_same_flags(args, sums, then, sums_then, step=0):
     ignored = options([RESUME]) - ({"--total-steps"} if args.schedule == "cosine" else set())       # which ends with the run
     before, now = facts(then, sums_then), facts(flags, sums)
     for name in differing(now, before, ignored):
-        if name.startswith("SHA-256 of "):
-            flag = name.removeprefix("SHA-256 of ")
-            raise UsageError(f"argument {flag}: {flags[flag[2:]]} has changed since the run that --resume continues (SHA-256 "
-                             f"{before[name]} then, {now[name]} now): restore the file, or give another --save-path without "
-                             "--resume")
-        remedy = "leave it out" if before[name] in ("None", "False") else f"give {before[name]}"
-        raise UsageError(f"argument {name}: {now[name]} now, {before[name]} in the run that --resume continues: {remedy}, "
-                         "or give another --save-path without --resume")
+        flag = name.removeprefix("SHA-256 of ")
+        remedy = ("restore its file, which has changed since (SHA-256)" if flag != name else
+                  "leave it out" if before[name] in ("None", "False") else f"give {before[name]}")
+        raise UsageError(f"argument {flag}: {now[name]} now, {before[name]} in the run that --resume continues: {remedy}, or "
+                         "give another --save-path without --resume")
 
 
-def check_same_run(args, files, saved):
-    """Raises UsageError if the command line would make of the run of a checkpoint another experiment; files: `NamedFiles`."""
-    check_same_flags(args, files.sums, saved["args"], saved["files"], saved["step"])
-    if files.labels and not isinstance(files.labels[0], str):
-        check_same_list(args, files.labels, saved)
+def check_same_processes(world, args, sums, data, **split):
+    """Raises UsageError, which names what differs, unless all processes of a world are in one experiment.
 
-
-def check_same_list(args, indices, saved):
-    """Raises UsageError if the indices of --split, ascending, are not those of a checkpoint."""
-    if indices != sorted(saved["labeled"].tolist() + saved["validation"].tolist()):
-        raise UsageError(f"argument --split: {args.split} is not the split of the run that --resume continues")
-
-
-def check_same_processes(world, args, sums, data):
-    """Raises UsageError, which names what differs, unless all processes of a world are in one experiment."""
-    own = facts(plain_flags(args), sums, **data, **versions())
-    everyone = world.all_gather_object(own)
+    sums: of `NamedFiles`.  data: the digest of `data_digest`.  split: name -> indices of the images with a label, a list.
+    """
+    hashes = {f"{name} images": hashlib.sha256(repr(sorted(indices)).encode()).hexdigest() for name, indices in split.items()}
+    everyone = world.all_gather_object(facts(plain_flags(args), sums, **data, **hashes, **versions()))
     for rank, other in enumerate(everyone):
         if names := differing(other, everyone[0], options([PER_PROCESS])):
             raise UsageError(f"process {rank} is in another experiment than process 0: "
@@ -128,83 +94,56 @@ def check_same_processes(world, args, sums, data):
 
 # The flags of a command, resolved against the run that it continues
 
-def resolve_flags(argv=None, fail=cli.fail):
+def resolve_flags(argv=None, fail=fail):
     """Returns the flags of train_meta.py, and the set of the names of those on the command line.
 
     With --resume, the others are those of the run that it continues; with --evaluate, None where the checkpoint answers.
     fail: a function as `errors.fail`, which ends the program with code 2 for a contradiction.
     """
     parser, given = parse_given(argv, fail)
-    named = {name for name, value in vars(given).items() if value is not None}
-    defaults = {name: default(name) for name in declared()}
-    if given.predictions and not given.evaluate:
-        parser.error("argument --predictions: it belongs to --evaluate")
+    named = vars(given)
     try:
         *_, size = processes()
-        if given.evaluate:
-            if size > 1:
-                parser.error("argument --evaluate: it takes one process: leave out torchrun")
-            used = with_role(EVALUATE) | with_role(FROM_CHECKPOINT)
-            cli.refuse_without_effect(parser, given, "--evaluate, which trains nothing", [n for n in defaults if n not in used])
-            return merged(given, defaults | dict.fromkeys(with_role(FROM_CHECKPOINT))), named
-        earlier = flags_to_resume(given)
-        args = merged(given, defaults | earlier)
-        if "num_label" not in named | earlier.keys() and has_unlabeled(args.dataset, args.data_path):
-            args.num_label = None       # all of them, once they are counted
+        earlier = dict.fromkeys(with_role(FROM_CHECKPOINT)) if "evaluate" in named else flags_to_resume(named)
+        args = argparse.Namespace(**defaults() | earlier | named)
+        if args.evaluate and size > 1:
+            raise UsageError("argument --evaluate: it takes one process: leave out torchrun")
         check_effect(parser, given, args)
+        if args.evaluate:
+            return args, set(named)
+        if "num_label" not in earlier | named and has_unlabeled(args.dataset, args.data_path):
+            args.num_label = None       # all of them, once they are counted
         check_counts(args, size)
         args.image_size = args.image_size or DATASETS[args.dataset].image_size
         if earlier:
-            check_same_flags(args, {}, defaults | earlier, {})
+            check_same_flags(args, {}, defaults() | earlier, {})
     except (ValueError, OSError) as error:
         fail(parser.prog, error, 2)
-    return args, named
+    return args, set(named)
 
 
-def merged(given, otherwise):
-    """Returns the flags that were given, and for the others what `otherwise` says."""
-    return argparse.Namespace(**otherwise | {name: value for name, value in vars(given).items() if value is not None})
-
-
-def flags_to_resume(given):
+def flags_to_resume(named):
     """Returns the flags in the args.json of the run that --resume continues; {} without one.
 
-    --resume with a run folder stands for --save-path with that folder and --resume.  Raises UsageError for a damaged args.json,
-    and for a folder or a network that the command line must name.
+    named: name -> value, of the flags on the command line; a run folder of --resume moves to --save-path in it.  Raises
+    UsageError for a damaged args.json, and for a folder or a network that the command line must name.
     """
-    if given.resume is None:
+    resume = named.get("resume")
+    if resume is None:
         return {}
-    if given.resume != LAST and given.resume.is_dir():
-        if given.save_path not in (None, given.resume):
-            raise UsageError(f"argument --resume: {given.resume} is a folder: give a checkpoint in it, or leave --save-path "
-                             "out")
-        if not holds_run(given.resume):
-            raise UsageError(f"argument --resume: {given.resume} holds no run: give the folder of one, or --save-path for a "
-                             "new run")
-        given.save_path, given.resume = given.resume, LAST
-    folder = given.save_path or default("save_path")
-    if given.resume != LAST:
-        folder = given.resume.parent
-    if not (folder / ARGS).exists():
+    if resume != LAST and resume.is_dir():
+        if named.get("save_path", resume) != resume:
+            raise UsageError(f"argument --resume: {resume} is a folder: give a checkpoint in it, or leave --save-path out")
+        if not holds_run(resume):
+            raise UsageError(f"argument --resume: {resume} holds no run: give the folder of one, or --save-path for a new run")
+        named |= {"save_path": resume, "resume": LAST}
+    path = (resume.parent if named["resume"] != LAST else named.get("save_path", defaults()["save_path"])) / ARGS
+    if not path.exists():
         return {}
-    flags = parse_again(read_flags(folder), folder / ARGS)
-    if ":" in (flags.get("arch") or "") and given.arch is None:
-        raise unnamed_code(folder, flags["arch"])
+    flags = parse_again(read_flags(path.parent), path)
+    if "arch" not in named:
+        check_arch(flags["arch"], {}, path.parent, [], {})
     return flags
-
-
-def parse_again(flags, path):
-    """Returns flags that a run has kept, checked as those of a command line; path: of their file, for the message."""
-    def fail(prog, message, code):
-        raise UsageError(f"{path} is damaged: {message}: restore it, or remove it and give every flag of the run")
-
-    _, parsed = parse_given(command_line(flags), fail)
-    return {name: value for name, value in vars(parsed).items() if value is not None and name not in with_role(COMMAND)}
-
-
-def unnamed_code(path, name):
-    """Returns the error of a run or checkpoint whose network is code that the command line does not name."""
-    return UsageError(f"argument --arch: {path} was trained with {name}, which is code: it runs only if you say -a {name}")
 
 
 def check_arch(name, sums, path, arch, sums_given):
@@ -214,7 +153,7 @@ def check_arch(name, sums, path, arch, sums_given):
     of them, its file unchanged; with none named, it may be any but one in a file.
     """
     if ":" in name and not arch:
-        raise unnamed_code(path, name)
+        raise UsageError(f"argument --arch: {path} was trained with {name}, which is code: it runs only if you say -a {name}")
     if arch and name not in arch:
         raise UsageError(f"argument --arch: {', '.join(arch)}, but {path} was trained with {name}")
     if arch and sums_given[name] != sums.get("arch"):
@@ -225,19 +164,15 @@ def check_arch(name, sums, path, arch, sums_given):
 def check_counts(args, size):
     """Raises UsageError for numbers of images that cannot be divided; size: of processes."""
     if args.batch_size % size:
-        lower = args.batch_size - args.batch_size % size
-        raise UsageError(f"argument --batch-size: {args.batch_size} cannot be split evenly over {size} processes: use "
-                         + (f"{lower} or " if lower else "") + str(lower + size))
+        raise UsageError(f"argument --batch-size: {args.batch_size} for {size} processes: use a multiple of {size}")
     dataset = DATASETS[args.dataset]
     if dataset.num_train is not None:
         for name, count, available in (
                 ("--num-val", args.num_val, dataset.num_train),
                 ("--num-label", None if args.split else args.num_label, dataset.num_train - args.num_val)):
-            try:
+            with about(f"argument {name}: {args.dataset}"):
                 if count:
                     check_num_label(count, dataset.num_classes, available)
-            except DataError as error:
-                raise UsageError(f"argument {name}: {args.dataset}: {error}") from None
 
 
 # The files that a command line names
@@ -247,35 +182,30 @@ def read_named_files(args, named):
 
     Sets args.num_label to what the file of --split says.
     """
-    labels = None
+    labels, sums = None, {}
     if "split" in named:
-        labels = read_labels(args.split, args.num_label if "num_label" in named else None)
+        with about("argument --split"):
+            labels = sorted(read_split(args.split))
+            if not labels:
+                raise UsageError(f"{args.split} names no image: write one a line")
+            if isinstance(labels[0], str) and not DATASETS[args.dataset].folders:
+                raise UsageError(f"{args.split} names files, but {args.dataset} has none: write indices")
+        if "num_label" in named and args.num_label != len(labels):
+            raise UsageError(f"argument --num-label: {args.num_label}, but --split {args.split} has {len(labels)} lines: leave "
+                             "the flag out")
         args.num_label = len(labels) - args.num_val
-        if isinstance(labels[0], str) and not DATASETS[args.dataset].folders:
-            raise UsageError(f"argument --split: {args.split} names files, but {args.dataset} has none: write indices")
-    sums = {"arch": check_network(args.arch) if args.arch else None, "init": sum_of_weights(args.init) if args.init else None}
-    return NamedFiles(labels, {name: value for name, value in sums.items() if value})
+    if args.arch and (found := check_network(args.arch)):
+        sums["arch"] = found
+    if args.init:
+        with about("argument --init"):
+            sums["init"] = hashlib.sha256(read_bytes(args.init)).hexdigest()
+    return NamedFiles(labels, sums)
 
 
-def read_labels(path, num_label=None):
-    """Returns the indices of --split, ascending, a list of ints, or the names of files, of str.
-
-    num_label: how many there must be, if not None.
-    """
+@contextmanager
+def about(what):
+    """Makes a UsageError of a DataError or UsageError inside, which first says what it is about, such as a flag."""
     try:
-        indices = sorted(read_split(path, names=True))
-    except UsageError as error:
-        raise UsageError(f"argument --split: {error}") from None
-    if not indices:
-        raise UsageError(f"argument --split: {path} names no image: write one a line")
-    if num_label not in (None, len(indices)):
-        raise UsageError(f"argument --num-label: {num_label}, but --split {path} has {len(indices)} lines: leave the flag out")
-    return indices
-
-
-def sum_of_weights(path):
-    """Returns the SHA-256 of the file of --init."""
-    try:
-        return hashlib.sha256(read_bytes(path)).hexdigest()
-    except UsageError as error:
-        raise UsageError(f"argument --init: {error}: give a file of weights") from None
+        yield
+    except (DataError, UsageError) as error:
+        raise UsageError(f"{what}: {error}") from None

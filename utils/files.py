@@ -3,7 +3,6 @@
 What others may have written is opened only if it is a regular file.  Reading functions raise UsageError, which names the file,
 for one that is missing, damaged or not what a run writes.
 """
-import errno
 import fcntl
 import hashlib
 import json
@@ -21,11 +20,13 @@ ARGS, LOG, METRICS, RESULTS = "args.json", "log.txt", "metrics.jsonl", "results.
 INDICES, SPLIT, LOCK = "label_indices.txt", "split.json", ".lock"
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.prev.pth", "model_best.pth"
 RUN_FILES = (ARGS, LOG, METRICS, RESULTS, INDICES, SPLIT, CHECKPOINT, PREVIOUS, BEST)
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 LAST = True                 # --resume without a path: from the last checkpoint
 
 FLAGS = {"dataset": str, "arch": str, "num_label": int, "seed": int, "mix_up": bool, "no_meta": bool, "data_path": str}
 SESSION = {"device": str, "threads": int, "precision": str, "torch": str, "commit": (str, type(None))}
+RATES = {"last": float, "median_last_20": float, "best_test": float, "best_validation": (float, type(None))}
+FIGURES = {"error_rate": RATES, "labeled_error_rate": (float, type(None)), "steps": int, "seconds": (int, float), "args": dict,
+           "sessions": list}
 
 
 # Writing
@@ -52,7 +53,6 @@ def replacing(path, backup=None):
 
     backup: where the old file stays, if there is one.
     """
-    path = Path(path)
     with temporary_name(path) as temporary:
         with open(temporary, "xb") as file:     # never through a symbolic link that somebody put there
             yield file
@@ -129,9 +129,7 @@ def lock(folder, say=print):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UsageError(f"{folder} is in use by process {file.read(20).strip() or 'unknown'}") from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
+    except OSError:
         say(f"{folder}: this file system knows no locks: start no second run in there")
     file.truncate(0)
     file.write(str(os.getpid()))
@@ -148,44 +146,44 @@ def read_bytes(path):
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror or error})") from None
+        raise UsageError(f"{path} cannot be read ({error.strerror or error}): restore it, or give another") from None
 
 
 def read_text(path):
-    """Returns the text of a regular file in UTF-8."""
+    """Returns the text of a regular file in UTF-8, with or without a byte order mark."""
     try:
-        return read_bytes(path).decode()
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} cannot be read ({error}): restore it") from None
+        raise UsageError(f"{path} cannot be read ({error}): restore it, or give another") from None
 
 
-def parse_json(path, text):
-    """Returns the value of a JSON text; path: of the file that it is from."""
+def check(path, value, kind, name="content"):
+    """Raises UsageError unless a value from a JSON file is finite and of a kind: a type, types, or a dict key -> kind."""
+    good = isinstance(value, dict if isinstance(kind, dict) else kind)
+    if not good or kind is int and value < 0 or isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{path} is damaged: its {name} is {str(value)[:40]!r}: restore it, or remove the run")
+    for key, inner in kind.items() if isinstance(kind, dict) else ():
+        check(path, value.get(key), inner, key)
+
+
+def parse_json(path, text, kind):
+    """Returns the value of a JSON text from a file, checked as by `check`."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        raise UsageError(f"{path} is damaged: {text[:40]!r} is not JSON: restore it, or remove the run") from None
-
-
-def check_fields(path, value, types):
-    """Returns the value itself if it is a dict with these keys, of these types and finite; else raises UsageError."""
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} is damaged: {str(value)[:40]!r} is no JSON object: restore it, or remove the run")
-    for key, kind in types.items():
-        found = value.get(key)
-        if not isinstance(found, kind) or kind is int and found < 0 or isinstance(found, float) and not math.isfinite(found):
-            raise UsageError(f"{path} is damaged: its {key} is {str(found)[:40]!r}: restore it, or remove the run")
+        value = text                    # which is of no kind
+    check(path, value, kind)
     return value
 
 
-def read_json(path, types):
-    """Returns the dict in a JSON file, which has these keys, of these types."""
-    return check_fields(path, parse_json(path, read_text(path)), types)
+def read_json(path, kind):
+    """Returns the dict in a JSON file; kind: a dict, as for `check`."""
+    return parse_json(path, read_text(path), kind)
 
 
 def read_flags(folder):
     """Returns the resolved flags of a run, from its args.json."""
-    return check_fields(folder / ARGS, read_json(folder / ARGS, {"args": dict})["args"], FLAGS)
+    return read_json(folder / ARGS, {"args": FLAGS})["args"]
 
 
 def read_split_sums(folder):
@@ -195,12 +193,8 @@ def read_split_sums(folder):
 
 def read_results(folder):
     """Returns results.json of a finished run."""
-    path = folder / RESULTS
-    results = read_json(path, {"error_rate": dict, "steps": int, "seconds": (int, float), "args": dict, "sessions": list,
-                               "labeled_error_rate": (float, type(None))})
-    check_fields(path, results["error_rate"], dict.fromkeys(("last", "median_last_20", "best_test"), float)
-                 | {"best_validation": (float, type(None))})
-    check_fields(path, results["sessions"][-1] if results["sessions"] else None, SESSION)
+    results = read_json(folder / RESULTS, FIGURES)
+    check(folder / RESULTS, results["sessions"][-1] if results["sessions"] else None, SESSION, "last session")
     return results
 
 
@@ -214,35 +208,30 @@ def median_name(evaluations):
 def read_metrics(folder):
     """Returns the records of metrics.jsonl, dicts of numbers with a "step"; without a last line that is cut off."""
     path = folder / METRICS
-    records = [parse_json(path, line) for line in read_text(path).split("\n")[:-1]]
+    records = [parse_json(path, line, {"step": int}) for line in read_text(path).split("\n")[:-1]]
     for record in records:
-        check_fields(path, record, dict.fromkeys(record if isinstance(record, dict) else (), (int, float)) | {"step": int})
+        check(path, record, dict.fromkeys(record, (int, float)))
     return records
 
 
-def read_split(path, names=False):
+def read_split(path):
     """Returns the indices in a label_indices.txt, a list of ints, checked against the split.json beside it, if there is one.
 
-    names: whether it may be a list of file names instead, a list of str: "class/file", with or without a number behind it.
+    In another list there may be names of files instead, a list of str: "class/file", with or without a number behind it.
     """
-    content = read_bytes(path)
-    try:
-        text = content.decode("utf-8-sig")          # with or without a byte order mark
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} cannot be read ({error})") from None
-    entries = text.split()
-    odd = next((word for word in entries if not (word.isascii() and word.isdigit() and len(word) < 16)), None)
+    text = read_text(path)
+    odd = next((word for word in text.split() if not re.fullmatch("[0-9]{1,15}", word)), None)
     if odd is None:
-        entries = [int(word) for word in entries]
-    elif names and "/" in text:
+        entries = [int(word) for word in text.split()]
+    elif "/" in text:
         # The number that published lists have behind a name is that of its class, which the folder says, too.
         entries = [os.path.normpath(re.sub(r"\s+\d+$", "", line.strip())) for line in text.splitlines() if line.strip()]
     else:
-        raise UsageError(f"{path}: {odd[:40]!r} is not the index of an image" + " nor class/file" * names)
+        raise UsageError(f"{path}: {odd[:40]!r} is not the index of an image nor class/file")
     if len(set(entries)) < len(entries):
         raise UsageError(f"{path} names an image twice")
     if path.name == INDICES and path.with_name(SPLIT).exists():
-        if read_json(path.with_name(SPLIT), {"sha256": str})["sha256"] != hashlib.sha256(content).hexdigest():
+        if read_split_sums(path.parent)["sha256"] != hashlib.sha256(text.encode()).hexdigest():
             raise UsageError(f"{path} is not the split whose SHA-256 is in {SPLIT}: restore it")
     return entries
 
@@ -250,16 +239,6 @@ def read_split(path, names=False):
 def holds_run(folder):
     """Returns whether a folder has a file of a run."""
     return any((folder / name).exists() for name in RUN_FILES)
-
-
-def check_foreign(folder):
-    """Raises UsageError, which names it, for a file in a folder that has the name of one of a run's, but is of no run."""
-    found = [folder / name for name in (*RUN_FILES, LOCK) if os.path.lexists(folder / name)]
-    if odd := next((path for path in found if not path.is_file()), None):
-        raise UsageError(f"argument --save-path: {odd} is not a regular file: move it away")
-    if holds_run(folder) and not (folder / ARGS).exists():
-        odd = next(path for path in found if path.name != LOCK)
-        raise UsageError(f"argument --save-path: {odd} is not a file of a run, as there is no {ARGS} beside it: move it away")
 
 
 def check_paths(path, resume, overwrite):
@@ -271,7 +250,10 @@ def check_paths(path, resume, overwrite):
         raise UsageError(f"argument --resume: {resume}: no such checkpoint (a missing file never means a fresh start)")
     if path.exists() and not path.is_dir():
         raise UsageError(f"argument --save-path: {path} is a file: give a folder")
-    check_foreign(path)
+    for file in (path / name for name in (*RUN_FILES, LOCK)):
+        alone = file.name != LOCK and not (path / ARGS).exists()
+        if os.path.lexists(file) and (alone or not file.is_file()):
+            raise UsageError(f"argument --save-path: {file} is not a regular file of a run, beside an {ARGS}: move it away")
     if resume == LAST or resume is not None and resume.parent.resolve() == path.resolve():     # the run in the folder
         if overwrite:
             raise UsageError("argument --overwrite: it removes what --resume continues: give one of them")
@@ -289,7 +271,6 @@ def check_evaluation_paths(path, predictions):
     """Raises UsageError for a file of --evaluate that is not there, or one of --predictions, if any, that cannot be written."""
     if not path.exists():
         raise UsageError(f"argument --evaluate: {path} does not exist: give a checkpoint, the folder of a run, or a state dict")
-    if predictions and (predictions.suffix != ".csv" or predictions.exists() and not predictions.is_file()):
-        raise UsageError(f"argument --predictions: {predictions} is not the name of a .csv file")
-    if predictions and not predictions.parent.is_dir():
-        raise UsageError(f"argument --predictions: {predictions.parent} is not a folder: make it first")
+    if predictions and (predictions.suffix != ".csv" or predictions.exists() and not predictions.is_file()
+                        or not predictions.parent.is_dir()):
+        raise UsageError(f"argument --predictions: {predictions} is not the name of a .csv file in a folder that exists")

@@ -1,43 +1,29 @@
 """Signals that end a run at the next safe point."""
 import os
 import signal
+from contextlib import ExitStack
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
 REPEATED = (signal.SIGHUP, signal.SIGXCPU)      # a closed terminal sends the first twice, the kernel the second every second
 
 
 class Stopped(BaseException):
-    """A signal, whose number is the argument, came when there was nothing to save yet.
-
-    It is no Exception, so that `except Exception` lets it pass.
-    """
+    """A signal, whose number is the argument, came when there was nothing to save yet; no `except Exception` stops it."""
 
 
-class Interrupt:
-    """Within the block, after `listen()`, the first of SIGNALS raises Stopped, or after `defer()` only sets `received`; another
-    one ends the process at once, unless it is one of REPEATED.
+class Interrupt(ExitStack):
+    """Within the block, after `listen()`, the first of SIGNALS raises Stopped, or only sets `received` once `deferred` is true;
+    another one ends the process at once, unless it is one of REPEATED.
     """
 
     received, deferred = None, False
 
-    def __enter__(self):
-        self.previous = {}              # number -> handler, of the signals that are taken over
-        return self
-
     def listen(self):
-        """Takes the signals over."""
+        """Takes the signals over until the end of the block."""
         for number in SIGNALS:
             # A SIGHUP that is ignored, as under nohup, stays so.
-            if number not in self.previous and (number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN):
-                self.previous[number] = signal.signal(number, self.handle)
-
-    def __exit__(self, *exception):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def defer(self):
-        """Lets signals wait for the next safe point: from here on there is something to save."""
-        self.deferred = True
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self.callback(signal.signal, number, signal.signal(number, self.handle))
 
     def handle(self, number, frame):
         if self.received is not None:

@@ -35,13 +35,9 @@ class Meter:
             scalars["unlabel-acc"] = accuracy(result.y_tilde, y_u) / known
         if result.y_hat is not None and result.y_hat is not result.y_tilde:
             scalars["pseudo-acc"] = accuracy(result.y_hat, y_u) / known
-        self.add(step, result.finite, scalars)
-
-    def add(self, step, finite, scalars):
-        """finite: () bool tensor.  scalars: name -> () tensor, the same names at every step, "loss" among them."""
         self.names, values = list(scalars), torch.stack(list(scalars.values()))
-        self.finite = finite & self.finite
-        self.last_loss = torch.where(self.finite, scalars["loss"], self.last_loss)
+        self.finite = result.finite & self.finite
+        self.last_loss = torch.where(self.finite, result.loss, self.last_loss)
         self.last_step = torch.where(self.finite, step, step - 1 if self.last_step is None else self.last_step)
         known = ~values.isnan()
         self.total = self.total + values.where(known, 0)
@@ -99,15 +95,12 @@ class Timer:
         """Returns the seconds that some steps take at a rate, with an evaluation every `test_freq` of them."""
         return steps * (1 / rate + self.pause / test_freq)
 
-    def first_sign_is_due(self):
-        """Returns whether training has gone on for some seconds without a word about its speed; true once."""
-        due = self.silent and time.perf_counter() - self.last > FIRST_SIGN
-        self.silent = self.silent and not due
-        return due
-
-    def describe(self, step, total_steps):
-        """Returns the steps a second since the last call of `rate`, and the time left, evaluations apart."""
-        rate = (step - self.step) / (time.perf_counter() - self.last)
+    def first_sign(self, step, total_steps):
+        """Returns the speed and the time left in words, once training has gone on for some seconds without any; else None."""
+        seconds = time.perf_counter() - self.last
+        if not self.silent or seconds < FIRST_SIGN:
+            return None
+        self.silent, rate = False, (step - self.step) / seconds
         return f"{rate:.3g} steps/s, {duration((total_steps - step) / rate)} left without evaluations"
 
 

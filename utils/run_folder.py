@@ -108,7 +108,7 @@ class RunFolder:
         """Saves the state of the run, and as the best one too if it is that.  Returns whether that worked.
 
         seconds: that the run has taken.  A failure is a warning, and OSError if it is the last save.  Raises Diverged or
-        WorldError, and saves nothing, unless the weights are finite and the same in all processes.
+        RunFailure, and saves nothing, unless the weights are finite and the same in all processes.
         """
         state.check_finite()
         self.world.check_replicas(state.model.state_dict(), state.step)

@@ -10,8 +10,8 @@ from models.synchronized import synchronize_batch_norm
 from utils import checkpoint
 from utils.device import memory_for_images, slow_precision, why_missing
 from utils.errors import UsageError
-from utils.experiment import check_same_list, check_same_processes, describe_data, differing
-from utils.flags import default
+from utils.experiment import check_same_processes, differing
+from utils.flags import defaults
 from utils.state import load_weights
 from utils.trial import try_network
 
@@ -37,9 +37,9 @@ def prepare_data(args, files, world, device, saved):
     else:
         check_same_data(data, saved, "the run that --resume continues", args.data_path)
         labeled, validation = saved["labeled"], saved["validation"]
-        if split:
-            check_same_list(args, split, saved)
-    check_same_processes(world, args, files.sums, describe_data(data, labeled.tolist(), validation.tolist()))
+        if split and sorted(split) != sorted([*labeled.tolist(), *validation.tolist()]):
+            raise UsageError(f"argument --split: {args.split} is not the split of the run that --resume continues")
+    check_same_processes(world, args, files.sums, data, labeled=labeled.tolist(), validation=validation.tolist())
     unlabeled = None
     if not args.no_meta or args.mix_up:
         taken = validation if args.include_labeled else torch.cat([validation, labeled])
@@ -52,7 +52,7 @@ def prepare_data(args, files, world, device, saved):
 
 def explained(error, args, images):
     """Returns the DataError of a split that is not possible; that of a folder where --num-label has its default says more."""
-    if args.num_label != default("num_label") or not images.train_files or "--num-label" not in str(error):
+    if args.num_label != defaults()["num_label"] or not images.train_files or "--num-label" not in str(error):
         return error
     counts = torch.bincount(images.train_labels[:images.num_train]).tolist()
     smallest = min(range(len(counts)), key=counts.__getitem__)

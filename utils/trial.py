@@ -15,7 +15,7 @@ from datasets import DataError
 from metasemi.check import check_passes, same
 from models import NetworkError, build_model, is_custom
 from models.custom import place_in, where
-from utils.errors import Diverged, ImagesLost, NetworkFailure, UsageError, WorldError, is_out_of_memory
+from utils.errors import Diverged, RunFailure, UsageError, is_out_of_memory
 from utils.state import find_misfit
 
 
@@ -167,13 +167,13 @@ def foreign_state():
 
 @contextmanager
 def network_failures(name, step=None):
-    """Makes a NetworkFailure of what the custom network `name` raises inside; errors of the data, the memory, the other
+    """Makes a RunFailure of what the custom network `name` raises inside; errors of the data, the memory, the other
     processes or a network of this repository stay what they are, and so do logits that are not finite."""
     try:
         yield
     except Exception as error:
-        others = isinstance(error, (DataError, Diverged, ImagesLost, NetworkError, UsageError, WorldError))
+        others = isinstance(error, (DataError, Diverged, NetworkError, RunFailure, UsageError))
         if not is_custom(name) or others or is_out_of_memory(error) or isinstance(error, OSError) and not place_in(error, name):
             raise
         at = "" if step is None else f" at step {step}"
-        raise NetworkFailure(f"{name} fails{at}: {where(error, name)}") from error
+        raise RunFailure(f"{name} fails{at}: {where(error, name)}") from error
