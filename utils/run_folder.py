@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +15,6 @@ from tqdm import tqdm
 
 from utils import checkpoint, files
 from utils.errors import UsageError, printable
-from utils.experiment import differing, facts, options
-from utils.flags import RESUME
 from utils.meters import duration, error_rates
 
 EVENTS = ".metasemi"        # how the names of our TensorBoard files end: other programs keep theirs in the same folder
@@ -42,13 +40,15 @@ class RunFolder:
         if self.writes and files.holds_run(self.path):
             self.lock_file = files.lock(self.path, self.print)
         if self.writes and resume not in (None, files.LAST):
-            saved, where = checkpoint.load(resume), f"{resume}, as --resume says, into {self.path}"
+            saved, where = checkpoint.load(resume), resume
         elif self.lock_file and resume and (last := checkpoint.load_last(self.path, warn=self.print)):
-            saved, self.checkpoint, where = last
+            saved, where = last
+            self.checkpoint = where
         return saved, where, saved is not None and self.has_results(saved)
 
     def start(self, state):
-        """Writes what the run is and opens its records, with everything after the step of the state taken out of them.
+        """Writes what the run is and opens its records, with everything after the step of the state taken out of them, and on a
+        terminal a progress bar.
 
         A run from step 0 first removes the files of an older one, by name; no file of another program is touched.
         Raises UsageError if another process has left a run here by now.
@@ -76,8 +76,8 @@ class RunFolder:
             files.link(self.checkpoint, self.path / files.CHECKPOINT)
         if self.checkpoint and state.is_best():                         # a kill may have kept `save` from saying so
             files.link(self.checkpoint, self.path / files.BEST)
-        truncate_after(state.step, self.path / files.METRICS, step_of_record)
-        truncate_after(state.step, self.path / files.LOG, step_of_line)
+        truncate_after(state.step, self.path / files.METRICS, r'\{"step": (\d+), ', otherwise=math.inf)
+        truncate_after(state.step, self.path / files.LOG, r"\S+ \S+  step (\d+)/", otherwise=0)
         indices = "".join(f"{index}\n" for index in labeled)
         files.write_text(self.path / files.INDICES, indices)
         files.write_json(self.path / files.SPLIT, {
@@ -86,6 +86,7 @@ class RunFolder:
             "validation": state.validation.tolist()})
         self.log_file, self.metrics = files.Appender(self.path / files.LOG), files.Appender(self.path / files.METRICS)
         self.events = event_writer(self.path, state.step)
+        self.bar = tqdm(initial=state.step, total=state.args["total_steps"], unit="step", disable=None, dynamic_ncols=True)
 
     def print(self, *messages):
         """Writes one line each to log.txt and to standard output, above the progress bar if there is one."""
@@ -104,8 +105,8 @@ class RunFolder:
         if file.error and not failed_before:
             self.print(f"{file.path} cannot be written ({file.error}): its lines are kept in memory until it can")
 
-    def save(self, state, seconds, device, best=False, last=True):
-        """Saves the state of the run, and as the best one too if it is that.  Returns whether that worked.
+    def save(self, state, seconds, device, last=True):
+        """Saves the state of the run, and as the best one too if it is that.
 
         seconds: that the run has taken.  A failure is a warning, and OSError if it is the last save.  Raises Diverged or
         WorldError, and saves nothing, unless the weights are finite and the same in all processes.
@@ -115,11 +116,11 @@ class RunFolder:
         state.seconds = seconds
         state.get_random_state(self.world, device)
         if not self.writes:
-            return True
+            return
         try:
             os.fsync(self.metrics.file.fileno())
             checkpoint.save(state.state_dict(), self.path)
-            if best:
+            if state.is_best():
                 files.link(self.path / files.CHECKPOINT, self.path / files.BEST)
                 files.sync(self.path)
             if last and self.metrics.error:
@@ -129,8 +130,6 @@ class RunFolder:
                 raise
             self.print(f"step {state.step} could not be saved ({error}): training goes on; "
                        + checkpoint.describe_last(self.path))
-            return False
-        return True
 
     def record(self, step, scalars):
         """Writes tag -> value at a step to metrics.jsonl and TensorBoard."""
@@ -166,39 +165,21 @@ class RunFolder:
                    + f"{rates['best_test']:.2f} % (lowest, so selected on the test set)"
                    + (f"; top-5 error {top5['last']:.2f} % (last)" if top5 else "")
                    + f"; error on its own labeled images {labeled_error:.2f} %")
-        self.close()
 
     def has_results(self, saved):
         """Returns whether results.json is there and tells of the run and step of a checkpoint."""
-        try:
+        with suppress(UsageError):
             results = files.read_results(self.path)
-        except UsageError:
-            return False
-        return results["steps"] == saved["step"] and not differing(facts(saved["args"]), facts(results["args"]),
-                                                                   options([RESUME]))
-
-    @contextmanager
-    def progress(self, start, total_steps):
-        """Shows a progress bar on a terminal, which `advance` moves.  An exception closes the files of the folder."""
-        self.bar = tqdm(initial=start, total=total_steps, unit="step", disable=None if self.writes else True,
-                        dynamic_ncols=True)
-        try:
-            yield
-        except BaseException:
-            self.close()                # ends the thread of tensorboardX, which would speak at the exit of the program
-            raise
-        finally:
-            with suppress(OSError):
-                self.bar.close()
+            return (results["steps"], results["args"]) == (saved["step"], saved["args"])
+        return False
 
     def advance(self):
-        try:
+        """Moves the progress bar by a step; tqdm is silent once the terminal is gone."""
+        if self.writes:
             self.bar.update()
-        except OSError:                 # the terminal is gone; the run goes on
-            self.bar.disable = True
 
     def close(self):
-        for file in (self.events, self.metrics, self.log_file, self.lock_file):
+        for file in (self.bar, self.events, self.metrics, self.log_file, self.lock_file):
             if file:
                 file.close()
 
@@ -217,26 +198,19 @@ def event_writer(path, step):
     return SummaryWriter(f"run:{path}", purge_step=step + 1 if step else None, filename_suffix=EVENTS)
 
 
-def truncate_after(step, path, step_of):
-    """Removes from a file of lines those of later steps, and a last one that was not written to its end."""
+def truncate_after(step, path, pattern, otherwise):
+    """Removes from a file of lines those of later steps, and a last one that was not written to its end.
+
+    pattern: whose group in a line is its step; otherwise: the step of a line that has none.
+    """
+    def step_of(line):
+        match = re.match(pattern, line)
+        return int(match[1]) if match else otherwise
+
     if path.exists():
         with open(path, encoding="utf-8", errors="replace") as file:
             lines = [line for line in file if line.endswith("\n")]
         files.write_text(path, "".join(line for line in lines if step_of(line) <= step))
-
-
-def step_of_record(line):
-    """Returns the step of a line of metrics.jsonl; infinity if it has none."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
-
-
-def step_of_line(line):
-    """Returns the step of a line of log.txt; 0 if it has none."""
-    match = re.match(r"\S+ \S+  step (\d+)/", line)
-    return int(match[1]) if match else 0
 
 
 def git_commit():
