@@ -145,7 +145,7 @@ def take_steps(args, state, batches, evaluator, folder, interrupt, device, dtype
         world.broadcast(list(state.model.buffers()))    # running statistics differ between processes; rank 0's are kept
         meter.add_step(step, result, batch.y_u)
         state.step = step
-        folder.advance()
+        folder.bar.update()
 
         if step % args.print_freq == 0 or step == args.total_steps:
             meter.check()               # waits for the device

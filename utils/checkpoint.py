@@ -18,6 +18,8 @@ from utils.experiment import parse_again
 from utils.files import BEST, CHECKPOINT, PREVIOUS, read_bytes, replacing
 from utils.state import SCHEMA, VERSION
 
+NAMES = (CHECKPOINT, PREVIOUS, BEST)        # of the checkpoints in a run folder, the newest first
+
 
 def save(state, folder):
     """Replaces the last checkpoint of a run folder by `state`, a dict of tensors and plain types; keeps the one before."""
@@ -31,8 +33,8 @@ def save(state, folder):
 def load(path, bare=False):
     """Returns the dict in a checkpoint file, on the CPU.
 
-    Raises UsageError if the file is missing, damaged, or holds more than tensors and plain types; the message names a
-    checkpoint beside it that is intact.
+    Raises UsageError if the file is missing, damaged, or holds more than tensors and plain types; in a run folder the message
+    names a checkpoint that is intact.
 
     bare: whether it may be a bare state dict, too, or another program's checkpoint with one under "state_dict": then the dict
         has nothing but "model".
@@ -40,8 +42,8 @@ def load(path, bare=False):
     try:
         return load_alone(Path(path), bare)
     except UsageError as error:
-        beside = find_intact(Path(path).parent)
-        raise UsageError(f"{error}; {beside}" if beside else error) from None
+        beside = f"; {describe_last(Path(path).parent)}" if Path(path).name in NAMES else ""
+        raise UsageError(f"{error}{beside}") from None
 
 
 def load_last(folder, warn=lambda message: None):
@@ -60,18 +62,13 @@ def load_last(folder, warn=lambda message: None):
     return None
 
 
-def find_intact(folder):
-    """Returns a line about the newest checkpoint of a run folder that is intact, or None."""
-    for path in (Path(folder, name) for name in (CHECKPOINT, PREVIOUS, BEST)):
+def describe_last(folder):
+    """Returns a line about the newest checkpoint of a run folder that is intact: what a run that failed can continue from."""
+    paths = [Path(folder, name) for name in NAMES if Path(folder, name).exists()]
+    for path in paths:
         with suppress(UsageError):
             return f"{path} of step {load_alone(path)['step']} is intact"
-    return None
-
-
-def describe_last(folder):
-    """Returns what a run that failed can continue from, for its last line."""
-    saved = any(Path(folder, name).exists() for name in (CHECKPOINT, PREVIOUS, BEST))
-    return find_intact(folder) or ("no checkpoint is intact" if saved else "no checkpoint was saved before")
+    return "no checkpoint is intact" if paths else "no checkpoint was saved before"
 
 
 def load_alone(path, bare=False):

@@ -140,7 +140,7 @@ def evaluate_file(args, sums):
         write_predictions(args.predictions, images, predicted, probabilities)
         lines.append(f"{args.predictions}: {len(predicted):,} predictions")
     print("\n".join(map(printable, lines)))
-    if have_classes(images):
+    if UNLABELED not in images.test_labels:
         for part in report(images.test_labels, predicted, list(map(printable, images.class_names))):
             print(part)
     return 0
@@ -154,8 +154,10 @@ def find_images(args, flags, saved, path, device):
     """
     root, name, trained = Path(flags["data_path"]), flags["dataset"], "args" in saved
     if trained and args.data_path and not (root.is_dir() and is_under(name, root)):
-        images = load_without_classes(name, root, saved["image_size"], flags["num_workers"], flags["skip_corrupt"],
-                                      saved["class_names"], saved["mean"], saved["std"]) if root.exists() else None
+        images = None
+        if root.is_dir() or root.is_file():
+            images = load_without_classes(name, root, saved["image_size"], flags["num_workers"], flags["skip_corrupt"],
+                                          saved["class_names"], saved["mean"], saved["std"])
         if images is None and (args.predictions or not root.is_dir()):
             raise UsageError(f"argument --data-path: {root} holds no image of a type that is read, and nothing of {name}: give "
                              "a folder of images, or one image")
@@ -223,7 +225,7 @@ def write_predictions(path, images, predicted, probabilities):
             return f"{value:.9g}"
         return f"'{value}" if str(value).startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
-    names, known = images.class_names, have_classes(images)
+    names, known = images.class_names, UNLABELED not in images.test_labels
     rows = [["file", "predicted", "predicted_name", "confidence", *(["label", "label_name"] if known else []), *names]]
     files = images.test_files or range(len(predicted))          # a data set without files: the number of the image
     for file, guess, label, p in zip(files, predicted.tolist(), images.test_labels.tolist(), probabilities.tolist()):
@@ -231,8 +233,3 @@ def write_predictions(path, images, predicted, probabilities):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(map(cell, row) for row in rows)
     write_text(path, text.getvalue())
-
-
-def have_classes(images):
-    """Returns whether the classes of test images are known: there is an accuracy to measure."""
-    return bool((images.test_labels != UNLABELED).all())

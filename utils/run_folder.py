@@ -1,7 +1,6 @@
 """The files of one run.  `metrics.jsonl` is the durable record; the TensorBoard events are a view of it."""
 import hashlib
 import json
-import math
 import os
 import re
 import subprocess
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 from tqdm import tqdm
 
 from utils import checkpoint, files
+from utils.device import get_random_state
 from utils.errors import UsageError, printable
 from utils.meters import duration, error_rates
 
@@ -30,13 +30,13 @@ class RunFolder:
     def __init__(self, path, world, overwrite=False):
         self.path, self.world, self.writes, self.overwrite = Path(path), world, world.rank == 0, overwrite
         self.lock_file = self.log_file = self.metrics = self.events = None
-        self.checkpoint = self.bar = None
+        self.checkpoint, self.bar = None, tqdm(disable=True)
 
     def open(self, resume):
         """Returns the checkpoint to continue from, where it is from, and whether the run is finished; (None, None, False) for
         nothing.  Writes nothing but the lock.
         """
-        saved = where = None
+        saved, where, finished = None, None, False
         if self.writes and files.holds_run(self.path):
             self.lock_file = files.lock(self.path, self.print)
         if self.writes and resume not in (None, files.LAST):
@@ -44,7 +44,10 @@ class RunFolder:
         elif self.lock_file and resume and (last := checkpoint.load_last(self.path, warn=self.print)):
             saved, where = last
             self.checkpoint = where
-        return saved, where, saved is not None and self.has_results(saved)
+        with suppress(UsageError):              # no results.json, or a damaged one
+            results = files.read_results(self.path)
+            finished = saved is not None and (results["steps"], results["args"]) == (saved["step"], saved["args"])
+        return saved, where, finished
 
     def start(self, state):
         """Writes what the run is and opens its records, with everything after the step of the state taken out of them, and on a
@@ -76,8 +79,8 @@ class RunFolder:
             files.link(self.checkpoint, self.path / files.CHECKPOINT)
         if self.checkpoint and state.is_best():                         # a kill may have kept `save` from saying so
             files.link(self.checkpoint, self.path / files.BEST)
-        truncate_after(state.step, self.path / files.METRICS, r'\{"step": (\d+), ', otherwise=math.inf)
-        truncate_after(state.step, self.path / files.LOG, r"\S+ \S+  step (\d+)/", otherwise=0)
+        truncate_after(state.step, self.path / files.METRICS, r'\{"step": (\d{1,15}), ', others=False)
+        truncate_after(state.step, self.path / files.LOG, r"\S+ \S+  step (\d{1,15})/", others=True)
         indices = "".join(f"{index}\n" for index in labeled)
         files.write_text(self.path / files.INDICES, indices)
         files.write_json(self.path / files.SPLIT, {
@@ -114,7 +117,7 @@ class RunFolder:
         state.check_finite()
         self.world.check_replicas(state.model.state_dict(), state.step)
         state.seconds = seconds
-        state.get_random_state(self.world, device)
+        state.rng = self.world.all_gather_object(get_random_state(device))
         if not self.writes:
             return
         try:
@@ -158,29 +161,16 @@ class RunFolder:
             "error_rate": rates, **({"top5_error_rate": top5} if top5 else {}), "labeled_error_rate": labeled_error,
             "evaluations": count, "median_of": min(20, count), "steps": state.step, "seconds": round(state.seconds, 1),
             "args": state.args, "files": state.files, "sessions": state.sessions})
-        validated = rates["best_validation"]
-        self.print(f"finished {state.step} steps in {duration(state.seconds)}: test error {rates['last']:.2f} % (last), "
-                   f"{rates['median_last_20']:.2f} % ({files.median_name(count)}), "
-                   + (f"{validated:.2f} % (best on validation), " if validated is not None else "")
-                   + f"{rates['best_test']:.2f} % (lowest, so selected on the test set)"
+        rules = {"last": "last", "median_last_20": files.median_name(count), "best_validation": "best on validation",
+                 "best_test": "lowest, so selected on the test set"}
+        self.print(f"finished {state.step} steps in {duration(state.seconds)}: test error "
+                   + ", ".join(f"{rates[rule]:.2f} % ({said})" for rule, said in rules.items() if rates[rule] is not None)
                    + (f"; top-5 error {top5['last']:.2f} % (last)" if top5 else "")
                    + f"; error on its own labeled images {labeled_error:.2f} %")
 
-    def has_results(self, saved):
-        """Returns whether results.json is there and tells of the run and step of a checkpoint."""
-        with suppress(UsageError):
-            results = files.read_results(self.path)
-            return (results["steps"], results["args"]) == (saved["step"], saved["args"])
-        return False
-
-    def advance(self):
-        """Moves the progress bar by a step; tqdm is silent once the terminal is gone."""
-        if self.writes:
-            self.bar.update()
-
     def close(self):
         for file in (self.bar, self.events, self.metrics, self.log_file, self.lock_file):
-            if file:
+            if file is not None:
                 file.close()
 
 
@@ -198,24 +188,19 @@ def event_writer(path, step):
     return SummaryWriter(f"run:{path}", purge_step=step + 1 if step else None, filename_suffix=EVENTS)
 
 
-def truncate_after(step, path, pattern, otherwise):
+def truncate_after(step, path, pattern, others):
     """Removes from a file of lines those of later steps, and a last one that was not written to its end.
 
-    pattern: whose group in a line is its step; otherwise: the step of a line that has none.
+    pattern: whose group in a line is its step.  others: whether lines without a step stay.
     """
-    def step_of(line):
-        match = re.match(pattern, line)
-        return int(match[1]) if match else otherwise
-
     if path.exists():
         with open(path, encoding="utf-8", errors="replace") as file:
-            lines = [line for line in file if line.endswith("\n")]
-        files.write_text(path, "".join(line for line in lines if step_of(line) <= step))
+            lines = [(re.match(pattern, line), line) for line in file if line.endswith("\n")]
+        files.write_text(path, "".join(line for found, line in lines if (int(found[1]) <= step if found else others)))
 
 
 def git_commit():
-    """Returns the commit of this checkout, with "-dirty" if it was changed; elsewhere METASEMI_COMMIT, as in the image, or
-    None."""
+    """Returns the commit of this checkout, with "-dirty" if it was changed; else METASEMI_COMMIT, as in the image, or None."""
     try:
         return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], check=True,
                               capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10).stdout.strip()

@@ -5,7 +5,7 @@ Throughout, `saved` is a checkpoint as `checkpoint.load` returns it, and `name` 
 import numpy as np
 import torch
 
-from utils.device import get_random_state, set_random_state
+from utils.device import set_random_state
 from utils.errors import Diverged, UsageError, first_line
 from utils.experiment import plain_flags
 from utils.meters import all_finite
@@ -14,10 +14,9 @@ VERSION = 2             # of checkpoints; those of another are refused
 
 # What a checkpoint holds: name -> the type of its value.
 COURSE = {"step": int, "seconds": float, "evaluations": list, "sessions": list, "rng": list}       # how far the run has come
-DATA = {                # the images that it is trained on
-    "labeled": torch.Tensor, "validation": torch.Tensor, "class_names": list, "data": dict, "left_out": list,
-    "mean": torch.Tensor, "std": torch.Tensor, "image_size": int}
-SCHEMA = {**COURSE, **DATA, "args": dict, "files": dict, "best": (float, type(None)), "model": dict, "optimizer": dict}
+SCHEMA = {**COURSE, "best": (float, type(None)), "args": dict, "files": dict, "model": dict, "optimizer": dict,
+          "labeled": torch.Tensor, "validation": torch.Tensor, "class_names": list, "data": dict, "left_out": list,
+          "mean": torch.Tensor, "std": torch.Tensor, "image_size": int}
 
 
 class RunState:
@@ -81,10 +80,6 @@ class RunState:
             except Exception as error:          # torch says by many types what it does not take
                 raise UsageError(f"the random state of the checkpoint is impossible ({first_line(error)})") from None
         return []
-
-    def get_random_state(self, world, device):
-        """Takes the states of torch's generators, those of all processes of a world, into the state of the run."""
-        self.rng = world.all_gather_object(get_random_state(device))
 
     def add_evaluation(self, scalars):
         """Keeps accuracies, as `Evaluator.evaluate` returns them."""

@@ -163,5 +163,4 @@ def network_failures(name, step=None):
         others = isinstance(error, (DataError, Diverged, ImagesLost, NetworkError, UsageError, WorldError))
         if not is_custom(name) or others or is_out_of_memory(error) or isinstance(error, OSError) and not place_in(error, name):
             raise
-        at = "" if step is None else f" at step {step}"
-        raise NetworkFailure(f"{name} fails{at}: {where(error, name)}") from error
+        raise NetworkFailure(f"{name} fails" + f" at step {step}" * (step is not None) + f": {where(error, name)}") from error
