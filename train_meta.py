@@ -129,7 +129,7 @@ def take_steps(args, state, batches, evaluator, folder, interrupt, device, dtype
                      average=world.all_reduce_mean if world.size > 1 else None)
     images_per_step = args.batch_size * (1 if args.no_meta and not args.mix_up else 2)
     meter, timer = Meter(), Timer(state.seconds, state.step)
-    if state.lacks_evaluation():        # a signal left it out
+    if state.needs_evaluation():        # a signal left it out
         evaluate_and_save(state, folder, evaluator, timer, interrupt, device)
 
     for step in range(state.step + 1, args.total_steps + 1):
@@ -154,7 +154,7 @@ def take_steps(args, state, batches, evaluator, folder, interrupt, device, dtype
                              timer.left(rate, args.total_steps - step, args.test_freq))
         elif timer.first_sign_is_due():
             folder.print(f"step {step}/{args.total_steps}  {timer.describe(step, args.total_steps)}")
-        if state.lacks_evaluation():
+        if state.needs_evaluation():
             meter.check()
             evaluate_and_save(state, folder, evaluator, timer, interrupt, device)
     return world.agree_to_stop(interrupt.received)

@@ -223,7 +223,9 @@ def test_a_run_that_leaves_images_out_names_them_and_is_evaluated_without_them(f
     assert all(log.count(str(path)) == 1 for path in broken) and "14 (7 a class) test images" in log
     assert train_meta.main(["--evaluate", str(tmp_path / "a"), "--num-workers", "0"]) == 0
     last = [record for record in records(tmp_path / "a") if "test/accuracy" in record][-1]
-    assert re.search(rf"accuracy {100 * last['test/accuracy']:.2f} %.* of 14 are right", capsys.readouterr().out)
+    out = capsys.readouterr().out.partition(" images, ")[2]
+    assert re.search(rf"accuracy {100 * last['test/accuracy']:.2f} %.* of 14 are right", out)
+    assert all(f"left out: {path.relative_to(tmp_path / 'images')}" in out for path in broken)
 
 
 # Top-5

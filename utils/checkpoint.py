@@ -5,6 +5,7 @@ A load checks every byte against the sums of the archive, then reads tensors and
 types by the schema of `utils.state`.
 """
 import io
+import os
 import pickle
 import warnings
 import zipfile
@@ -64,7 +65,7 @@ def load_last(folder, warn=lambda message: None):
 
 def describe_last(folder):
     """Returns a line about the newest checkpoint of a run folder that is intact: what a run that failed can continue from."""
-    paths = [Path(folder, name) for name in NAMES if Path(folder, name).exists()]
+    paths = [Path(folder, name) for name in NAMES if os.path.exists(Path(folder, name))]
     for path in paths:
         with suppress(UsageError):
             return f"{path} of step {load_alone(path)['step']} is intact"

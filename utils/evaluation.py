@@ -36,8 +36,8 @@ def evaluate(model, batches, dtype=None, stop=lambda: False, all_reduce_sum=lamb
         if len(y) == 0:                 # fewer images than processes
             continue
         logits = check_finite(logits_of(model, x, dtype))
-        correct, count, many = correct + (logits.argmax(dim=1) == y).sum(), count + len(y), logits.shape[1] > 10
-        if many:
+        correct, count = correct + (logits.argmax(dim=1) == y).sum(), count + len(y)
+        if many := logits.shape[1] > 10:
             among_five = among_five + (logits.topk(5, dim=1).indices == y[:, None]).sum()
     correct, among_five, count, many, stopped = all_reduce_sum([correct.item(), among_five.item(), count, many, stopped])
     if stopped:

@@ -86,7 +86,7 @@ class RunState:
         self.evaluations.append({"step": self.step} | {tag.removesuffix("/accuracy").replace("/", "_"): value
                                                        for tag, value in scalars.items()})
 
-    def lacks_evaluation(self):
+    def needs_evaluation(self):
         """Returns whether an evaluation is due at this step and was not made."""
         due = self.step > 0 and (self.step % self.args["test_freq"] == 0 or self.step == self.args["total_steps"])
         return due and (not self.evaluations or self.evaluations[-1]["step"] != self.step)
