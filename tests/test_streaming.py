@@ -237,6 +237,8 @@ def test_top_five_counts_the_classes_among_the_five_likeliest_and_is_reported_fo
     assert measured == {name: pytest.approx(top_k_accuracy_score(y, x, k=k, labels=range(12)))
                         for name, k in (("accuracy", 1), ("top5", 5))}
     assert set(utils.evaluation.evaluate(torch.nn.Identity(), [(x[:, :10], y % 10)])) == {"accuracy"}
+    stops = iter([False, False])                        # a signal in the last batch loses nothing
+    assert utils.evaluation.evaluate(torch.nn.Identity(), [(x, y)] * 2, stop=lambda: next(stops, True)) == measured
     evaluations = [{"step": s, "test": t, "test_top5": f, "validation": v, "validation_top5": 1.0}
                    for s, t, f, v in ((1, 0.5, 0.9, 0.9), (2, 0.8, 0.85, 0.7), (3, 0.7, 0.95, 0.6))]
     assert utils.meters.error_rates(evaluations, "test_top5") == {"last": 5.0, "median_last_20": 10.0, "best_validation": 10.0,

@@ -79,7 +79,8 @@ def load_alone(path, bare=False):
         weights = content.get("state_dict", content)
         if isinstance(weights, dict) and weights and all(isinstance(w, torch.Tensor) for w in weights.values()):
             return {"model": weights}
-    if not isinstance(content, dict) or content.get("version") != VERSION:
+    version = content.get("version") if isinstance(content, dict) else None
+    if not isinstance(version, int) or version != VERSION:
         raise UsageError(f"{path} is {'neither a state dict nor' if bare else 'not'} a checkpoint of train_meta.py in its "
                          f"version {VERSION}: continue one of an earlier version with that")
     if wrong := next((name for name, kind in SCHEMA.items() if not isinstance(content.get(name, ...), kind)), None):
