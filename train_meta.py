@@ -2,6 +2,7 @@
 import os
 import sys
 import warnings
+from contextlib import closing
 from functools import partial
 
 from datasets import check_root
@@ -100,20 +101,19 @@ def train(args, files, device, interrupt, world):
         folder.print(*describe_resumption(state, where), *not_restored)
 
     interrupt.deferred = True           # from here on there is something to save
-    with batches, folder.progress(state.step, args.total_steps):
+    with batches, closing(folder):      # also on an error: the thread of tensorboardX would speak at the exit of the program
         stop = take_steps(args, state, batches, evaluator, folder, interrupt, device, dtype, world)
         if not stop:
             accuracy = evaluator.measure_labeled(interrupt)
             stop = world.agree_to_stop(interrupt.received)
         if stop and stop.fault:
             raise RunFailure(stop.fault)
-    if stop and state.step == 0:        # nothing was saved
-        raise Stopped(stop.signal)
-    if stop:
-        folder.print(f"stopped by a signal at step {state.step}/{args.total_steps}; --resume continues")
-        folder.close()
-    else:
-        folder.finish(state, accuracy)
+        if stop and state.step == 0:    # nothing was saved
+            raise Stopped(stop.signal)
+        if stop:
+            folder.print(f"stopped by a signal at step {state.step}/{args.total_steps}; --resume continues")
+        else:
+            folder.finish(state, accuracy)
     world.leave()
     return exit_code(stop.signal) if stop else 0
 
@@ -129,7 +129,7 @@ def take_steps(args, state, batches, evaluator, folder, interrupt, device, dtype
                      average=world.all_reduce_mean if world.size > 1 else None)
     images_per_step = args.batch_size * (1 if args.no_meta and not args.mix_up else 2)
     meter, timer = Meter(), Timer(state.seconds, state.step)
-    if state.lacks_evaluation():        # a signal came first
+    if state.needs_evaluation():        # a signal left it out
         evaluate_and_save(state, folder, evaluator, timer, interrupt, device)
 
     for step in range(state.step + 1, args.total_steps + 1):
@@ -145,17 +145,16 @@ def take_steps(args, state, batches, evaluator, folder, interrupt, device, dtype
         world.broadcast(list(state.model.buffers()))    # running statistics differ between processes; rank 0's are kept
         meter.add_step(step, result, batch.y_u)
         state.step = step
-        folder.advance()
+        folder.bar.update()
 
-        last = step == args.total_steps
-        if step % args.print_freq == 0 or last:
+        if step % args.print_freq == 0 or step == args.total_steps:
             meter.check()               # waits for the device
             rate = timer.rate(step)
             folder.log_means(step, args.total_steps, alpha, meter.read(world.all_reduce_mean), rate * images_per_step,
                              timer.left(rate, args.total_steps - step, args.test_freq))
         elif sign := timer.first_sign(step, args.total_steps):
             folder.print(f"step {step}/{args.total_steps}  {sign}")
-        if step % args.test_freq == 0 or last:
+        if state.needs_evaluation():
             meter.check()
             evaluate_and_save(state, folder, evaluator, timer, interrupt, device)
     return world.agree_to_stop(interrupt.received)
@@ -172,18 +171,16 @@ def schedule(args, step):
 
 
 def evaluate_and_save(state, folder, evaluator, timer, interrupt, device):
-    """Measures the run and saves it; a signal leaves out the measuring."""
+    """Measures the run and saves it; a signal leaves the measuring out."""
     from utils.evaluation import describe_accuracies
 
     with timer.paused():
-        scalars, best, better = evaluator.evaluate(interrupt), state.best, False
+        scalars = evaluator.evaluate(interrupt)
         if scalars is not None:
-            better = state.add_evaluation(scalars)
+            state.add_evaluation(scalars)
             folder.record(state.step, scalars)
             folder.print(f"step {state.step}/{state.args['total_steps']}  {describe_accuracies(scalars)}")
-        last = scalars is None or state.step == state.args["total_steps"]
-        if not folder.save(state, timer.seconds(), device, better, last):
-            state.best = best
+        folder.save(state, timer.seconds(), device, last=scalars is None or state.step == state.args["total_steps"])
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def readable(folder):
 
     try:
         last = checkpoint.load_last(folder)
-    except checkpoint.CheckpointError as error:
+    except checkpoint.UsageError as error:
         return str(error)
     return 0 if last is None else last[0]["step"]
 
@@ -198,7 +198,7 @@ def logged(folder, tries, rng, patch=None):
 def no_truncation():
     import utils.run_folder
 
-    utils.run_folder.truncate_after = lambda *args: None
+    utils.run_folder.truncate_after = lambda *args, **options: None
 
 
 # F4, F11, F12: files that are not what they were
@@ -220,7 +220,7 @@ def damaged(folder, tries, rng, patch=None):
                 wrong[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
             path.unlink()
             path.write_bytes(wrong)
-            state, source, _ = checkpoint.load_last(folder / "run")
+            state, source = checkpoint.load_last(folder / "run")
             found = tensors(state)          # of other names, too, if the change was in one
             same = source == path and found.keys() == good.keys() and all(torch.equal(good[k], found[k]) for k in good)
             yield None if same or source != path else f"try {i}: a change was not seen"  # a name or padding may change unseen
@@ -237,7 +237,7 @@ def damaged(folder, tries, rng, patch=None):
             try:
                 checkpoint.load(path)
                 yield f"{content!r} was read"
-            except checkpoint.CheckpointError as error:
+            except checkpoint.UsageError as error:
                 yield None if str(path) in str(error) else str(error)
             finally:
                 os.seteuid(user)
@@ -372,7 +372,7 @@ def every_failure_ends():
     from utils import run_folder
 
     save = run_folder.RunFolder.save
-    run_folder.RunFolder.save = lambda self, state, seconds, device, best, last: save(self, state, seconds, device, best)
+    run_folder.RunFolder.save = lambda self, state, seconds, device, last: save(self, state, seconds, device)
 
 
 # F6, F23: signals
@@ -872,7 +872,7 @@ def negative_variance(first):
 def any_logits():
     from utils import evaluation
 
-    evaluation.refuse_broken = lambda broken, count: None
+    evaluation.check_finite = lambda logits: logits
 
 
 # F16, F17: processes, and data, of another experiment

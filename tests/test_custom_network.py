@@ -205,7 +205,7 @@ def test_a_network_that_fails_once_it_is_trained_is_one_line_with_the_place_in_t
         plot_features.main(["--checkpoint-path", str(path), "-a", name, "--method", "pca", "--num-point", "40",
                             "--save-path", str(tmp_path / "figure")])
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and "fails: ValueError: 99 rows of logits for 100 images" in lines[0], lines
+    assert len(lines) == 2 and "fails: ValueError: the model gives the shape (99, 10) for 100 examples" in lines[0], lines
     assert f"fails: {tmp_path / 'helper.py'}, line 2: AttributeError" in lines[1], lines
     assert not (tmp_path / "figure").exists()
 

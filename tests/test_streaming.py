@@ -223,7 +223,9 @@ def test_a_run_that_leaves_images_out_names_them_and_is_evaluated_without_them(f
     assert all(log.count(str(path)) == 1 for path in broken) and "14 (7 a class) test images" in log
     assert train_meta.main(["--evaluate", str(tmp_path / "a"), "--num-workers", "0"]) == 0
     last = [record for record in records(tmp_path / "a") if "test/accuracy" in record][-1]
-    assert re.search(rf"accuracy {100 * last['test/accuracy']:.2f} %.* of 14 are right", capsys.readouterr().out)
+    out = capsys.readouterr().out.partition(" images, ")[2]
+    assert re.search(rf"accuracy {100 * last['test/accuracy']:.2f} %.* of 14 are right", out)
+    assert all(f"left out: {path.relative_to(tmp_path / 'images')}" in out for path in broken)
 
 
 # Top-5
@@ -235,6 +237,8 @@ def test_top_five_counts_the_classes_among_the_five_likeliest_and_is_reported_fo
     assert measured == {name: pytest.approx(top_k_accuracy_score(y, x, k=k, labels=range(12)))
                         for name, k in (("accuracy", 1), ("top5", 5))}
     assert set(utils.evaluation.evaluate(torch.nn.Identity(), [(x[:, :10], y % 10)])) == {"accuracy"}
+    stops = iter([False, False])                        # a signal in the last batch loses nothing
+    assert utils.evaluation.evaluate(torch.nn.Identity(), [(x, y)] * 2, stop=lambda: next(stops, True)) == measured
     evaluations = [{"step": s, "test": t, "test_top5": f, "validation": v, "validation_top5": 1.0}
                    for s, t, f, v in ((1, 0.5, 0.9, 0.9), (2, 0.8, 0.85, 0.7), (3, 0.7, 0.95, 0.6))]
     assert utils.meters.error_rates(evaluations, "test_top5") == {"last": 5.0, "median_last_20": 10.0, "best_validation": 10.0,

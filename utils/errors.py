@@ -18,10 +18,6 @@ class UsageError(ValueError):
     """Something on the command line, or in a file that it names, cannot be used: exit code 2."""
 
 
-class CheckpointError(UsageError):
-    """A checkpoint is missing, damaged or not one of this program; the message names it."""
-
-
 class Diverged(ArithmeticError):
     """Training, or the network in evaluation mode, left the finite numbers."""
 

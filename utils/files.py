@@ -141,9 +141,9 @@ def lock(folder, say=print):
 
 def read_bytes(path):
     """Returns the content of a regular file: to open a pipe would wait for ever."""
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is not a regular file")
     try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is not a regular file")
         return path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror or error}): restore it, or give another") from None

@@ -1,22 +1,20 @@
 """The files of one run.  `metrics.jsonl` is the durable record; the TensorBoard events are a view of it."""
 import hashlib
 import json
-import math
 import os
 import re
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 from tqdm import tqdm
 
 from utils import checkpoint, files
+from utils.device import get_random_state
 from utils.errors import UsageError, printable
-from utils.experiment import differing, facts, options
-from utils.flags import RESUME
 from utils.meters import duration, error_rates
 
 EVENTS = ".metasemi"        # how the names of our TensorBoard files end: other programs keep theirs in the same folder
@@ -32,23 +30,28 @@ class RunFolder:
     def __init__(self, path, world, overwrite=False):
         self.path, self.world, self.writes, self.overwrite = Path(path), world, world.rank == 0, overwrite
         self.lock_file = self.log_file = self.metrics = self.events = None
-        self.checkpoint = self.bar = None
+        self.checkpoint, self.bar = None, tqdm(disable=True)
 
     def open(self, resume):
         """Returns the checkpoint to continue from, where it is from, and whether the run is finished; (None, None, False) for
         nothing.  Writes nothing but the lock.
         """
-        saved = where = None
+        saved, where, finished = None, None, False
         if self.writes and files.holds_run(self.path):
             self.lock_file = files.lock(self.path, self.print)
         if self.writes and resume not in (None, files.LAST):
-            saved, where = checkpoint.load(resume), f"{resume}, as --resume says, into {self.path}"
+            saved, where = checkpoint.load(resume), resume
         elif self.lock_file and resume and (last := checkpoint.load_last(self.path, warn=self.print)):
-            saved, self.checkpoint, where = last
-        return saved, where, saved is not None and self.has_results(saved)
+            saved, where = last
+            self.checkpoint = where
+        with suppress(UsageError):              # no results.json, or a damaged one
+            results = files.read_results(self.path)
+            finished = saved is not None and (results["steps"], results["args"]) == (saved["step"], saved["args"])
+        return saved, where, finished
 
     def start(self, state):
-        """Writes what the run is and opens its records, with everything after the step of the state taken out of them.
+        """Writes what the run is and opens its records, with everything after the step of the state taken out of them, and on a
+        terminal a progress bar.
 
         A run from step 0 first removes the files of an older one, by name; no file of another program is touched.
         Raises UsageError if another process has left a run here by now.
@@ -76,8 +79,8 @@ class RunFolder:
             files.link(self.checkpoint, self.path / files.CHECKPOINT)
         if self.checkpoint and state.is_best():                         # a kill may have kept `save` from saying so
             files.link(self.checkpoint, self.path / files.BEST)
-        truncate_after(state.step, self.path / files.METRICS, step_of_record)
-        truncate_after(state.step, self.path / files.LOG, step_of_line)
+        truncate_after(state.step, self.path / files.METRICS, r'\{"step": (\d{1,15}), ', others=False)
+        truncate_after(state.step, self.path / files.LOG, r"\S+ \S+  step (\d{1,15})/", others=True)
         indices = "".join(f"{index}\n" for index in labeled)
         files.write_text(self.path / files.INDICES, indices)
         files.write_json(self.path / files.SPLIT, {
@@ -86,6 +89,7 @@ class RunFolder:
             "validation": state.validation.tolist()})
         self.log_file, self.metrics = files.Appender(self.path / files.LOG), files.Appender(self.path / files.METRICS)
         self.events = event_writer(self.path, state.step)
+        self.bar = tqdm(initial=state.step, total=state.args["total_steps"], unit="step", disable=None, dynamic_ncols=True)
 
     def print(self, *messages):
         """Writes one line each to log.txt and to standard output, above the progress bar if there is one."""
@@ -104,8 +108,8 @@ class RunFolder:
         if file.error and not failed_before:
             self.print(f"{file.path} cannot be written ({file.error}): its lines are kept in memory until it can")
 
-    def save(self, state, seconds, device, best=False, last=True):
-        """Saves the state of the run, and as the best one too if it is that.  Returns whether that worked.
+    def save(self, state, seconds, device, last=True):
+        """Saves the state of the run, and as the best one too if it is that.
 
         seconds: that the run has taken.  A failure is a warning, and OSError if it is the last save.  Raises Diverged or
         RunFailure, and saves nothing, unless the weights are finite and the same in all processes.
@@ -113,13 +117,13 @@ class RunFolder:
         state.check_finite()
         self.world.check_replicas(state.model.state_dict(), state.step)
         state.seconds = seconds
-        state.get_random_state(self.world, device)
+        state.rng = self.world.all_gather_object(get_random_state(device))
         if not self.writes:
-            return True
+            return
         try:
             os.fsync(self.metrics.file.fileno())
             checkpoint.save(state.state_dict(), self.path)
-            if best:
+            if state.is_best():
                 files.link(self.path / files.CHECKPOINT, self.path / files.BEST)
                 files.sync(self.path)
             if last and self.metrics.error:
@@ -129,8 +133,6 @@ class RunFolder:
                 raise
             self.print(f"step {state.step} could not be saved ({error}): training goes on; "
                        + checkpoint.describe_last(self.path))
-            return False
-        return True
 
     def record(self, step, scalars):
         """Writes tag -> value at a step to metrics.jsonl and TensorBoard."""
@@ -159,47 +161,16 @@ class RunFolder:
             "error_rate": rates, **({"top5_error_rate": top5} if top5 else {}), "labeled_error_rate": labeled_error,
             "evaluations": count, "median_of": min(20, count), "steps": state.step, "seconds": round(state.seconds, 1),
             "args": state.args, "files": state.files, "sessions": state.sessions})
-        validated = rates["best_validation"]
-        self.print(f"finished {state.step} steps in {duration(state.seconds)}: test error {rates['last']:.2f} % (last), "
-                   f"{rates['median_last_20']:.2f} % ({files.median_name(count)}), "
-                   + (f"{validated:.2f} % (best on validation), " if validated is not None else "")
-                   + f"{rates['best_test']:.2f} % (lowest, so selected on the test set)"
+        rules = {"last": "last", "median_last_20": files.median_name(count), "best_validation": "best on validation",
+                 "best_test": "lowest, so selected on the test set"}
+        self.print(f"finished {state.step} steps in {duration(state.seconds)}: test error "
+                   + ", ".join(f"{rates[rule]:.2f} % ({said})" for rule, said in rules.items() if rates[rule] is not None)
                    + (f"; top-5 error {top5['last']:.2f} % (last)" if top5 else "")
                    + f"; error on its own labeled images {labeled_error:.2f} %")
-        self.close()
-
-    def has_results(self, saved):
-        """Returns whether results.json is there and tells of the run and step of a checkpoint."""
-        try:
-            results = files.read_results(self.path)
-        except UsageError:
-            return False
-        return results["steps"] == saved["step"] and not differing(facts(saved["args"]), facts(results["args"]),
-                                                                   options([RESUME]))
-
-    @contextmanager
-    def progress(self, start, total_steps):
-        """Shows a progress bar on a terminal, which `advance` moves.  An exception closes the files of the folder."""
-        self.bar = tqdm(initial=start, total=total_steps, unit="step", disable=None if self.writes else True,
-                        dynamic_ncols=True)
-        try:
-            yield
-        except BaseException:
-            self.close()                # ends the thread of tensorboardX, which would speak at the exit of the program
-            raise
-        finally:
-            with suppress(OSError):
-                self.bar.close()
-
-    def advance(self):
-        try:
-            self.bar.update()
-        except OSError:                 # the terminal is gone; the run goes on
-            self.bar.disable = True
 
     def close(self):
-        for file in (self.events, self.metrics, self.log_file, self.lock_file):
-            if file:
+        for file in (self.bar, self.events, self.metrics, self.log_file, self.lock_file):
+            if file is not None:
                 file.close()
 
 
@@ -217,31 +188,19 @@ def event_writer(path, step):
     return SummaryWriter(f"run:{path}", purge_step=step + 1 if step else None, filename_suffix=EVENTS)
 
 
-def truncate_after(step, path, step_of):
-    """Removes from a file of lines those of later steps, and a last one that was not written to its end."""
+def truncate_after(step, path, pattern, others):
+    """Removes from a file of lines those of later steps, and a last one that was not written to its end.
+
+    pattern: whose group in a line is its step.  others: whether lines without a step stay.
+    """
     if path.exists():
         with open(path, encoding="utf-8", errors="replace") as file:
-            lines = [line for line in file if line.endswith("\n")]
-        files.write_text(path, "".join(line for line in lines if step_of(line) <= step))
-
-
-def step_of_record(line):
-    """Returns the step of a line of metrics.jsonl; infinity if it has none."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
-
-
-def step_of_line(line):
-    """Returns the step of a line of log.txt; 0 if it has none."""
-    match = re.match(r"\S+ \S+  step (\d+)/", line)
-    return int(match[1]) if match else 0
+            lines = [(re.match(pattern, line), line) for line in file if line.endswith("\n")]
+        files.write_text(path, "".join(line for found, line in lines if (int(found[1]) <= step if found else others)))
 
 
 def git_commit():
-    """Returns the commit of this checkout, with "-dirty" if it was changed; elsewhere METASEMI_COMMIT, as in the image, or
-    None."""
+    """Returns the commit of this checkout, with "-dirty" if it was changed; else METASEMI_COMMIT, as in the image, or None."""
     try:
         return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], check=True,
                               capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10).stdout.strip()

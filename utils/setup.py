@@ -4,14 +4,12 @@ import torch
 
 from datasets import DataError, data_digest, duplicates, load_dataset
 from datasets.splits import split_training
-from datasets.table import UNLABELED_FOLDER
 from models import build_model
 from models.synchronized import synchronize_batch_norm
 from utils import checkpoint
 from utils.device import memory_for_images, slow_precision, why_missing
 from utils.errors import UsageError
 from utils.experiment import check_same_processes, differing
-from utils.flags import defaults
 from utils.state import load_weights
 from utils.trial import try_network
 
@@ -28,11 +26,8 @@ def prepare_data(args, files, world, device, saved):
     if split and isinstance(split[0], str):
         split = images.indices_of(split)
     if saved is None:
-        try:
-            labeled, validation = map(torch.from_numpy, split_training(
-                images.train_labels[:images.num_train], args.num_label, args.num_val, images.num_classes, args.seed, split))
-        except DataError as error:
-            raise explained(error, args, images) from None
+        labeled, validation = map(torch.from_numpy, split_training(
+            images.train_labels[:images.num_train], args.num_label, args.num_val, images.num_classes, args.seed, split))
         args.num_label = len(labeled)
     else:
         check_same_data(data, saved, "the run that --resume continues", args.data_path)
@@ -48,17 +43,6 @@ def prepare_data(args, files, world, device, saved):
             raise DataError(f"argument --num-label: {args.num_label} leaves no unlabeled image: add --include-labeled, "
                             "or train supervised with --no-meta and no --mix-up")
     return images, data, labeled, validation, unlabeled
-
-
-def explained(error, args, images):
-    """Returns the DataError of a split that is not possible; that of a folder where --num-label has its default says more."""
-    if args.num_label != defaults()["num_label"] or not images.train_files or "--num-label" not in str(error):
-        return error
-    counts = torch.bincount(images.train_labels[:images.num_train]).tolist()
-    smallest = min(range(len(counts)), key=counts.__getitem__)
-    return DataError(f"argument --num-label: {args.num_label:,}, its default, is too many or not a multiple of "
-                     f"{len(counts):,} classes, of which {images.class_names[smallest]} has {counts[smallest]:,} images: give "
-                     f"--num-label N, or a list by --split, or put images without a class in {UNLABELED_FOLDER}/ beside train/")
 
 
 def load_images(flags, device, saved=None, **options):
@@ -107,11 +91,9 @@ def load_model(arch, num_classes, device, weights, name):
 def load_first_weights(model, args):
     """Puts the weights of --init into a model.  Returns lines about what is left as it was: the last layer of torchvision's
     networks, if it is for another number of classes.  All else must fit."""
-    from torchvision.models import ResNet  # takes a second to load
-
     weights, own, left = dict(checkpoint.load(args.init, bare=True)["model"]), model.state_dict(), []
     last = weights.get("fc.weight", torch.empty(0))
-    if isinstance(model, ResNet) and last.dim() == 2 and len(last) != len(own["fc.weight"]):
+    if args.arch in ("resnet18", "resnet50") and last.dim() == 2 and len(last) != len(own["fc.weight"]):
         left.append(f"{args.init}: its last layer, fc, is for {len(last):,} classes: that for {len(own['fc.weight']):,} "
                     "starts at random")
         weights |= {name: own[name] for name in ("fc.weight", "fc.bias")}
@@ -129,10 +111,7 @@ def describe_run(args, state, images, unlabeled, device, warned):
            + (f" ({why_missing()})" if args.device == "auto" and device.type == "cpu" else ""))
     if images.where:
         yield f"images {images.where}"
-    if images.ignored:
-        yield f"ignored: {images.ignored}"
-    for name, reason in images.left_out.items():
-        yield f"left out: {reason or name}"
+    yield from describe_missing(images)
     yield from (f"warning: {line}" for line in images.warnings)
     if count := duplicates(images):
         yield f"warning: {count:,} of the test images are also among the training images, pixel by pixel"
@@ -140,16 +119,20 @@ def describe_run(args, state, images, unlabeled, device, warned):
         yield ("warning: with --precision bfloat16 a half-step of the finite difference can be less than the resolution of the "
                "weights, and the meta-gradient mostly rounding: take --meta-gradient jvp, or float32")
     yield from filter(None, (cut_short(args), slow_precision(args.precision, device), *warned))
-    yield describe_plan(args, len(state.labeled), None if unlabeled is None else len(unlabeled))
+    line, seen = f"{args.total_steps:,} steps of {args.batch_size}", args.total_steps * args.batch_size
+    if unlabeled is None:
+        yield f"{line} labeled images: {seen / len(state.labeled):,.1f} passes over the labeled ones"
+    else:
+        yield (f"{line} + {args.batch_size} images: {seen / len(state.labeled):,.1f} passes over the labeled and "
+               f"{seen / len(unlabeled):,.1f} over the unlabeled ones")
 
 
-def describe_plan(args, labeled, unlabeled):
-    """Returns one line about the length of a run: steps, batches, and passes over the images."""
-    seen = args.total_steps * args.batch_size
-    return (f"{args.total_steps:,} steps of {args.batch_size}"
-            + (" labeled images" if unlabeled is None else f" + {args.batch_size} images")
-            + f": {seen / labeled:,.1f} passes over the labeled"
-            + (" ones" if unlabeled is None else f" and {seen / unlabeled:,.1f} over the unlabeled ones"))
+def describe_missing(images):
+    """Yields lines about files that are not among the images of a folder."""
+    if images.ignored:
+        yield f"ignored: {images.ignored}"
+    for name, reason in images.left_out.items():
+        yield f"left out: {reason or name}"
 
 
 def cut_short(args):

@@ -12,11 +12,11 @@ import torch
 
 import metasemi
 from datasets import DataError
+from metasemi.arguments import check_logits
 from metasemi.check import check_passes, same
 from models import NetworkError, build_model, is_custom
 from models.custom import place_in, where
 from utils.errors import Diverged, RunFailure, UsageError, is_out_of_memory
-from utils.state import find_misfit
 
 
 def try_network(name, num_classes, image_size, device, dtype=None, method=None, consistency="mse", epsilon=1e-2, batch=4,
@@ -45,9 +45,9 @@ def try_network(name, num_classes, image_size, device, dtype=None, method=None, 
             model = build_model(name, num_classes, device)
             warnings = check_answers(name, model, x_l, num_classes, dtype)
             if is_custom(name) and trains:
-                check_method(name, model, x_l, y_l, x_u, method, consistency, epsilon)
-                row = {"meta": method is not None, "method": method or "jvp", "consistency": consistency, "epsilon": epsilon}
-                warnings += check_training(name, model, build_model(name, num_classes, device), x_l, y_l, x_u, dtype, row)
+                options = {"method": method, "consistency": consistency, "epsilon": epsilon}
+                check_method(name, model, x_l, y_l, x_u, options)
+                warnings += check_training(name, model, build_model(name, num_classes, device), x_l, y_l, x_u, dtype, options)
     finally:
         random.setstate(kept[0])
         np.random.set_state(kept[1])
@@ -72,28 +72,22 @@ def told(name, what, remedy=""):
 
 
 @torch.no_grad()
-def answer(network, x, dtype, number):
-    """Returns what a network gives for x, with the random numbers of a seed."""
-    seed(number)
+def logits_of(model, x, dtype):
+    """Returns the logits (B, K) of a model for x (B, ...); dtype: for autocast, or None."""
     with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
-        return network(x)
+        return check_logits(model(x), x, "training" if model.training else "evaluation")
 
 
 def check_answers(name, model, images, num_classes, dtype):
-    """Returns warnings; raises NetworkError unless parameters are dense and real, and forward(x) gives logits (B, K) and leaves
-    x as it was."""
-    for key, w in model.named_parameters():
-        if w.is_complex() or w.layout != torch.strided:
-            raise NetworkError(f"{name} has the {'complex' if w.is_complex() else 'sparse'} parameter {key}: "
-                               "keep it as a dense real one")
-    warnings, shape = [], (len(images), num_classes)
+    """Returns warnings; raises NetworkError unless forward(x) gives logits (B, K) and leaves x as it was."""
+    warnings = []
     for mode in ("evaluation", "training"):
         x = images.clone()
         with told(name, f"in {mode} mode on images {tuple(x.shape)}"):
-            logits = answer(model.train(mode == "training"), x, dtype, 2)
-        if not isinstance(logits, torch.Tensor) or logits.shape != shape or not logits.is_floating_point():
-            got = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-            raise NetworkError(f"{name} gives {got} in {mode} mode for {len(x)} images: expected logits of shape {shape}")
+            logits = logits_of(model.train(mode == "training"), x, dtype)
+        if logits.shape[1] != num_classes:
+            raise NetworkError(f"{name} gives {logits.shape[1]} logits for an image: expected one for each of {num_classes} "
+                               "classes")
         if not torch.equal(x, images):
             raise NetworkError(f"{name} changes its input in {mode} mode, which other passes see, too: let its first operation "
                                "not be in place")
@@ -103,12 +97,12 @@ def check_answers(name, model, images, num_classes, dtype):
     return warnings
 
 
-def check_method(name, model, x_l, y_l, x_u, method, consistency, epsilon):
+def check_method(name, model, x_l, y_l, x_u, options):
     """Raises NetworkError unless the meta-gradient of a model is right, or without a method its passes in evaluation mode."""
     with told(name, "in the check of its meta-gradient"):
         try:
-            if method:
-                metasemi.check_model(model, x_l, y_l, x_u, method=method, consistency=consistency, epsilon=epsilon)
+            if options["method"]:
+                metasemi.check_model(model, x_l, y_l, x_u, **options)
             else:
                 check_passes(model, x_l)
             return
@@ -119,50 +113,44 @@ def check_method(name, model, x_l, y_l, x_u, method, consistency, epsilon):
     raise NetworkError(f"{name}: {said}")
 
 
-def check_training(name, model, fresh, x_l, y_l, x_u, dtype, row):
+def check_training(name, model, fresh, x_l, y_l, x_u, dtype, options):
     """Trains a model for two steps, and puts its weights into a fresh one by way of a file; returns warnings.
 
-    Raises NetworkError unless that works, train(mode) leaves the weights alone, and the two then give the same logits.
+    Raises NetworkError unless that works and the two then give the same logits.
     """
+    def numbers():
+        return random.random(), np.random.random()
+
     seed(3)
-    drawn, file = foreign_state(), io.BytesIO()
+    untouched, file = numbers(), io.BytesIO()
+    seed(3)
     with told(name, "in a step of training", ": take --precision float32" if dtype else ""):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
         for _ in range(2):
-            metasemi.training_step(model, optimizer, x_l, y_l, x_u, alpha=0.01, beta=0.01, dtype=dtype, **row)
-    warnings = [] if foreign_state() == drawn else [
+            metasemi.training_step(model, optimizer, x_l, y_l, x_u, alpha=0.01, beta=0.01, dtype=dtype,
+                                   meta=options["method"] is not None, **options)
+    warnings = [] if numbers() == untouched else [
         f"warning: {name} draws random numbers from Python or NumPy: a resumed run continues with those of torch alone"]
     with told(name, "when it is saved and loaded"):
         torch.save(model.state_dict(), file)
-        file.seek(0)
-        weights = torch.load(file, map_location=x_l.device, weights_only=True)
+        weights = torch.load(io.BytesIO(file.getvalue()), map_location=x_l.device, weights_only=True)
     if odd := [key for key, value in weights.items() if not isinstance(value, torch.Tensor)]:
         raise NetworkError(f"{name} has the extra state {odd[0]}: a checkpoint keeps tensors alone, so make it a buffer")
-    for training in (False, True):
-        state = model.train(training).state_dict()
-        if changed := [key for key, w in weights.items() if key not in state or not same(state[key], w)]:
-            raise NetworkError(f"{name} changes {changed[0]} when train({training}) is called, so that weights which are saved "
-                               "in one mode are wrong in the other: let modes leave them as they are")
-    own = fresh.state_dict()
     try:
         fresh.load_state_dict(weights)
     except Exception as error:
-        misfit = find_misfit(own, weights) or " ".join(str(error).split())
-        raise NetworkError(f"{name} cannot load the weights of a run ({misfit}): make every parameter and buffer in __init__, "
-                           "in its final shape") from None
+        raise NetworkError(f"{name} cannot load the weights of a run ({' '.join(str(error).split())}): make all parameters and "
+                           "buffers in __init__, in their final shapes") from None
     for mode in ("evaluation", "training"):
+        answers = []
         with told(name, f"in {mode} mode once it was saved and loaded"):
-            # Another seed than at the first pass of the model: what it drew there is to be something else in the fresh one.
-            a, b = (answer(network.train(mode == "training"), x_u, dtype, 4) for network in (model, fresh))
-        if not same(a, b, 0 if x_u.device.type == "cpu" else 1e-2):
+            for network in (model, fresh):
+                seed(4)             # not as before the first pass: what the model drew there is to be something else now
+                answers.append(logits_of(network.train(mode == "training"), x_u, dtype))
+        if not same(*answers, 0 if x_u.device.type == "cpu" else 1e-2):
             raise NetworkError(f"{name} gives other logits in {mode} mode once it was saved and loaded, so no run could be "
                                "resumed: keep what training changes in its state_dict()")
     return warnings
-
-
-def foreign_state():
-    """Returns the state of the random number generators of Python and NumPy."""
-    return random.getstate(), np.random.get_state()[2:]
 
 
 @contextmanager
@@ -175,5 +163,4 @@ def network_failures(name, step=None):
         others = isinstance(error, (DataError, Diverged, NetworkError, RunFailure, UsageError))
         if not is_custom(name) or others or is_out_of_memory(error) or isinstance(error, OSError) and not place_in(error, name):
             raise
-        at = "" if step is None else f" at step {step}"
-        raise RunFailure(f"{name} fails{at}: {where(error, name)}") from error
+        raise RunFailure(f"{name} fails" + f" at step {step}" * (step is not None) + f": {where(error, name)}") from error
