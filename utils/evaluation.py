@@ -203,8 +203,11 @@ def report(labels, predicted, names):
     right = int((predicted == labels).sum())
     yield (f"accuracy {100 * right / len(labels):.2f} %, error {100 * (1 - right / len(labels)):.2f} % ({right:,} of "
            f"{len(labels):,} are right)\n")
-    from sklearn.metrics import classification_report, confusion_matrix  # takes a second to load
-
+    try:
+        from sklearn.metrics import classification_report, confusion_matrix  # takes a second to load
+    except ImportError:
+        yield "the report of each class needs scikit-learn: pip install scikit-learn"
+        return
     every = range(len(names))
     yield classification_report(labels, predicted, labels=every, target_names=names, digits=4, zero_division=0)
     if len(names) <= MOST_CLASSES:

@@ -4,12 +4,14 @@ import torch
 
 from datasets import DataError, data_digest, duplicates, load_dataset
 from datasets.splits import split_training
+from datasets.table import UNLABELED_FOLDER
 from models import build_model
 from models.synchronized import synchronize_batch_norm
 from utils import checkpoint
 from utils.device import memory_for_images, slow_precision, why_missing
 from utils.errors import UsageError
 from utils.experiment import check_same_processes, differing
+from utils.flags import defaults
 from utils.state import load_weights
 from utils.trial import try_network
 
@@ -26,8 +28,16 @@ def prepare_data(args, files, world, device, saved):
     if split and isinstance(split[0], str):
         split = images.indices_of(split)
     if saved is None:
-        labeled, validation = map(torch.from_numpy, split_training(
-            images.train_labels[:images.num_train], args.num_label, args.num_val, images.num_classes, args.seed, split))
+        try:
+            labeled, validation = map(torch.from_numpy, split_training(
+                images.train_labels[:images.num_train], args.num_label, args.num_val, images.num_classes, args.seed, split))
+        except DataError as error:
+            if args.num_label != defaults()["num_label"] or not images.train_files:
+                raise
+            counts = torch.bincount(images.train_labels[:images.num_train])
+            raise DataError(f"{error}; {args.num_label:,} is the default, and {images.class_names[counts.argmin()]} has "
+                            f"{counts.min():,} images: give another --num-label, or a list by --split, or put images without a "
+                            f"class in {UNLABELED_FOLDER}/ beside train/") from None
         args.num_label = len(labeled)
     else:
         check_same_data(data, saved, "the run that --resume continues", args.data_path)
