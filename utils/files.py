@@ -198,13 +198,6 @@ def read_results(folder):
     return results
 
 
-def median_name(evaluations):
-    """Returns what "median_last_20" of results.json is over, in a run with this number of evaluations."""
-    if evaluations > 20:
-        return "median of the last 20 evaluations"
-    return "median of " + (f"all {evaluations} evaluations" if evaluations > 1 else "the only evaluation")
-
-
 def read_metrics(folder):
     """Returns the records of metrics.jsonl, dicts of numbers with a "step"; without a last line that is cut off."""
     path = folder / METRICS

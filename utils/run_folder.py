@@ -161,8 +161,8 @@ class RunFolder:
             "error_rate": rates, **({"top5_error_rate": top5} if top5 else {}), "labeled_error_rate": labeled_error,
             "evaluations": count, "median_of": min(20, count), "steps": state.step, "seconds": round(state.seconds, 1),
             "args": state.args, "files": state.files, "sessions": state.sessions})
-        rules = {"last": "last", "median_last_20": files.median_name(count), "best_validation": "best on validation",
-                 "best_test": "lowest, so selected on the test set"}
+        rules = {"last": "last", "median_last_20": f"median of the last {min(20, count)} evaluations",
+                 "best_validation": "best on validation", "best_test": "lowest, so selected on the test set"}
         self.print(f"finished {state.step} steps in {duration(state.seconds)}: test error "
                    + ", ".join(f"{rates[rule]:.2f} % ({said})" for rule, said in rules.items() if rates[rule] is not None)
                    + (f"; top-5 error {top5['last']:.2f} % (last)" if top5 else "")
