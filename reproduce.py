@@ -38,7 +38,7 @@ from utils.interrupt import Interrupt, Stopped, exit_code
 with one_line_errors("reproduce.py"):       # joblib or scipy may be missing
     import joblib
 
-    from reproduction.published import RUNS, order, publish, read_evaluations, read_runs
+    from reproduction.published import EVALUATIONS, RUNS, order, publish, read_lines
     from reproduction.report import tables
     from reproduction.run import Run
     from reproduction.sweep import FORMS, sweep_table
@@ -73,7 +73,7 @@ def make(args):
     if args.table == "differences":
         from reproduction.figures import draw_differences  # matplotlib takes a second to load
 
-        evaluations = read_evaluations()
+        evaluations = read_lines(EVALUATIONS)
         for cell in args.dataset:
             of_cell = [line for line in evaluations if line["cell"] == cell and float(line["scale"]) == args.scale]
             print(*draw_differences(of_cell, Path("images", f"differences-{cell}.png")))
@@ -154,7 +154,7 @@ def planned_runs(args):
 def costs(runs):
     """Yields a line of the FLOP and hours of each cell, at the speed of the published runs of its network, or at RATE."""
     speeds = {}                         # network -> FLOP per second of its runs
-    for line in read_runs():
+    for line in read_lines(RUNS):
         flop = training_flop(line["cell"], line["row"], float(line["scale"]))
         speeds.setdefault(CELLS[line["cell"]].arch, []).append(flop / max(1.0, float(line["seconds"])))
     for cell in dict.fromkeys(run.cell for run in runs if run.own is None):

@@ -140,7 +140,7 @@ def own_flags(text):
         words = shlex.split(text)
     except ValueError as error:
         raise UsageError(f"argument --flags: {text[:80]!r} cannot be split as a shell would ({error})") from None
-    given = {name: value for name, value in vars(parse_given(words, refuse)[1]).items() if value is not None}
+    given = vars(parse_given(words, refuse)[1])
     if odd := next((name for name in given if name in MAKE_ROWS | {"seed"} | with_role(COMMAND)), None):
         raise UsageError(f"argument --flags: {option(odd)} is given to each run by reproduce.py: leave it out")
     if not given:
@@ -150,9 +150,8 @@ def own_flags(text):
 
 def flags_of_row(own, row, seed):
     """Returns the flags of train_meta.py for one run of an experiment of the user's own; without those that its row ignores."""
-    ignored = {"include_labeled"} if row == "neither" else set()
-    if "--no-meta" in ROWS[row].flags:
-        ignored |= {*OF_META_STEP}
+    ignored = {*OF_META_STEP} if "--no-meta" in ROWS[row].flags else set()
+    ignored |= {"include_labeled"} if row == "neither" else set()
     flags = {name: value for name, value in own.items() if name not in ignored}
     return [*command_line(flags), *ROWS[row].flags, "--seed", str(seed)]
 
@@ -165,11 +164,8 @@ def training_flop(name, row, scale):
 
 def row_of(flags):
     """Returns the row of a run with these resolved flags: of those whose flags it has, the one with the most of them."""
-    own = {}                            # row -> its own flags, resolved
-    for name, row in ROWS.items():
-        _, given = parse_given(row.flags, fail)
-        own[name] = {key: value for key, value in vars(given).items() if value is not None}
-    return max((name for name in ROWS if own[name].items() <= flags.items()), key=lambda name: len(own[name]))
+    own = {name: vars(parse_given(row.flags, fail)[1]).items() for name, row in ROWS.items()}
+    return max((name for name in ROWS if own[name] <= flags.items()), key=lambda name: len(own[name]))
 
 
 def published_error(flags):

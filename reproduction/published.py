@@ -11,12 +11,8 @@ from utils.errors import UsageError
 from utils.files import INDICES, read_split, read_text, write_text
 
 RUNS, EVALUATIONS = Path("results", "runs.csv"), Path("results", "evaluations.csv")
+FILES = {RUNS: COLUMNS, EVALUATIONS: EVALUATION_COLUMNS}
 REPORTS = Path("REPRODUCTION.md"), Path("README.md"), Path("results", "runs.md")
-WHOLE, NUMBER, PERCENT = r"[0-9]{1,18}", r"[0-9]{1,9}(\.[0-9]+)?", r"100(\.0+)?|[0-9]{1,2}(\.[0-9]+)?"
-FORMATS = (dict.fromkeys((*COLUMNS, *EVALUATION_COLUMNS), PERCENT) | dict.fromkeys(("seed", "steps", "step", "threads"), WHOLE)
-           | dict.fromkeys(("scale", "seconds", "meta_shift"), NUMBER) | dict.fromkeys(("device", "precision", "torch"), ".+")
-           | {"cell": "|".join(CELLS), "row": "|".join(ROWS), "commit": "[0-9a-f]{40}(-dirty)?"})       # column -> pattern
-OPTIONAL = {"best_validation", "before_decay", "labeled", "before", "after", "meta_shift"}
 
 
 def publish(runs):
@@ -24,48 +20,33 @@ def publish(runs):
 
     Other runs in the two files stay.  Nothing is written before everything has been read and checked.
     """
-    names, new = {(run.cell, run.row, run.seed, run.scale) for run in runs}, [run.line() for run in runs]
-    lines = [line for line in read_runs() if run_of(line) not in names] + new
-    evaluations = [line for line in read_evaluations() if run_of(line) not in names]
-    evaluations += [line for run in runs for line in run.evaluations()]
-    lines, evaluations = sorted(lines, key=order), sorted(evaluations, key=order)
-    for line in new:
-        if fault := fault_of(line):
-            raise UsageError(f"the {line['row']} of {line['cell']} with seed {line['seed']} cannot be published: {fault}")
-    blocks = tables(lines, evaluations)
-    texts = {**new_splits(runs), RUNS: as_csv(COLUMNS, lines), EVALUATIONS: as_csv(EVALUATION_COLUMNS, evaluations),
-             **{path: filled(path, blocks) for path in REPORTS if path.exists()}}
+    names, lines, texts = {run_of(run.name) for run in runs}, {}, new_splits(runs)
+    for path, new in ((RUNS, [run.line() for run in runs]),
+                      (EVALUATIONS, [line for run in runs for line in run.evaluations()])):
+        for line in new:
+            if fault := fault_of(line, FILES[path]):
+                raise UsageError(f"the {line['row']} of {line['cell']} with seed {line['seed']} cannot be published: {fault}")
+        lines[path] = sorted([line for line in read_lines(path) if run_of(line) not in names] + new, key=order)
+        texts[path] = csv_text([FILES[path], *map(dict.values, lines[path])])
+    blocks = tables(*lines.values())
+    texts |= {path: filled(path, blocks) for path in REPORTS if path.exists()}
     for path, text in texts.items():
         path.parent.mkdir(exist_ok=True)
         write_text(path, text)
     return list(texts)
 
 
-def as_csv(columns, lines):
-    return csv_text([columns, *([line[column] for column in columns] for line in lines)])
-
-
-def read_runs():
-    """Returns the lines of runs.csv, dicts of text.  Raises UsageError, which names the line, for one that is no run."""
-    return read_lines(RUNS, COLUMNS)
-
-
-def read_evaluations():
-    """Returns the lines of evaluations.csv, dicts of text.  Raises UsageError for one that is no evaluation."""
-    return read_lines(EVALUATIONS, EVALUATION_COLUMNS)
-
-
-def read_lines(path, columns):
-    """Returns the lines of one of the two files.  Raises UsageError for a line that is not whole, or is there twice."""
+def read_lines(path):
+    """Returns the lines of one of FILES, dicts of text.  Raises UsageError for a line that is not whole, or is there twice."""
     if not path.exists():
         return []
-    lines, text = {}, read_text(path)
+    columns, lines, text = FILES[path], {}, read_text(path)
     try:
         table = csv.DictReader(io.StringIO(text), strict=True)
-        if tuple(table.fieldnames or ()) != columns or not text.endswith("\n"):
+        if table.fieldnames != list(columns) or not text.endswith("\n"):
             raise UsageError(f"{path} has not its columns, {','.join(columns)}, or not its last line: restore it")
         for line in table:
-            if fault := fault_of(line) or (order(line) in lines and "the same run is in a line before it"):
+            if fault := fault_of(line, columns) or (order(line) in lines and "the same run is in a line before it"):
                 raise UsageError(f"{path}, line {table.line_num}: {fault[:100]}: restore the file, or mend the line")
             lines[order(line)] = line
     except csv.Error as error:
@@ -73,12 +54,12 @@ def read_lines(path, columns):
     return list(lines.values())
 
 
-def fault_of(line):
+def fault_of(line, columns):
     """Returns what keeps a line from being that of a run or an evaluation, or None."""
     if None in line or None in line.values():
         return "it has not as many values as there are columns"
     return next((f"{value!r} is no value for {key}" for key, value in line.items()
-                 if not re.fullmatch(FORMATS[key], value) and (value or key not in OPTIONAL)), None)
+                 if not re.fullmatch(columns[key], value)), None)
 
 
 def run_of(line):

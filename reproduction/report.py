@@ -6,6 +6,7 @@ import re
 import shlex
 import statistics
 
+import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from reproduction.cells import ABLATION, CELLS, ROWS, training_flags
@@ -50,11 +51,11 @@ def tables(lines, evaluations=()):
     """
     groups, largest = {}, {}            # (cell, scale, row) -> its lines; cell -> its largest scale, which comes first
     for line in lines:
-        scale = float(line["scale"])
-        largest.setdefault(line["cell"], scale)
-        groups.setdefault((line["cell"], scale, line["row"]), []).append(line)
-    rows = {name: {row: groups[name, largest[name], row] for row in ROWS if (name, largest.get(name), row) in groups}
-            for name in CELLS}          # cell -> row -> its lines at that scale
+        groups.setdefault((line["cell"], float(line["scale"]), line["row"]), []).append(line)
+    rows = {name: {} for name in CELLS}         # cell -> row -> its lines at that scale
+    for (name, scale, row), group in groups.items():
+        if scale == largest.setdefault(name, scale):
+            rows[name][row] = group
     compared = [name for name in CELLS if name not in APART]
     blocks = {"paper": paper_table(groups), "cells": cells_table(groups), "commands": commands(groups),
               "start": start_table(groups)}
@@ -142,9 +143,10 @@ def contrast(differences):
 
 def differences_of(first, second, rule):
     """Returns seed -> error of one row less that of another; {} if a row has a seed twice."""
-    a, b = ({line["seed"]: float(line[rule]) for line in group if line[rule]} for group in (first, second))
-    twice = len({line["seed"] for line in first}) < len(first) or len({line["seed"] for line in second}) < len(second)
-    return {} if twice else {seed: a[seed] - b[seed] for seed in a if seed in b}
+    a, b = ({line["seed"]: line[rule] for line in group} for group in (first, second))
+    if len(a) + len(b) < len(first) + len(second):
+        return {}
+    return {seed: float(a[seed]) - float(b[seed]) for seed in a if seed in b and a[seed] and b[seed]}
 
 
 def paired(first, second, rule="last"):
@@ -205,15 +207,11 @@ def start_table(groups):
         return "None yet."
     means = [[ROWS[start].title, ROWS[row].title, str(len(seeds)), f"{statistics.mean(map(errors.get, seeds)):.2f}"]
              for (start, row), errors in arms.items()]
-    contrasts = []
-    for title, pairs in (("weights of MetaSemi less those of mix-up only, going on with {}",
-                          [(("both", row), ("mix-up", row)) for row in STARTS]),
-                         ("going on with MetaSemi less with mix-up only, from the weights of {}",
-                          [((row, "both"), (row, "mix-up")) for row in STARTS])):
-        values = [[arms[first][seed] - arms[second][seed] for seed in seeds] for first, second in pairs]
-        values.append(list(map(statistics.mean, zip(*values))))
-        names = *(ROWS[row].title for row in STARTS), "either: the mean"
-        contrasts += [[title.format(name), *contrast(own)] for name, own in zip(names, values)]
+    errors = np.reshape([[own[seed] for seed in seeds] for own in arms.values()], (2, 2, -1))       # start, row, seed
+    names, contrasts = [*(ROWS[row].title for row in STARTS), "either: the mean"], []
+    for title, values in (("weights of MetaSemi less those of mix-up only, going on with {}", errors[0] - errors[1]),
+                          ("going on with MetaSemi less with mix-up only, from the weights of {}", errors[:, 0] - errors[:, 1])):
+        contrasts += [[title.format(name), *contrast(own)] for name, own in zip(names, [*values, values.mean(axis=0)])]
     return (markdown(["weights at step 6,000", "going on with", "n", "last"], means) + "\n\n"
             + markdown(["difference", *CONTRAST], contrasts))
 

@@ -3,7 +3,7 @@ import statistics
 from functools import cache
 from pathlib import Path
 
-from reproduction.cells import CELLS, flags_of_row, folder_of, scaled, training_flags
+from reproduction.cells import CELLS, ROWS, flags_of_row, folder_of, scaled, training_flags
 from reproduction.report import SELECTION_RULES
 from utils.errors import UsageError
 from utils.experiment import differing, facts, options, plain_flags, resolve_flags
@@ -11,10 +11,14 @@ from utils.files import ARGS, METRICS, RESULTS, read_flags, read_metrics, read_r
 from utils.flags import RESUME
 
 SPLITS = Path("splits")
-NAME = "cell", "row", "seed", "scale"       # columns that name a run
-COLUMNS = (*NAME, "steps", *SELECTION_RULES, "before_decay", "labeled", "seconds", "device", "threads", "precision", "torch",
-           "commit")
-EVALUATION_COLUMNS = (*NAME, "step", "test_error", "before", "after", "meta_shift")
+# The columns of runs.csv and evaluations.csv, with the patterns of their values; the first four name the run.
+WHOLE, NUMBER, PERCENT = r"[0-9]{1,18}", r"[0-9]{1,9}(\.[0-9]+)?", r"(100(\.0+)?|[0-9]{1,2}(\.[0-9]+)?)"
+NAME = {"cell": "|".join(CELLS), "row": "|".join(ROWS), "seed": WHOLE, "scale": NUMBER}
+COLUMNS = {**NAME, "steps": WHOLE, **dict.fromkeys(SELECTION_RULES, PERCENT), "best_validation": f"{PERCENT}?",
+           "before_decay": f"{PERCENT}?", "labeled": f"{PERCENT}?", "seconds": NUMBER, "device": ".+", "threads": WHOLE,
+           "precision": ".+", "torch": ".+", "commit": "[0-9a-f]{40}(-dirty)?"}
+EVALUATION_COLUMNS = {**NAME, "step": WHOLE, "test_error": PERCENT, "before": f"{PERCENT}?", "after": f"{PERCENT}?",
+                      "meta_shift": f"({NUMBER})?"}
 # column -> scalar and its factor: accuracy of the pseudo-labels in percent around the meta step, and how far it moves them
 TELEMETRY = {"before": ("train/unlabel-acc", 100), "after": ("train/pseudo-acc", 100), "meta_shift": ("train/meta-shift", 1)}
 

@@ -22,7 +22,7 @@ from datasets import load_dataset
 from datasets.splits import split_labels
 from reproduction import published
 from reproduction.cells import CELLS, row_of
-from reproduction.report import contrast, filled, tables
+from reproduction.report import contrast, csv_text, filled, tables
 from reproduction.run import COLUMNS, EVALUATION_COLUMNS, Run
 from utils.experiment import resolve_flags
 
@@ -70,9 +70,9 @@ def test_the_commands_of_the_tables_are_those_of_the_documents(tmp_path, monkeyp
 
 def test_the_reports_are_what_runs_csv_says(monkeypatch):
     monkeypatch.chdir(ROOT)
-    lines = published.read_runs()
+    lines = published.read_lines(published.RUNS)
     assert len(lines) >= 4 and [published.order(line) for line in lines] == sorted(map(published.order, lines))
-    evaluations, runs = published.read_evaluations(), {published.run_of(line): line for line in lines}
+    evaluations, runs = published.read_lines(published.EVALUATIONS), {published.run_of(line): line for line in lines}
     for run, last in {published.run_of(line): line for line in evaluations}.items():
         assert (last["step"], float(last["test_error"])) == (runs[run]["steps"], float(runs[run]["last"])), run
     blocks = tables(lines, evaluations)
@@ -128,18 +128,18 @@ def test_what_is_published_are_the_runs_of_the_command_beside_those_published_be
     write(published.RUNS, COLUMNS, [{**LINE, "last": "7.5"}, older])
     write(published.EVALUATIONS, EVALUATION_COLUMNS, [evaluation({**LINE, "last": "7.5"}), evaluation(older)])
     assert reproduce.main(["main", "--dataset", "digits", "--scale", "0.01", "--publish"]) == 0
-    runs = published.read_runs()
+    runs = published.read_lines(published.RUNS)
     assert [(run["cell"], run["row"], run["seed"], run["last"]) for run in runs] == [
         ("cifar10", "both", "1", "7.5"), ("digits", "both", "1", "5.0"), ("digits", "supervised", "1", "5.0")]
     assert (runs[1]["before_decay"], runs[1]["labeled"]) == ("25.0", "1.25")        # digits decays after 600 of 800 steps
-    assert [tuple(line.values())[:6] for line in published.read_evaluations()] == [
+    assert [tuple(line.values())[:6] for line in published.read_lines(published.EVALUATIONS)] == [
         ("cifar10", "both", "1", "1", "400000", "7.5"),
         *(("digits", row, "1", "0.01", *end) for row in ("both", "supervised") for end in (("6", "25.0"), ("8", "5.0")))]
 
 
 def write(path, columns, lines):
     path.parent.mkdir(exist_ok=True)
-    path.write_text(published.as_csv(columns, lines))
+    path.write_text(csv_text([columns, *map(dict.values, lines)]))
 
 
 def evaluation(run):
@@ -187,7 +187,7 @@ def test_finished_runs_of_an_older_commit_are_published_with_the_commit_that_mad
         path.write_text(json.dumps(results))
         (path.parent / "args.json").write_text(json.dumps({"args": results["args"]}))
     assert reproduce.main(["main", "--dataset", "digits", "--scale", "0.01", "--publish"]) == 0
-    assert [run["commit"] for run in published.read_runs()] == ["0" * 40, "1" * 40]
+    assert [run["commit"] for run in published.read_lines(published.RUNS)] == ["0" * 40, "1" * 40]
 
 
 def test_a_run_on_other_labeled_images_than_the_published_ones_is_not_published(checkout, capsys):
@@ -306,7 +306,7 @@ def test_the_course_is_paired_by_seed_at_a_few_steps_and_is_drawn(tmp_path, monk
             runs.append(run)
     write(published.RUNS, COLUMNS, sorted(runs, key=published.order))
     write(published.EVALUATIONS, EVALUATION_COLUMNS, sorted(lines, key=published.order))
-    blocks = tables(published.read_runs(), published.read_evaluations())
+    blocks = tables(published.read_lines(published.RUNS), published.read_lines(published.EVALUATIONS))
     rows = [row.split(" | ") for row in blocks["course-digits"].splitlines()[2:]]
     assert [row[1:4] for row in rows] == [[str(step), "3", f"{-2 - step / 50:+.2f}"] for step in (100, 200, 400, 600, 700, 800)]
     assert rows[0][-3:] == ["- → -", "-", "- |"]
