@@ -4,7 +4,7 @@ import warnings
 
 from datasets import DATASETS
 from models import check_network
-from utils.cli import Parser, escape_output, number, path, refuse_without_effect
+from utils.cli import Parser, escape_output, number, option, path, refuse_without_effect
 from utils.distributed import processes
 from utils.errors import UsageError, fail, one_line_errors, printable
 from utils.files import CHECKPOINT
@@ -40,17 +40,14 @@ def main(argv=None):
 
 def plotting_parser():
     """Returns the parser of the flags of plot_features.py."""
-    parser = Parser(
-        prog=PROG,
-        description="Figure 3 of the paper: the features of one or several trained networks in 2D, one row each; "
-                    "or, with --curves, the course of one or several runs.")
+    parser = Parser(prog=PROG, description="Figure 3 of the paper: the features of one or several trained networks in 2D, one "
+                                           "row each; or, with --curves, the course of one or several runs.")
     parser.add_argument("--checkpoint-path", nargs="+", type=path, metavar="PATH",
                         help="checkpoints of train_meta.py, or run folders, one row each")
     parser.add_argument("--row-label", nargs="+", metavar="NAME",
                         help="names of the rows (default: of the run folders), or with --curves of the lines (default: by the "
                              "flags in which their runs differ)")
-    parser.add_argument("--save-path", required=True, type=path, metavar="DIR",
-                        help="folder for the figure and its data")
+    parser.add_argument("--save-path", required=True, type=path, metavar="DIR", help="folder for the figure and its data")
     parser.add_argument("--dataset", choices=DATASETS, help="default: that of the checkpoint; another is refused")
     parser.add_argument("--data-path", type=path, metavar="DIR", help="where its files lie (default: as the run had it)")
     parser.add_argument("-a", "--arch", nargs="+", default=[], metavar="NETWORK",
@@ -84,13 +81,13 @@ def parse(argv):
     args = parser.parse_args(argv)
     if bool(args.curves) == bool(args.checkpoint_path):
         parser.error("arguments --checkpoint-path and --curves: give one of them")
-    rows = len(args.checkpoint_path or ())
-    for flag, values in (("--row-label", args.row_label), ("--index-path", args.index_path)):
-        if rows and values and len(values) != rows:
-            parser.error(f"argument {flag}: {len(values)} values for {rows} checkpoints: give one for each")
     if args.curves:
-        refuse_without_effect(parser, args, "--curves",
-                              [key for key in vars(args) if key not in ("curves", "save_path", "row_label")])
+        refuse_without_effect(parser, args, "--curves", [name for name in vars(args)
+                                                         if name not in ("curves", "save_path", "row_label")])
+    for name in () if args.curves else ("row_label", "index_path"):
+        given, needed = len(getattr(args, name) or args.checkpoint_path), len(args.checkpoint_path)
+        if given != needed:
+            parser.error(f"argument {option(name)}: {given} values for {needed} checkpoints: give one for each")
     if args.method != "tsne":
         refuse_without_effect(parser, args, f"--method {args.method}", ("perplexity",))
     return args
@@ -106,11 +103,10 @@ def check_files(args):
     if args.save_path.exists() and not args.save_path.is_dir():
         raise UsageError(f"argument --save-path: {args.save_path} is a file: give a folder")
     args.checkpoint_path = [file / CHECKPOINT if file.is_dir() else file for file in args.checkpoint_path or ()]
-    for name, paths in (("--checkpoint-path", args.checkpoint_path), ("--index-path", args.index_path),
-                        ("--curves", args.curves)):
-        for file in paths or ():
+    for name in ("checkpoint_path", "index_path", "curves"):
+        for file in getattr(args, name) or ():
             if not file.exists():
-                raise UsageError(f"argument {name}: {file} does not exist: give what a run has left")
+                raise UsageError(f"argument {option(name)}: {file} does not exist: give what a run has left")
 
 
 if __name__ == "__main__":

@@ -106,8 +106,7 @@ def parse(argv):
     parser.add_argument("--flags", metavar="TEXT",
                         help="ablation: flags of train_meta.py, as in --flags=\"--dataset folder --data-path photos\", for an "
                              "experiment of your own in the place of a cell")
-    parser.add_argument("--rows", nargs="+", choices=ROWS,
-                        help="main, ablation and curves: these rows instead")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="main, ablation and curves: these rows instead")
     parser.add_argument("--seeds", type=number(int, low=1, high=1000), default=1, metavar="N",
                         help="runs of each row, with seeds one apart (default: 1)")
     parser.add_argument("--first-seed", type=number(int, low=1, high=2 ** 62), metavar="N",
@@ -174,7 +173,8 @@ def run_all(runs, gpus, jobs):
     One run at a time prints for itself; of several only the end is told.  If a signal ends this program, each run in hand gets
     SIGTERM, on which it saves, and is waited for.
     """
-    free = [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in gpus] if gpus else [cpu_environment(jobs)] * jobs
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, joblib.cpu_count() // jobs))
+    free = [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in gpus] if gpus else [{"OMP_NUM_THREADS": threads}] * jobs
     alone, running, failed = len(free) == 1, {}, []
     waiting = [(run, run.command()) for run in runs]        # what is damaged or missing is found before any run starts
     for run in runs:
@@ -222,11 +222,6 @@ def ended_well(run, code, error):
     return True
 
 
-def cpu_environment(jobs):
-    """Returns environment variables that divide the CPUs among runs, unless the user has set the threads of a run."""
-    return {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": str(max(1, joblib.cpu_count() // jobs))}
-
-
 # After the runs
 
 def report(runs, publishing):
@@ -246,13 +241,9 @@ def report(runs, publishing):
 def draw(table, runs):
     """Draws Figure 3 of the first seed, or the curves of all seeds, for each cell."""
     for folder in dict.fromkeys(run.folder.parent for run in runs):
-        of_cell = [run for run in runs if run.folder.parent == folder]
-        if table == "figure3":
-            first_seed = of_cell[:len(TABLES[table])]
-            flags = ["--checkpoint-path", *(run.folder / "checkpoint.pth" for run in first_seed),
-                     "--row-label", *("MetaSemi" if run.row == "both" else "Baseline" for run in first_seed)]
-        else:
-            flags = ["--curves", *(run.folder for run in of_cell)]
+        of_cell = [run.folder for run in runs if run.folder.parent == folder]
+        flags = ["--curves", *of_cell] if table == "curves" else [
+            "--checkpoint-path", *of_cell[:2], "--row-label", "Baseline", "MetaSemi"]       # the first seed's, neither and both
         plot_features.main([*map(str, flags), "--save-path", str(folder)])
 
 

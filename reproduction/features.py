@@ -1,5 +1,4 @@
 """Figure 3 of the paper: the features of trained networks, how well they separate the classes, and their embedding in 2D."""
-import json
 import sys
 from importlib.metadata import version
 
@@ -17,7 +16,7 @@ from utils import checkpoint
 from utils.device import choose_device
 from utils.errors import UsageError, printable
 from utils.experiment import check_arch
-from utils.files import INDICES, read_split, replacing, write_text
+from utils.files import INDICES, read_split, replacing, write_json
 from utils.meters import all_finite
 from utils.setup import check_same_data, load_images, load_model
 from utils.trial import network_failures
@@ -38,35 +37,27 @@ def plot(args):
     flags = {**checkpoints[0]["args"], "num_workers": args.num_workers}
     flags["data_path"] = args.data_path or flags["data_path"]
     images = load_images(flags, device, checkpoints[0], download=bool(args.data_path))
-    data = data_digest(images)
-    index_paths = args.index_path or [path.with_name(INDICES) for path in args.checkpoint_path]
-    labels = args.row_label or [path.resolve().parent.name for path in args.checkpoint_path]
-    rows = []
-    for path, saved, index_path, label in zip(args.checkpoint_path, checkpoints, index_paths, labels):
-        check_same_data(data, saved, path, flags["data_path"])
-        labeled, validation = saved["labeled"].numpy(), saved["validation"].numpy()
-        if (args.index_path or index_path.exists()) and sorted(read_split(index_path)) != sorted(labeled.tolist()):
-            raise UsageError(f"argument --index-path: {index_path} is not the split that the checkpoint was trained on: give "
-                             "the label_indices.txt of its run folder")
-        unlabeled = np.setdiff1d(np.arange(images.num_train), np.concatenate([labeled, validation]))
-        rows.append({"label": printable(label), "checkpoint": str(path), "step": saved["step"], "arch": saved["args"]["arch"],
-                     **choose_points(args, labeled, unlabeled, images)})
-        check_embedding(args, rows[-1]["part"])
     if images.ignored:
         print(f"ignored: {images.ignored}")
     if count := len(images.train_labels) - images.num_train:
         print(f"{count:,} images have no class: the figure and its measures leave them out")
-    for row, path, saved in zip(rows, args.checkpoint_path, checkpoints):
-        row["features"], row["predictions"] = features_of(path, saved, images, row, device)
-        spread = np.ptp(row["features"], axis=0).max()
-        if not 1e-12 < spread < 1e12:           # beyond that the embedding leaves the numbers
-            raise UsageError(f"argument --checkpoint-path: the features of {path} differ by {spread:g}: nothing can be "
-                                 "shown unless that is between 1e-12 and 1e12")
-        row["knn_accuracy"] = measure(row["features"], row["part"], row["classes"])
+    data = data_digest(images)
+    labels = args.row_label or [path.resolve().parent.name for path in args.checkpoint_path]
+    index_paths = args.index_path or [path.with_name(INDICES) for path in args.checkpoint_path]
+    rows = []
+    for path, saved, label, index_path in zip(args.checkpoint_path, checkpoints, labels, index_paths):
+        check_same_data(data, saved, path, flags["data_path"])
+        if (args.index_path or index_path.exists()) and sorted(read_split(index_path)) != sorted(saved["labeled"].tolist()):
+            raise UsageError(f"argument --index-path: {index_path} is not the split that the checkpoint was trained on: give "
+                             "the label_indices.txt of its run folder")
+        rows.append({"label": printable(label), "checkpoint": str(path), "step": saved["step"], "arch": saved["args"]["arch"],
+                     **choose_points(args, saved, images)})
+    for row, saved in zip(rows, checkpoints):
+        features, row["predictions"] = features_of(saved, images, row, device)
+        row["knn_accuracy"] = measure(features, row["part"], row["classes"])
         for part, accuracy in row["knn_accuracy"].items():
             print(f"{row['label']}, {part}: {NEIGHBORS}-nearest-neighbor accuracy {100 * accuracy:.2f} %", flush=True)
-    for row in rows:
-        row["coordinates"], row["kl_divergence"], software = embed(row["features"], args)
+        row["coordinates"], row["kl_divergence"], software = embed(features, args)
 
     method = "PCA" if args.method == "pca" else "t-SNE"
     title = f"{method} of the features, {data_name(flags)}, {len(rows[0]['sample']):,} points"
@@ -76,51 +67,52 @@ def plot(args):
 
 def write_embedding(args, dataset, class_names, rows, software):
     """Writes embedding.npz and embedding.json, what the figure shows and how it was made; returns the paths."""
-    arrays = {f"{key}_{i}": row[key] for i, row in enumerate(rows)
-              for key in ("coordinates", "part", "sample", "classes", "predictions", "drawn")}
-    with replacing(args.save_path / "embedding.npz") as file:
-        np.savez(file, labels=[row["label"] for row in rows], **arrays)
-    summary = {"method": args.method, "software": software, "seed": args.seed,
-               "perplexity": args.perplexity if args.method == "tsne" else None,
-               "embedded": "all" if args.embed_all else "sample", "dataset": dataset, "neighbors": NEIGHBORS,
-               "class_names": list(class_names),
-               "rows": [{key: row[key] for key in ("label", "checkpoint", "step", "arch", "knn_accuracy", "kl_divergence")}
-                        for row in rows]}
-    write_text(args.save_path / "embedding.json", json.dumps(summary, indent=2) + "\n")
-    return [args.save_path / "embedding.npz", args.save_path / "embedding.json"]
+    arrays, summary = args.save_path / "embedding.npz", args.save_path / "embedding.json"
+    with replacing(arrays) as file:
+        np.savez(file, labels=[row["label"] for row in rows], **{
+            f"{key}_{i}": row[key] for i, row in enumerate(rows)
+            for key in ("coordinates", "part", "sample", "classes", "predictions", "drawn")})
+    write_json(summary, {
+        "method": args.method, "software": software, "seed": args.seed,
+        "perplexity": args.perplexity if args.method == "tsne" else None,
+        "embedded": "all" if args.embed_all else "sample", "dataset": dataset, "neighbors": NEIGHBORS,
+        "class_names": list(class_names),
+        "rows": [{key: row[key] for key in ("label", "checkpoint", "step", "arch", "knn_accuracy", "kl_divergence")}
+                 for row in rows]})
+    return [arrays, summary]
 
 
-def choose_points(args, labeled, unlabeled, images):
-    """Returns what is embedded, and which of it is drawn: arrays "part", "sample" (index in its set), "classes" and "drawn"."""
-    rng = np.random.default_rng(args.seed)
-    parts = []
+def choose_points(args, saved, images):
+    """Returns what is embedded, and which of it is drawn: arrays "part", "sample" (index in its set), "classes" and "drawn".
+
+    Raises UsageError for points that cannot be embedded or measured.
+    """
+    rng, points = np.random.default_rng(args.seed), []
+    labeled = saved["labeled"].numpy()
+    unlabeled = np.setdiff1d(np.arange(images.num_train), np.concatenate([labeled, saved["validation"].numpy()]))
     for part, available, classes in (("labeled", labeled, images.train_labels), ("unlabeled", unlabeled, images.train_labels),
                                      ("test", np.arange(len(images.test_labels)), images.test_labels)):
-        count = len(available)
-        if part != "labeled":
-            if (args.num_point or 0) > count:
-                print(f"all {count:,} {part} images are drawn: there are fewer than --num-point {args.num_point}")
-            count = min(count, args.num_point or MOST_POINTS)
-        drawn = np.isin(np.arange(len(available)), rng.permutation(len(available))[:count])
+        most = len(available) if part == "labeled" else args.num_point or MOST_POINTS
+        if args.num_point and most > len(available):
+            print(f"all {len(available):,} {part} images are drawn: there are fewer than --num-point {most}")
+        drawn = np.isin(np.arange(len(available)), rng.permutation(len(available))[:most])
         embedded = drawn | args.embed_all
         sample = available[embedded]
-        parts.append((np.full(len(sample), part), sample, classes.numpy()[sample], drawn[embedded]))
-    return dict(zip(("part", "sample", "classes", "drawn"), map(np.concatenate, zip(*parts))))
-
-
-def check_embedding(args, part):
-    """Raises UsageError, before anything is computed, for points of these parts that cannot be embedded or measured."""
-    if (part == "labeled").sum() < 2:
+        points.append((np.full(len(sample), part), sample, classes.numpy()[sample], drawn[embedded]))
+    points = dict(zip(("part", "sample", "classes", "drawn"), map(np.concatenate, zip(*points))))
+    if len(labeled) < 2:
         raise UsageError("argument --checkpoint-path: a run with one labeled image: the figure and its measures need two")
-    if args.method == "tsne" and 3 * args.perplexity > len(part) - 1:
-        raise UsageError(f"argument --perplexity: {args.perplexity:g} is too large for {len(part)} points: "
-                         f"use at most {(len(part) - 1) // 3}")
+    count = len(points["part"])
+    if args.method == "tsne" and 3 * args.perplexity > count - 1:
+        raise UsageError(f"argument --perplexity: {args.perplexity:g} is too large for {count} points: use at most "
+                         f"{(count - 1) // 3}")
+    return points
 
 
-def features_of(path, saved, images, row, device):
-    """Returns features (N, D) float32 and predicted classes (N,) of the sampled images, by the network of a checkpoint."""
-    arch = saved["args"]["arch"]
-    model = load_model(arch, images.num_classes, device, saved["model"], f"argument --checkpoint-path: {path}")
+def features_of(saved, images, row, device):
+    """Returns features (N, D) float32 and predicted classes (N,) of the points of a row, by the network of its checkpoint."""
+    arch, name = row["arch"], f"argument --checkpoint-path: {row['checkpoint']}"
+    model = load_model(arch, images.num_classes, device, saved["model"], name)
     model.eval()
     if not callable(getattr(model, "features", None)):
         raise UsageError(f"argument --arch: {arch} has no features(x): add it, and let it return (B, D), what the figure "
@@ -140,8 +132,13 @@ def features_of(path, saved, images, row, device):
                 logits.append(model(x) if is_custom(arch) else model.classifier(found))
     features, logits = torch.cat(features).float(), torch.cat(logits)
     if not all_finite([features, logits]):
-        raise UsageError(f"argument --checkpoint-path: the features or the logits of {path} are not finite")
-    return features.cpu().numpy(), logits.argmax(dim=1).cpu().numpy()
+        raise UsageError(f"{name}: its features or logits are not finite")
+    features = features.cpu().numpy()
+    spread = np.ptp(features, axis=0).max()
+    if not 1e-12 < spread < 1e12:               # beyond that the embedding leaves the numbers
+        raise UsageError(f"{name}: its features differ by {spread:g}: nothing can be shown unless that is between 1e-12 and "
+                         "1e12")
+    return features, logits.argmax(dim=1).cpu().numpy()
 
 
 def measure(features, part, classes):

@@ -19,7 +19,8 @@ from utils.errors import UsageError, printable
 from utils.files import read_metrics, replacing, write_text
 
 COLORS = matplotlib.color_sequences["petroff10"]        # made to be told apart by color-blind readers
-LOOKS = [(color, marker) for marker in "o^s" for color in COLORS]       # of classes
+LOOKS = [(color, marker) for marker in "o^s" for color in COLORS]       # of up to thirty classes
+DOTS = {"linewidths": 0, "rasterized": True}
 PLAIN = {"text.parse_math": False}      # a name may hold any number of $
 SUBSET_COLORS = {"labeled": "#d62728", "unlabeled": "#1f77b4", "test": "#999999"}      # red, blue, gray: the paper's
 
@@ -36,7 +37,9 @@ def draw_features(rows, class_names, folder, title, mark_errors=False):
     rows: dicts with "label", "knn_accuracy", and arrays: "coordinates" (N, 2); "part" (N,), names of SUBSET_COLORS; "classes"
     and "predictions" (N,), class indices; "drawn" (N,) bool.
     """
-    fig = Figure(figsize=(12, 2.95 * len(rows) + 0.35), layout="constrained")
+    fig, looks = Figure(figsize=(12, 2.95 * len(rows) + 0.35), layout="constrained"), LOOKS[:len(class_names)]
+    if len(class_names) > len(LOOKS):           # a color map stands for their numbers
+        looks = [(color, "o") for color in matplotlib.colormaps["viridis"](np.linspace(0, 1, len(class_names)))]
     axes = fig.subplots(len(rows), 4, squeeze=False)
     for row, panels in zip(rows, axes):
         xy, subset, classes, predictions = (row[key][row["drawn"]] for key in ("coordinates", "part", "classes", "predictions"))
@@ -44,15 +47,16 @@ def draw_features(rows, class_names, folder, title, mark_errors=False):
         few_labeled = (subset == "labeled").sum() < 500
         sizes = {"labeled": 2 * size if few_labeled else size, "unlabeled": size, "test": size}
         for ax, name in zip(panels, SUBSET_COLORS):
-            for k in range(len(class_names)):
-                dots(ax, xy[(subset == name) & (classes == k)], sizes[name], *style(k, len(class_names)))
+            for k, (color, marker) in enumerate(looks):
+                ax.scatter(*xy[(subset == name) & (classes == k)].T, s=sizes[name], color=color, marker=marker, **DOTS)
             if mark_errors and name == "test":
                 wrong = (subset == name) & (predictions != classes)
                 ax.scatter(*xy[wrong].T, s=3 * size, color="black", marker="x", linewidths=0.6, rasterized=True)
         order = np.random.default_rng(0).permutation(len(xy))      # so that no set hides another
         if few_labeled:
             order = order[np.argsort(subset[order] == "labeled", kind="stable")]
-        dots(panels[3], xy[order], [sizes[s] for s in subset[order]], [SUBSET_COLORS[s] for s in subset[order]], "o")
+        panels[3].scatter(*xy[order].T, s=[sizes[s] for s in subset[order]], color=[SUBSET_COLORS[s] for s in subset[order]],
+                          **DOTS)
         center, half = (xy.max(axis=0) + xy.min(axis=0)) / 2, 0.53 * (xy.max(axis=0) - xy.min(axis=0)).max()
         for ax in panels:
             ax.set(xlim=(center[0] - half, center[0] + half), ylim=(center[1] - half, center[1] + half), xticks=[], yticks=[],
@@ -65,7 +69,7 @@ def draw_features(rows, class_names, folder, title, mark_errors=False):
     if names != list(map(printable, class_names)):
         title += "; the names of the numbers are in embedding.json"
     if len(class_names) <= len(LOOKS):
-        handles = [handle(name, *style(k, len(class_names))) for k, name in enumerate(names)]
+        handles = [handle(name, *look) for name, look in zip(names, looks)]
     else:
         fig.colorbar(ScalarMappable(Normalize(0, len(class_names) - 1), "viridis"), ax=axes, aspect=40, pad=0.01,
                      label="number of the class in the list of embedding.json")
@@ -85,8 +89,7 @@ def drawn_names(names, kind, first=0):
 
 def width(text, size):
     """Returns the width in inches of a line of text of a size in points."""
-    with matplotlib.rc_context(PLAIN):
-        return TextPath((0, 0), text, size=size).get_extents().width / 72 if text.strip() else 0.0
+    return TextPath((0, 0), text, size=size).get_extents().width / 72 if text.strip() else 0.0
 
 
 def broken(text, inches, size):
@@ -109,17 +112,8 @@ def add_legend(fig, handles, size=10):
     fig.set_figheight(fig.get_figheight() + made.get_window_extent(FigureCanvasAgg(fig).get_renderer()).height / fig.dpi)
 
 
-def dots(ax, points, size, color, marker):
-    ax.scatter(*points.T, s=size, color=color, marker=marker, linewidths=0, rasterized=True)
-
-
 def handle(label, color, marker):
-    return Line2D([], [], linestyle="", color=color, marker=marker, label=printable(label))
-
-
-def style(k, num_classes):
-    """Returns color and marker of class k; beyond thirty classes a color map stands for their numbers."""
-    return LOOKS[k] if num_classes <= len(LOOKS) else (matplotlib.colormaps["viridis"](k / (num_classes - 1)), "o")
+    return Line2D([], [], linestyle="", color=color, marker=marker, label=label)
 
 
 @matplotlib.rc_context(PLAIN)
@@ -146,7 +140,6 @@ def draw_curves(folders, save_path, labels=None):
         ends = sorted({lines[-1]["step"] for lines in runs if lines})
         if len(ends) > 1:
             name += f", to step {ends[0]} (the longest: {ends[-1]})"
-            print(f"{name}: the runs differ in length, and are drawn as far as the shortest")
         for ax, tag, value in ((left, "test/accuracy", lambda a: 100 * (1 - a)), (right, "train/loss", lambda a: a)):
             found = [{line["step"]: value(line[tag]) for line in lines if tag in line} for lines in runs]
             steps = sorted(set.intersection(*map(set, found)))
@@ -212,8 +205,7 @@ def save(fig, *paths):
     """Writes a figure as PNG or PDF, as the names say; returns the paths."""
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-        options = {"metadata": {"CreationDate": None}} if path.suffix == ".pdf" else {
-            "dpi": 160, "facecolor": "white", "metadata": {"Software": None}}
+        unsaid = {"CreationDate" if path.suffix == ".pdf" else "Software": None}
         with replacing(path) as file:
-            fig.savefig(file, format=path.suffix[1:], **options)
+            fig.savefig(file, format=path.suffix[1:], dpi=160, facecolor="white", metadata=unsaid)
     return list(paths)

@@ -30,14 +30,14 @@ APART = {*STARTS.values(), "cifar10-jpeg-500-start"}    # cells that `start_tabl
 def filled(path, blocks):
     """Returns the text of a Markdown file with the block of each name between its `<!-- name -->` and `<!-- end -->`.
 
-    Raises UsageError, which names the file, for a name without a block and for a block without an end.
+    Raises UsageError, which names the file, for one that is no block and one without an end.
     """
     text = read_text(path)
     marks = re.findall(r"<!-- (\S+) -->\n", text + "\n")
     for name, end in itertools.zip_longest(marks[::2], marks[1::2]):
         if name not in blocks or end != "end":
-            raise UsageError(f"{path}: <!-- {name} --> " + ("is no block" if name not in blocks else "has no <!-- end -->")
-                             + f": restore it (blocks: {', '.join(blocks)})")
+            raise UsageError(f"{path}: <!-- {name} --> is no block, or has no <!-- end -->: restore it (blocks: "
+                             f"{', '.join(blocks)})")
     return re.sub(r"<!-- (\S+) -->\n.*?<!-- end -->", lambda match: f"<!-- {match[1]} -->\n{blocks[match[1]]}\n<!-- end -->",
                   text, flags=re.DOTALL)
 
@@ -209,8 +209,10 @@ def start_table(groups):
              for (start, row), errors in arms.items()]
     errors = np.reshape([[own[seed] for seed in seeds] for own in arms.values()], (2, 2, -1))       # start, row, seed
     names, contrasts = [*(ROWS[row].title for row in STARTS), "either: the mean"], []
-    for title, values in (("weights of MetaSemi less those of mix-up only, going on with {}", errors[0] - errors[1]),
-                          ("going on with MetaSemi less with mix-up only, from the weights of {}", errors[:, 0] - errors[:, 1])):
+    for title, (both, mix_up) in (
+            ("weights of MetaSemi less those of mix-up only, going on with {}", errors),
+            ("going on with MetaSemi less with mix-up only, from the weights of {}", errors.swapaxes(0, 1))):
+        values = both - mix_up
         contrasts += [[title.format(name), *contrast(own)] for name, own in zip(names, [*values, values.mean(axis=0)])]
     return (markdown(["weights at step 6,000", "going on with", "n", "last"], means) + "\n\n"
             + markdown(["difference", *CONTRAST], contrasts))

@@ -7,7 +7,7 @@ from reproduction.cells import CELLS, ROWS, flags_of_row, folder_of, scaled, tra
 from reproduction.report import SELECTION_RULES
 from utils.errors import UsageError
 from utils.experiment import differing, facts, options, plain_flags, resolve_flags
-from utils.files import ARGS, METRICS, RESULTS, read_flags, read_metrics, read_results
+from utils.files import ARGS, METRICS, RESULTS, read_metrics, read_results
 from utils.flags import RESUME
 
 SPLITS = Path("splits")
@@ -48,9 +48,7 @@ class Run:
 
     def command(self):
         """Returns the flags of train_meta.py; a run that was begun keeps its choice of labeled images, by seed or --split."""
-        given = self.split is not None and self.split.exists()
-        if (self.folder / ARGS).exists():
-            given = read_flags(self.folder).get("split") is not None
+        given = self.split and self.split.exists() and not (self.folder / ARGS).exists()
         return [*self.flags, *(["--split", str(self.split)] if given else []), "--save-path", str(self.folder), "--resume"]
 
     def results(self):

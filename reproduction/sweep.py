@@ -19,13 +19,10 @@ def grouped(folders):
     """
     groups, paths, seen = {}, {}, {}
     for folder in folders:
-        try:
-            flags, sums = {**resolved(), **read_flags(folder)}, read_split_sums(folder)
-        except UsageError as error:
-            raise UsageError(f"{folder} is not the folder of a run ({error})") from None
+        flags, sums = {**resolved(), **read_flags(folder)}, read_split_sums(folder)
         flags["data_path"] = paths.setdefault(sums["labels_sha256"], flags["data_path"])
-        kept = sorted((name, shown(value)) for name, value in flags.items() if name not in SAME and shown(value) != "-")
-        key = repr(kept) + sums["labels_sha256"]
+        key = (sums["labels_sha256"], *sorted((name, shown(value)) for name, value in flags.items()
+                                              if name not in SAME and shown(value) != "-"))
         first = seen.setdefault((key, flags["seed"], sums["sha256"]), folder)
         if first is not folder:
             raise UsageError(f"{first} and {folder} are the same run, seed {flags['seed']} with the same labeled images: give "
@@ -74,18 +71,18 @@ def measured(flags, folder):
     if not (folder / RESULTS).exists():
         raise UsageError(f"{folder} holds a run that is not finished: continue it, or leave it out")
     results = read_results(folder)
-    return texts({"seed": flags["seed"], **results["error_rate"], "labeled": results["labeled_error_rate"],
+    return texts({"seed": flags["seed"], **results["error_rate"], "labeled": results.get("labeled_error_rate"),
                   "seconds": results["seconds"]})
 
 
 def as_csv(head, rows):
     """Returns a table as CSV; mean and standard deviation have a column each."""
     columns = []
-    for column in zip(head, *rows):
-        parts = [cell.split(" ± ") for cell in column[1:]]
-        columns.append((column[0], *(part[0] for part in parts)))
-        if any(len(part) > 1 for part in parts):
-            columns.append((f"{column[0]}, standard deviation", *(part[1] if part[1:] else "" for part in parts)))
+    for name, *cells in zip(head, *rows):
+        means, _, deviations = zip(*(cell.partition(" ± ") for cell in cells))
+        columns.append([name, *means])
+        if any(deviations):
+            columns.append([f"{name}, standard deviation", *deviations])
     return csv_text(zip(*columns)).rstrip("\n")
 
 

@@ -148,7 +148,7 @@ def test_several_processes_are_refused(tmp_path, monkeypatch, capsys):
     (lambda f: f * 1e30, "nothing can be shown unless that is between"),
     (lambda f: f[:, 0], "gives a Tensor of shape (120,) for 120 images: expected a tensor (B, D), D at least 2"),
     (lambda f: f[1:], "gives a Tensor of shape (119, 16) for 120 images"),
-    (lambda f: f / 0, "the features or the logits of")])
+    (lambda f: f / 0, "its features or logits are not finite")])
 def test_features_that_make_no_figure_are_one_line(runs, tmp_path, monkeypatch, capsys, features, message):
     def build(*args):
         model = build_model(*args)

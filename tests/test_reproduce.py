@@ -282,7 +282,7 @@ def test_a_table_of_any_runs_has_a_row_for_each_setting_and_differences_on_the_s
     assert r"0.1 & 2 & 11.00 $\pm$ 1.41 & " in capsys.readouterr().out
     (Path(folders[0]) / "results.json").unlink()
     for runs, message in ((folders, f"{folders[0]} holds a run that is not finished"),
-                          ([folders[1]] * 2, "are the same run, seed 2"), (["results"], "results is not the folder of a run")):
+                          ([folders[1]] * 2, "are the same run, seed 2"), (["results"], "results/args.json cannot be read")):
         assert message in refused(capsys, "table", *runs)
 
 
