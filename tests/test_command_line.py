@@ -172,6 +172,15 @@ def resume(folder, *flags):
         return error.code
 
 
+def test_a_run_that_has_saved_nothing_begins_again_with_its_own_list_of_labeled_images(whole, tmp_path):
+    split = whole("--seed", "2", "--total-steps", "2") / "label_indices.txt"
+    folder = shutil.copytree(whole("--split", str(split), "--total-steps", "2"), tmp_path / "a")
+    for name in ("checkpoint.pth", "checkpoint.prev.pth", "model_best.pth", "results.json"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "label_indices.txt").unlink()
+    assert resume(folder) == 0 and (folder / "label_indices.txt").read_text() == split.read_text()
+
+
 def test_a_run_folder_is_resumed_with_its_own_flags_and_only_the_free_ones_can_change(train, whole, tmp_path, capsys):
     flags = ["--mix-up", "--ramp", "5", "--meta-lr", "0.05", "--milestones", "[4, 6]"]
     assert train("a", *flags, "--total-steps", "3") == 0

@@ -17,7 +17,7 @@ from models import check_network
 from utils.cli import option
 from utils.distributed import processes
 from utils.errors import UsageError, fail
-from utils.files import ARGS, LAST, holds_run, read_bytes, read_flags, read_split
+from utils.files import ARGS, CHECKPOINT, LAST, PREVIOUS, holds_run, read_bytes, read_flags, read_split
 from utils.flags import FROM_CHECKPOINT, PER_PROCESS, RESUME, check_effect, defaults, kept, parse_again, parse_given, with_role
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow")
@@ -141,6 +141,8 @@ def flags_to_resume(named):
     if not path.exists():
         return {}
     flags = parse_again(read_flags(path.parent), path)
+    if flags.get("split") and not any((path.parent / name).exists() for name in (CHECKPOINT, PREVIOUS)):
+        named.setdefault("split", flags["split"])       # a run that has saved nothing begins again, with its list
     if "arch" not in named:
         check_arch(flags["arch"], {}, path.parent, [], {})
     return flags
