@@ -104,8 +104,7 @@ def parse(argv):
     parser.add_argument("--dataset", nargs="+", choices=CELLS, default=["svhn", "cifar10", "cifar100"],
                         help="cells of the table (default: svhn cifar10 cifar100)")
     parser.add_argument("--flags", metavar="TEXT",
-                        help="ablation: flags of train_meta.py, as in --flags=\"--dataset folder --data-path photos\", for an "
-                             "experiment of your own in the place of a cell")
+                        help="ablation: flags of train_meta.py in the place of a cell: --flags=\"--data-path photos ...\"")
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="main, ablation and curves: these rows instead")
     parser.add_argument("--seeds", type=number(int, low=1, high=1000), default=1, metavar="N",
                         help="runs of each row, with seeds one apart (default: 1)")
@@ -119,8 +118,7 @@ def parse(argv):
                         help="without --gpus: runs at a time, which divide the CPUs that are available to this program among "
                              "them; OMP_NUM_THREADS in the environment sets the threads of each instead (default: 1)")
     parser.add_argument("--publish", action="store_true",
-                        help="main and ablation: write the runs of this command to results/runs.csv, results/evaluations.csv, "
-                             "results/runs.md, REPRODUCTION.md, README.md and splits/")
+                        help="main and ablation: write these runs to results/, REPRODUCTION.md, README.md and splits/")
     parser.add_argument("--dry-run", action="store_true", help="print the command of each run and the cost, and do nothing")
     parser.add_argument("--format", choices=FORMS, default="markdown", help="table: how it is written (default: markdown)")
     args = parser.parse_intermixed_args(argv)
@@ -137,8 +135,6 @@ def parse(argv):
     args.rows = list(dict.fromkeys(args.rows or TABLES[args.table]))
     return args
 
-
-# Before the runs
 
 def planned_runs(args):
     """Returns the runs of a command, seed by seed."""
@@ -164,8 +160,6 @@ def costs(runs):
         yield f"{cell}: {len(own)} runs, {flop:.2g} FLOP, {flop / rate / 3600:.2g} hours one after the other at {rate:.2g} " \
               f"FLOP/s ({name})"
 
-
-# Running
 
 def run_all(runs, gpus, jobs):
     """Makes runs, one at a time on each GPU or `jobs` at a time on the CPU; prints why some fail, and returns these.
@@ -222,13 +216,11 @@ def ended_well(run, code, error):
     return True
 
 
-# After the runs
-
 def report(runs, publishing):
     """Prints the tables of finished runs, and publishes them if that is asked for."""
     if not runs:
         return
-    blocks = tables(sorted((run.line() for run in runs), key=order))
+    blocks = tables(sorted((run.lines()[0] for run in runs), key=order))
     for cell in dict.fromkeys(run.cell for run in runs):
         print(f"\n{CELLS[cell].title}: test error in percent\n\n{blocks[cell]}\n\n"
               f"Differences of test errors on the same seeds, in points\n\n{blocks[f'paired-{cell}']}\n")

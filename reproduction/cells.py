@@ -44,7 +44,7 @@ class Cell(NamedTuple):
     warmup: int = 4000
     test_freq: int = 400
     ramp: int | None = None         # steps of ramp of the consistency loss; None: as many as of warm-up
-    lr: float = 0.1
+    lr: float | None = None         # None: the default
     start: tuple = ()               # (cell, row) whose weights it starts from; empty: random ones
     macs: float = 731.4e6           # multiply-accumulate operations of one forward pass of one image
     baseline: dict = {}             # the fields that differ for the row "neither": name -> value
@@ -117,15 +117,13 @@ def training_flags(name, row, seed, scale):
     steps, milestones = scaled(cell.total_steps, scale), [scaled(m, scale) for m in cell.milestones]
     if len(set(milestones)) < len(milestones):
         raise UsageError(f"argument --scale: {scale:g} leaves no step between the milestones of {name}: give more")
+    more = {"--batch-size": cell.batch_size, "--total-steps": steps, "--milestones": ",".join(map(str, milestones)) or None,
+            "--ramp": None if "--no-meta" in ROWS[row].flags else cell.ramp, "--lr": cell.lr,
+            "--init": folder_of(*cell.start, seed, scale) / "checkpoint.pth" if cell.start else None,
+            "--warmup": scaled(cell.warmup, scale) if cell.warmup else 0, "--test-freq": scaled(cell.test_freq, scale),
+            "--print-freq": min(100, scaled(steps, 0.05)), "--seed": seed}
     return [*cell.flags, "--num-label", str(cell.num_train if row == "supervised" else cell.num_label), "-a", cell.arch,
-            *ROWS[row].flags, "--batch-size", str(cell.batch_size), "--total-steps", str(steps),
-            *(["--milestones", ",".join(map(str, milestones))] if milestones else []),
-            *(["--ramp", str(cell.ramp)] if cell.ramp is not None and "--no-meta" not in ROWS[row].flags else []),
-            *(["--lr", str(cell.lr)] if cell.lr != 0.1 else []),
-            *(["--init", str(folder_of(*cell.start, seed, scale) / "checkpoint.pth")] if cell.start else []),
-            "--warmup", str(scaled(cell.warmup, scale) if cell.warmup else 0),
-            "--test-freq", str(scaled(cell.test_freq, scale)),
-            "--print-freq", str(min(100, scaled(steps, 0.05))), "--seed", str(seed)]
+            *ROWS[row].flags, *(str(word) for flag, value in more.items() if value is not None for word in (flag, value))]
 
 
 def own_flags(text):
@@ -134,17 +132,14 @@ def own_flags(text):
     Raises UsageError for one that train_meta.py does not take, that makes a row, or that reproduce.py gives itself.
     """
     def refuse(prog, message, code):
-        raise UsageError(f"argument --flags: {message}")
+        raise ValueError(message)
 
     try:
-        words = shlex.split(text)
+        given = vars(parse_given(shlex.split(text), refuse)[1])
     except ValueError as error:
-        raise UsageError(f"argument --flags: {text[:80]!r} cannot be split as a shell would ({error})") from None
-    given = vars(parse_given(words, refuse)[1])
+        raise UsageError(f"argument --flags: {text[:80]!r}: {error}") from None
     if odd := next((name for name in given if name in MAKE_ROWS | {"seed"} | with_role(COMMAND)), None):
         raise UsageError(f"argument --flags: {option(odd)} is given to each run by reproduce.py: leave it out")
-    if not given:
-        raise UsageError("argument --flags: it holds no flag: name the data at least")
     return given
 
 

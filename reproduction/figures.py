@@ -37,11 +37,18 @@ def draw_features(rows, class_names, folder, title, mark_errors=False):
     rows: dicts with "label", "knn_accuracy", and arrays: "coordinates" (N, 2); "part" (N,), names of SUBSET_COLORS; "classes"
     and "predictions" (N,), class indices; "drawn" (N,) bool.
     """
-    fig, looks = Figure(figsize=(12, 2.95 * len(rows) + 0.35), layout="constrained"), LOOKS[:len(class_names)]
-    if len(class_names) > len(LOOKS):           # a color map stands for their numbers
-        looks = [(color, "o") for color in matplotlib.colormaps["viridis"](np.linspace(0, 1, len(class_names)))]
-    axes = fig.subplots(len(rows), 4, squeeze=False)
-    for row, panels in zip(rows, axes):
+    fig = Figure(figsize=(12, 2.95 * len(rows) + 0.35), layout="constrained")
+    axes, names = fig.subplots(len(rows), 4, squeeze=False), drawn_names(class_names, "class")
+    if names != list(map(printable, class_names)):
+        title += "; the names of the numbers are in embedding.json"
+    if len(class_names) <= len(LOOKS):
+        looks = LOOKS[:len(class_names)]
+        handles = [handle(name, *look) for name, look in zip(names, looks)]
+    else:
+        looks, handles = [(color, "o") for color in matplotlib.colormaps["viridis"](np.linspace(0, 1, len(class_names)))], []
+        fig.colorbar(ScalarMappable(Normalize(0, len(class_names) - 1), "viridis"), ax=axes, aspect=40, pad=0.01,
+                     label="number of the class in the list of embedding.json")
+    for row, panels, text in zip(rows, axes, drawn_names([row["label"] for row in rows], "row")):
         xy, subset, classes, predictions = (row[key][row["drawn"]] for key in ("coordinates", "part", "classes", "predictions"))
         size = float(np.clip(12000 / len(xy), 1.5, 16))
         few_labeled = (subset == "labeled").sum() < 500
@@ -61,18 +68,9 @@ def draw_features(rows, class_names, folder, title, mark_errors=False):
         for ax in panels:
             ax.set(xlim=(center[0] - half, center[0] + half), ylim=(center[1] - half, center[1] + half), xticks=[], yticks=[],
                    aspect="equal")
-        name = drawn_names([row["label"]], "row", rows.index(row))[0]
-        panels[0].set_ylabel(f"{broken(name, 2.6, 11)}\ntest kNN {100 * row['knn_accuracy']['test']:.1f} %", fontsize=11)
+        panels[0].set_ylabel(f"{broken(text, 2.6, 11)}\ntest kNN {100 * row['knn_accuracy']['test']:.1f} %", fontsize=11)
     for ax, name in zip(axes[0], ("Labeled", "Unlabeled", "Test", "All")):
         ax.set_title(name, fontsize=12)
-    handles, names = [], drawn_names(class_names, "class")
-    if names != list(map(printable, class_names)):
-        title += "; the names of the numbers are in embedding.json"
-    if len(class_names) <= len(LOOKS):
-        handles = [handle(name, *look) for name, look in zip(names, looks)]
-    else:
-        fig.colorbar(ScalarMappable(Normalize(0, len(class_names) - 1), "viridis"), ax=axes, aspect=40, pad=0.01,
-                     label="number of the class in the list of embedding.json")
     if mark_errors:
         handles.append(handle("misclassified", "black", "x"))
     add_legend(fig, [*handles, *(handle(f"All: {name}", color, "o") for name, color in SUBSET_COLORS.items())])
@@ -133,10 +131,10 @@ def draw_curves(folders, save_path, labels=None):
     fig = Figure(figsize=(11, 3.6), layout="constrained")
     left, right = fig.subplots(1, 2)
     texts, rows = labels or curve_labels([group[0][0] for group in groups]), []
-    for i, (text, group) in enumerate(zip(texts, groups)):
+    for i, (group, name) in enumerate(zip(groups, drawn_names(texts, "line", 1))):
         flags, folder = group[0]
         runs, color = [read_metrics(folder) for _, folder in group], COLORS[i % len(COLORS)]
-        name = f"{drawn_names([text], 'line', i + 1)[0]}, n = {len(runs)}"
+        name += f", n = {len(runs)}"
         ends = sorted({lines[-1]["step"] for lines in runs if lines})
         if len(ends) > 1:
             name += f", to step {ends[0]} (the longest: {ends[-1]})"
@@ -149,7 +147,7 @@ def draw_curves(folders, save_path, labels=None):
             bands = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
             ax.plot(steps, bands[0], color=color, label=name, marker="" if steps[1:] else "o")
             ax.fill_between(steps, *bands[1:], color=color, alpha=0.2, linewidth=0)
-            rows += [(i + 1, text, "test error in percent" if ax is left else "training loss", step, len(runs), *numbers)
+            rows += [(i + 1, texts[i], "test error in percent" if ax is left else "training loss", step, len(runs), *numbers)
                      for step, *numbers in zip(steps, *(band.round(6) for band in bands))]
         if (published := published_error(flags)) is not None:
             left.axhline(published, color=color, linestyle="--", linewidth=1,

@@ -20,9 +20,9 @@ def publish(runs):
 
     Other runs in the two files stay.  Nothing is written before everything has been read and checked.
     """
-    names, lines, texts = {run_of(run.name) for run in runs}, {}, new_splits(runs)
-    for path, new in ((RUNS, [run.line() for run in runs]),
-                      (EVALUATIONS, [line for run in runs for line in run.evaluations()])):
+    names, made = {run_of(run.name) for run in runs}, [run.lines() for run in runs]
+    lines, texts = {}, new_splits(runs)
+    for path, new in ((RUNS, [line for line, _ in made]), (EVALUATIONS, [line for _, own in made for line in own])):
         for line in new:
             if fault := fault_of(line, FILES[path]):
                 raise UsageError(f"the {line['row']} of {line['cell']} with seed {line['seed']} cannot be published: {fault}")

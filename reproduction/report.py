@@ -1,7 +1,6 @@
 """The tables of REPRODUCTION.md, README.md and results/runs.md, from the lines of results/runs.csv and evaluations.csv."""
 import csv
 import io
-import itertools
 import re
 import shlex
 import statistics
@@ -32,14 +31,14 @@ def filled(path, blocks):
 
     Raises UsageError, which names the file, for one that is no block and one without an end.
     """
-    text = read_text(path)
-    marks = re.findall(r"<!-- (\S+) -->\n", text + "\n")
-    for name, end in itertools.zip_longest(marks[::2], marks[1::2]):
+    def block(match):
+        name, end = match.groups()
         if name not in blocks or end != "end":
             raise UsageError(f"{path}: <!-- {name} --> is no block, or has no <!-- end -->: restore it (blocks: "
                              f"{', '.join(blocks)})")
-    return re.sub(r"<!-- (\S+) -->\n.*?<!-- end -->", lambda match: f"<!-- {match[1]} -->\n{blocks[match[1]]}\n<!-- end -->",
-                  text, flags=re.DOTALL)
+        return f"<!-- {name} -->\n{blocks[name]}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\S+) -->\n(?:.*?<!-- (\S+) -->)?", block, read_text(path), flags=re.DOTALL)
 
 
 def tables(lines, evaluations=()):

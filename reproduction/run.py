@@ -69,20 +69,12 @@ class Run:
                              f"there and {planned[name]} here: move it away")
         return results
 
-    def line(self):
-        """Returns its line of runs.csv, column -> text.  Raises UsageError if the run is not finished."""
-        results, _ = self.finished()
-        decay = min((scaled(m, self.scale) for m in CELLS[self.cell].milestones), default=0)
-        before_decay = [line["test_error"] for line in self.evaluations() if int(line["step"]) <= decay]
-        values = {**self.name, "steps": results["steps"], **results["error_rate"],
-                  "before_decay": before_decay[-1] if before_decay else None, "labeled": results.get("labeled_error_rate"),
-                  **results["sessions"][-1], "seconds": round(results["seconds"])}
-        return texts({column: values[column] for column in COLUMNS})
-
-    def evaluations(self):
-        """Returns its lines of evaluations.csv, column -> text; means are over the log lines since the evaluation before."""
-        _, records = self.finished()
-        lines, since = [], []
+    def lines(self):
+        """Returns its line of runs.csv, column -> text, and those of evaluations.csv, whose means are over the log lines since
+        the evaluation before.  Raises UsageError if the run is not finished.
+        """
+        results, records = self.finished()
+        evaluations, since = [], []
         for record in records:
             if "test/accuracy" not in record:
                 since.append(record)
@@ -92,9 +84,14 @@ class Run:
                 found = [factor * logged[tag] for logged in since if tag in logged]
                 means[name] = f"{statistics.mean(found):.4f}" if found else None
             error = round(100 * (1 - record["test/accuracy"]), 4)
-            lines.append(texts({**self.name, "step": record["step"], "test_error": error, **means}))
+            evaluations.append(texts({**self.name, "step": record["step"], "test_error": error, **means}))
             since = []
-        return lines
+        decay = min((scaled(m, self.scale) for m in CELLS[self.cell].milestones), default=0)
+        before_decay = [line["test_error"] for line in evaluations if int(line["step"]) <= decay]
+        values = {**self.name, "steps": results["steps"], **results["error_rate"],
+                  "before_decay": before_decay[-1] if before_decay else None, "labeled": results.get("labeled_error_rate"),
+                  **results["sessions"][-1], "seconds": round(results["seconds"])}
+        return texts({column: values[column] for column in COLUMNS}), evaluations
 
     def finished(self):
         """Returns results.json and the records of metrics.jsonl.  Raises UsageError if the run is not finished."""

@@ -49,10 +49,7 @@ def label(flags, names):
 
 
 def sweep_table(folders, form):
-    """Returns the table of some finished runs, and that of the differences between rows on common seeds, as text.
-
-    form: `markdown`, or another function of a head and rows.
-    """
+    """Returns the table of some finished runs, and that of the differences between rows on common seeds; form: of FORMS."""
     groups = grouped(folders)
     rows = [flags for (flags, _), *_ in groups]
     names, titles = differing(rows), [ROWS[row_of(flags)].title for flags in rows]

@@ -155,7 +155,7 @@ def test_an_evaluation_has_the_means_of_the_log_lines_since_the_one_before(tmp_p
     lines = [*lines[:6], '{"step": 6, "test/accuracy": 0.75}', *lines[6:8], '{"step": 8, "train/meta-shift": 0.5}',
              '{"step": 8, "test/accuracy": 0.8}']
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    assert [tuple(line.values())[4:] for line in Run("digits", "both", 1, 0.01).evaluations()] == [
+    assert [tuple(line.values())[4:] for line in Run("digits", "both", 1, 0.01).lines()[1]] == [
         ("6", "25.0", "17.5000", "35.0000", ""), ("8", "20.0", "37.5000", "75.0000", "0.5000")]
 
 
