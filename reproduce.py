@@ -10,11 +10,9 @@
     python3 reproduce.py table results/a results/b --format latex          # of any run folders
     python3 reproduce.py main --dataset imagenet --dry-run          # the commands and their cost
 
-Each run is one command of train_meta.py with a folder of its own under results/reproduce; --dry-run prints them.  A run that
-is finished is not repeated, one that was begun is continued.  Everything is written to results/reproduce, which git ignores,
-and nothing else is changed, but images/ by `differences`.  With --publish, `main` and `ablation` also write their runs to
-results/runs.csv and results/evaluations.csv, from them the tables of REPRODUCTION.md, README.md and results/runs.md, and their
-labeled images to splits/.
+Each run is one command of train_meta.py with a folder of its own under results/reproduce, which git ignores.  A run that is
+finished is not repeated, one that was begun is continued.  Nothing else is changed, but images/ by `differences`, and by
+--publish the files in results/, the tables that are made of them, and the lists of labeled images in splits/.
 """
 import hashlib
 import os

@@ -168,7 +168,7 @@ def test_names_are_drawn_as_they_are_and_never_read_as_mathematics(tmp_path):
     names, classes = ["$", "a$b$\\frac{", "_x", "\x1b[2J\n\udcff"], np.arange(12) // 3
     row = {"label": names[0], "knn_accuracy": {"test": 0.5}, "coordinates": np.eye(12, 2), "classes": classes,
            "part": np.array(["labeled", "unlabeled", "test"] * 4), "predictions": classes, "drawn": np.full(12, True)}
-    assert all(path.exists() for path in draw_features([row], names, tmp_path, "$x_{$"))
+    assert all(path.exists() for path in draw_features([row, {**row, "classes": classes.copy()}], names, tmp_path, "$x_{$"))
 
 
 @pytest.fixture
