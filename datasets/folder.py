@@ -8,7 +8,7 @@ import torch
 
 from datasets.images import Images
 from datasets.listing import check_classes, describe_ignored, list_dataset, list_images, names_under
-from datasets.splits import hold_out
+from datasets.splits import split_labels
 from datasets.streaming import REMEDY, ImageFiles, Workers
 from datasets.table import DATASETS, UNLABELED, DataError
 
@@ -40,7 +40,8 @@ def load_folder(name, root, *, image_size, num_workers, memory, skip_corrupt, le
         check_classes(listed, class_names, root / row.folders[0], ignored, out)
     labels, is_test = (np.array([file[i] for file in listed], kind) for i, kind in ((1, np.int64), (2, bool)))
     if num_test:
-        is_test[hold_out(labels[labels != UNLABELED], num_test, class_names)] = True
+        labeled = labels[labels != UNLABELED]           # the same images are held out whatever the seed of a run
+        is_test[split_labels(labeled, num_test, len(class_names), 0, "test", "--num-test", keep=1)[0]] = True
 
     train, test = keep[~is_test], keep[is_test]
     images = files if reason else pixels

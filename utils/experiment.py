@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import DATASETS, DataError, has_unlabeled
+from datasets import DATASETS, has_unlabeled
 from datasets.splits import check_num_label
 from models import check_network
 from utils import cli
@@ -223,21 +223,17 @@ def check_arch(name, sums, path, arch, sums_given):
 
 
 def check_counts(args, size):
-    """Raises UsageError for numbers of images that cannot be divided; size: of processes."""
+    """Raises UsageError or DataError for numbers of images that cannot be divided; size: of processes."""
     if args.batch_size % size:
         lower = args.batch_size - args.batch_size % size
         raise UsageError(f"argument --batch-size: {args.batch_size} cannot be split evenly over {size} processes: use "
                          + (f"{lower} or " if lower else "") + str(lower + size))
     dataset = DATASETS[args.dataset]
     if dataset.num_train is not None:
-        for name, count, available in (
-                ("--num-val", args.num_val, dataset.num_train),
-                ("--num-label", None if args.split else args.num_label, dataset.num_train - args.num_val)):
-            try:
-                if count:
-                    check_num_label(count, dataset.num_classes, available)
-            except DataError as error:
-                raise UsageError(f"argument {name}: {args.dataset}: {error}") from None
+        if args.num_val:
+            check_num_label("--num-val", args.num_val, dataset.num_classes, dataset.num_train, keep=1)
+        if args.num_label and not args.split:
+            check_num_label("--num-label", args.num_label, dataset.num_classes, dataset.num_train - args.num_val)
 
 
 # The files that a command line names
