@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.listing import names_under
 from datasets.streaming import ImageFiles
 from datasets.table import UNLABELED, DataError
 
@@ -85,7 +84,7 @@ def data_digest(images):
     files, count = images.train_files, images.num_train
     for part, paths in (("training", files[:count]), ("unlabeled", files[count:]), ("test", images.test_files)):
         if paths:
-            names = "\0".join(names_under(images.root, paths))
+            names = "\0".join(path.removeprefix(f"{images.root}/") for path in paths)
             sizes = [os.path.getsize(path) if os.path.exists(path) else None for path in paths]
             digest |= {f"names of {part} files": hashlib.sha256(os.fsencode(names)).hexdigest(),
                        f"sizes of {part} files": hashlib.sha256(repr(sizes).encode()).hexdigest()}

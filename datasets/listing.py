@@ -8,8 +8,8 @@ from datasets.table import DATASETS, UNLABELED, UNLABELED_FOLDER, DataError, has
 def list_dataset(name, root, ignored, num_test=0):
     """Returns a tuple (path, class index or UNLABELED, whether it is a test image) for each image, and the class names.
 
-    Training images come first, by class, then those without a class, then test images.  Other entries are put into ignored,
-    reason -> list of paths.  Paths are texts: to make a Path of each would take as long as to read them.
+    Training images come first, by class, then those without a class, then test images.  Other entries are put into ignored, a
+    defaultdict, reason -> list of paths.  Paths are texts: to make a Path of each would take as long as to read them.
     Raises DataError if folders are missing or contradictory, or if one file is in two sets or classes.
     """
     train, test = (root / folder for folder in DATASETS[name].folders)
@@ -33,18 +33,15 @@ def list_dataset(name, root, ignored, num_test=0):
     return files, class_names
 
 
-def names_under(root, paths):
-    """Returns paths relative to root, which all begin with it, a list."""
-    start = len(str(root / "_")) - 1
-    return [path[start:] for path in paths]
-
-
 def list_classes(folder, ignored):
     """Returns the names of the class folders in a folder, in order; other entries are put into ignored."""
-    folders = {path: path.is_dir() and not path.name.startswith(".") for path in sorted(folder.iterdir())}
-    if others := [str(path) for path, is_class in folders.items() if not is_class]:
-        ignored.setdefault("outside a class folder", []).extend(others)
-    return [path.name for path, is_class in folders.items() if is_class]
+    names = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            names.append(path.name)
+        else:
+            ignored["outside a class folder"].append(str(path))
+    return names
 
 
 def list_images(folder, ignored, nested=False):
@@ -58,7 +55,7 @@ def list_images(folder, ignored, nested=False):
             paths += list_images(entry.path, ignored, nested)
         else:
             reason = why_ignored(entry)
-            (ignored.setdefault(reason, []) if reason else paths).append(entry.path)
+            (ignored[reason] if reason else paths).append(entry.path)
     return sorted(paths)
 
 
@@ -77,7 +74,7 @@ def why_ignored(entry):
 def describe_ignored(ignored, root):
     """Returns one line about what was ignored under root."""
     return "; ".join(f"{len(paths):,} {reason} ({os.path.relpath(paths[0], root)!r}{', ...' * (len(paths) > 1)})"
-                     for reason, paths in ignored.items())
+                     for reason, paths in ignored.items() if paths)
 
 
 def check_links(files, apart):
@@ -93,14 +90,11 @@ def check_links(files, apart):
             raise DataError(f"{path} is the same file as {other}: remove one of them")
 
 
-def check_classes(files, class_names, folder, ignored, unreadable):
-    """Raises DataError unless each class has a training image; it says what else is in the class's folder under `folder`.
-
-    unreadable: paths of images that were left out.
-    """
+def check_classes(files, class_names, folder, ignored):
+    """Raises DataError unless each class has a training image; it says what else is in the class's folder under `folder`."""
     found = {k for _, k, is_test in files if not is_test}
     for place in (folder / name for k, name in enumerate(class_names) if k not in found):
-        here = {reason: own for reason, paths in (*ignored.items(), ("unreadable", unreadable))
-                if (own := [path for path in paths if path.startswith(f"{place}/")])}
-        beside = f" beside {describe_ignored(here, place)}" * bool(here)
-        raise DataError(f"{place}: no image of class {place.name}{beside}: add one, or remove the folder")
+        here = {reason: [path for path in paths if path.startswith(f"{place}/")] for reason, paths in ignored.items()}
+        beside = describe_ignored(here, place)
+        raise DataError(f"{place}: no image of class {place.name}{f' beside {beside}' * bool(beside)}: add one, or remove the "
+                        "folder")

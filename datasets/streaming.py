@@ -14,6 +14,7 @@ from datasets.decoding import decode_files, exit_with_parent
 from datasets.table import DataError
 
 PREFETCH = 3        # training steps, or batches of an evaluation, that are decoded ahead
+TASK_SIZE = 16      # files that a worker decodes at a time
 REMEDY = "replace it, or start anew with --skip-corrupt, which leaves it out"
 
 
@@ -52,12 +53,12 @@ class ImageFiles:
     """The images of N files, decoded on demand: indexed by a slice or an array it is the set of those.
 
     workers: `Workers`, which sets may share.  resized_crop: whether images are cropped as ImageNet's are, at random in training
-    and the center in evaluation; else the whole image is resized.  task_size: files that a worker decodes at a time.
+    and the center in evaluation; else the whole image is resized.
     """
 
-    def __init__(self, paths, image_size, workers, resized_crop=False, task_size=16):
+    def __init__(self, paths, image_size, workers, resized_crop=False):
         self.paths, self.image_size, self.workers = np.array(paths, dtype=object), image_size, workers
-        self.resized_crop, self.task_size = resized_crop, task_size
+        self.resized_crop = resized_crop
 
     @property
     def shape(self):
@@ -77,8 +78,8 @@ class ImageFiles:
         crops: one for each image, as in `decoding.decode_file`.  unreadable: a dict that takes index -> error of files that
         cannot be read, whose pixels are 0; without it, the first is a DataError.  Raises OSError if a process has died.
         """
-        tasks = ((index, [self.workers.submit(self.paths[index[i:i + self.task_size]].tolist(), self.image_size,
-                                              crops[i:i + self.task_size]) for i in range(0, len(index), self.task_size)])
+        tasks = ((index, [self.workers.submit(self.paths[index[i:i + TASK_SIZE]].tolist(), self.image_size,
+                                              crops[i:i + TASK_SIZE]) for i in range(0, len(index), TASK_SIZE)])
                  for index, crops in items)
         pending = deque()
         try:
@@ -100,9 +101,3 @@ class ImageFiles:
         finally:
             for future in sum((futures for _, futures in pending), []):
                 future.cancel()
-
-    def decode_in_order(self, batch_size, **options):
-        """Yields what `decode` does of the whole set, as evaluation crops it."""
-        crop = "center" if self.resized_crop else None
-        indices = (np.arange(i, min(i + batch_size, len(self))) for i in range(0, len(self), batch_size))
-        return self.decode(((index, [crop] * len(index)) for index in indices), **options)

@@ -141,7 +141,7 @@ def test_a_folder_is_read_by_class_resized_and_measured_by_any_number_of_workers
     touch(root, "train/ant/notes.txt", "train/ant/deep/x.png", "train/.small/x.png")
     (root / "train" / "ant" / "05.png").rename(root / "train" / "ant" / "05.JFIF")
     Image.new("RGB", (16, 16), (9, 99, 199)).save(root / "train" / "bee" / "01.png")
-    monkeypatch.setattr("datasets.folder.TASK_SIZE", 2)
+    monkeypatch.setattr("datasets.streaming.TASK_SIZE", 2)
     images = load_dataset("folder", root, 16, True)
     assert images.train_images.shape == images.test_images.shape == (12, 3, 16, 16)
     assert images.class_names == ("ant", "bee") and images.train_labels.tolist() == [0] * 6 + [1] * 6
@@ -257,10 +257,9 @@ def test_what_cannot_be_read_is_left_out_as_if_it_were_not_there(tmp_path, monke
     def load(root, **options):
         return load_dataset("folder", root, 16, memory=memory, **options)
 
-    others = "; nor can 3 more, such as .*bee/00.png.*" * (memory is None)
-    with pytest.raises(DataError, match=rf"ant/03.png cannot be read as an image .*\){others}: replace it, or"):
+    with pytest.raises(DataError, match=r"ant/03.png cannot be read as an image .*\): replace it, or"):
         load(roots[0])
-    monkeypatch.setattr("datasets.folder.TASK_SIZE", 7)
+    monkeypatch.setattr("datasets.streaming.TASK_SIZE", 7)
     images, clean = load(roots[0], skip_corrupt=True, num_workers=2), load(roots[1], skip_corrupt=True)
     assert list(images.left_out) == broken and clean.left_out == {}
     assert all(reason.startswith(f"{roots[0] / file} cannot be read as an image (") for file, reason in images.left_out.items())
