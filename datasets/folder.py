@@ -66,8 +66,10 @@ def load_without_classes(name, root, image_size, num_workers, skip_corrupt, clas
 
 
 def decode_all(files, skip_corrupt, pixels=None):
-    """Returns index -> error of the files that cannot be read, of which without skip_corrupt the first is a DataError; the others
-    fill their rows of pixels, (N, 3, S, S) uint8."""
+    """Returns index -> error of the files that cannot be read; the others fill their rows of pixels, (N, 3, S, S) uint8.
+
+    Without skip_corrupt the first that cannot be read is a DataError.
+    """
     unreadable = {}
     with closing(files.workers):
         for index, batch in ordered_batches(files, unreadable=unreadable if skip_corrupt else None):
