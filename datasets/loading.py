@@ -39,10 +39,8 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
     check_root(name, root, num_test)
     images = LOADERS[row.loader](name, root, image_size=image_size or row.image_size, num_workers=num_workers, memory=memory,
                                  skip_corrupt=skip_corrupt, left_out=left_out, num_test=num_test, download=download)
-    for split, labels in (("training", images.train_labels), ("test", images.test_labels)):
-        if len(labels) == 0:
-            beside = f" beside {len(images.left_out):,} that cannot be read" * bool(images.left_out)
-            raise DataError(f"{name} under {root}: {split} set: no image{beside}")
+    if len(images.test_labels) == 0:
+        raise DataError(f"{name} under {root}: no test image, and {len(images.left_out):,} that cannot be read: add one")
     untested = [images.class_names[k] for k in np.setdiff1d(np.arange(images.num_classes), images.test_labels)]
     warnings = (f"{len(untested)} of {images.num_classes} classes have no test image: {', '.join(untested)}",) * bool(untested)
     mean, std = map(torch.tensor, (row.mean, row.std)) if row.mean else statistics or measure(images.train_images)

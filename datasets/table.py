@@ -67,13 +67,9 @@ def check_root(name, root, num_test=0):
             raise DataError(f"argument --num-test: {name} has a test set of its own: leave it out")
         return
     train, test, unlabeled = (root / folder for folder in (*folders, UNLABELED_FOLDER))
-    if has_unlabeled(name, root) and not unlabeled.is_dir():
-        raise DataError(f"argument --data-path: {unlabeled} is not a folder: put images without a class in it, or remove it")
-    if not train.is_dir():
-        raise DataError(f"argument --data-path: {train} is not a folder: --dataset {name} reads "
-                        + " and ".join(f"{folder}/<class>/*" for folder in folders) + " under it")
     if num_test and os.path.lexists(test):
         raise DataError(f"argument --num-test: {test} has the test images: leave --num-test out, or rename that folder")
-    if not num_test and not test.is_dir():
-        raise DataError(f"argument --data-path: {test} is not a folder: put test images in {test.name}/<class>/, or let "
-                        f"--num-test N hold N images of {train.name}/ out")
+    for folder in (train, *[test] * (not num_test), *[unlabeled] * has_unlabeled(name, root)):
+        if not folder.is_dir():
+            raise DataError(f"argument --data-path: {folder} is not a folder: --dataset {name} reads {train.name}/<class>/* "
+                            f"and {test.name}/<class>/* under {root}; --num-test N holds N images of {train.name}/ out instead")

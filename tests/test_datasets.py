@@ -177,11 +177,11 @@ def touch(root, *names):
     (lambda root: None, {"num_test": 2}, "argument --num-test: .*test has the test images: leave --num-test out"),
     (lambda root: (remove(root, "test") / "train/bee/00.png").unlink(), {"num_test": 3}, "--num-test: 3 images cannot be"),
     (lambda root: (remove(root, "test") / "train/bee/00.png").unlink(), {"num_test": 10}, "use a multiple of 2 up to 8$"),
-    (lambda root: remove(root, "test"), {}, "test is not a folder: put test images in test/<class>/, or let --num-test N hold"),
+    (lambda root: remove(root, "test"), {}, "test is not a folder: --dataset folder reads .*; --num-test N holds N"),
     (lambda root: remove(root, "train/ant"), {}, "1 class folders: at least 2"),
     (lambda root: touch(root, "test/cow/x.png"), {}, "train has no class cow: add training images of it, or remove its folder"),
     (lambda root: touch(root, *(f"test/{name}/{i:02d}.png" for name in ("ant", "bee") for i in range(6))),
-     {"skip_corrupt": True}, "test set: no image beside 12 that cannot be read"),
+     {"skip_corrupt": True}, "no test image, and 12 that cannot be read"),
     (lambda root: (remove(root, "unlabeled") / "unlabeled" / "deep").mkdir(parents=True), {}, "unlabeled holds no image: put"),
     (lambda root: (root / "unlabeled").rename(root / "train" / "unlabeled"), {}, "images without a class in .*es/unlabeled")])
 def test_folders_that_cannot_be_trained_on_are_refused_in_one_line_with_the_remedy(tmp_path, damage, options, message):
