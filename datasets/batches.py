@@ -7,7 +7,7 @@ import torch
 
 from datasets.augment import crop_and_flip, normalize
 from datasets.sampling import IndexStream, crop_and_flip_choices, mixup_weights, resized_crop_choices
-from datasets.streaming import PREFETCH, ImageFiles
+from datasets.streaming import ImageFiles
 from datasets.table import DataError
 
 
@@ -55,7 +55,7 @@ class Batches:
 
     def __call__(self, step):
         if self.on_disk and step != self.next_step:
-            self.decoded = self.images.decode(self.choices(step), PREFETCH * len(self.streams))
+            self.decoded = self.images.decode(self.choices(step))
         self.next_step = None           # an error ends `decoded`
         x_l, y_l = self.draw("labeled", step)
         x_u, y_u = self.draw("unlabeled", step) if "unlabeled" in self.streams else (None, None)

@@ -13,7 +13,7 @@ import numpy as np
 from datasets.decoding import decode_files, exit_with_parent
 from datasets.table import DataError
 
-PREFETCH = 3        # training steps, or batches of an evaluation, that are decoded ahead
+PREFETCH = 6        # batches that are decoded ahead
 TASK_SIZE = 16      # files that a worker decodes at a time
 REMEDY = "replace it, or start anew with --skip-corrupt, which leaves it out"
 
@@ -72,8 +72,8 @@ class ImageFiles:
         subset.paths = self.paths[index]
         return subset
 
-    def decode(self, items, depth=PREFETCH, unreadable=None):
-        """Yields indices (B,) and pixels (B, 3, S, S) uint8 of items (index, crops), while the next `depth` are decoded.
+    def decode(self, items, unreadable=None):
+        """Yields indices (B,) and pixels (B, 3, S, S) uint8 of items (index, crops), while the next ones are decoded.
 
         crops: one for each image, as in `decoding.decode_file`.  unreadable: a dict that takes index -> error of files that
         cannot be read, whose pixels are 0; without it, the first is a DataError.  Raises OSError if a process has died.
@@ -83,7 +83,7 @@ class ImageFiles:
                  for index, crops in items)
         pending = deque()
         try:
-            pending.extend(islice(tasks, 1 + depth * bool(self.workers.count)))
+            pending.extend(islice(tasks, 1 + PREFETCH * bool(self.workers.count)))
             while pending:
                 index, futures = pending.popleft()
                 pixels, errors = zip(*(future.result() for future in futures))
