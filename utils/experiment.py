@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import DATASETS, DataError, has_unlabeled
+from datasets import DATASETS, has_unlabeled
 from datasets.splits import check_num_label
 from models import check_network
 from utils.cli import option
@@ -162,17 +162,15 @@ def check_arch(name, sums, path, arch, sums_given):
 
 
 def check_counts(args, size):
-    """Raises UsageError for numbers of images that cannot be divided; size: of processes."""
+    """Raises UsageError or DataError for numbers of images that cannot be divided; size: of processes."""
     if args.batch_size % size:
         raise UsageError(f"argument --batch-size: {args.batch_size} for {size} processes: use a multiple of {size}")
     dataset = DATASETS[args.dataset]
     if dataset.num_train is not None:
-        for name, count, available in (
-                ("--num-val", args.num_val, dataset.num_train),
-                ("--num-label", None if args.split else args.num_label, dataset.num_train - args.num_val)):
-            with about(f"argument {name}: {args.dataset}"):
-                if count:
-                    check_num_label(count, dataset.num_classes, available)
+        if args.num_val:
+            check_num_label("--num-val", args.num_val, dataset.num_classes, dataset.num_train, keep=1)
+        if args.num_label and not args.split:
+            check_num_label("--num-label", args.num_label, dataset.num_classes, dataset.num_train - args.num_val)
 
 
 # The files that a command line names
@@ -204,8 +202,8 @@ def read_named_files(args, named):
 
 @contextmanager
 def about(what):
-    """Makes a UsageError of a DataError or UsageError inside, which first says what it is about, such as a flag."""
+    """Makes a UsageError inside first say what it is about, such as a flag."""
     try:
         yield
-    except (DataError, UsageError) as error:
+    except UsageError as error:
         raise UsageError(f"{what}: {error}") from None
