@@ -3,8 +3,10 @@
 What others may have written is opened only if it is a regular file.  Reading functions raise UsageError, which names the file,
 for one that is missing, damaged or not what a run writes.
 """
+import csv
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -67,6 +69,13 @@ def write_text(path, text):
     """Replaces a file by a text, atomically."""
     with replacing(path) as file:
         file.write(text.encode(errors="surrogateescape"))
+
+
+def csv_text(rows):
+    """Returns rows of values as the text of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def write_json(path, content):

@@ -18,6 +18,7 @@ from utils.errors import UsageError, printable
 from utils.meters import duration, error_rates
 
 EVENTS = ".metasemi"        # how the names of our TensorBoard files end: other programs keep theirs in the same folder
+STEP_OF_LINE = re.compile(r'(?:\{"step": |\S+ \S+  step )(\d{1,15})[,/]')        # in metrics.jsonl, or in log.txt
 
 
 class RunFolder:
@@ -79,8 +80,8 @@ class RunFolder:
             files.link(self.checkpoint, self.path / files.CHECKPOINT)
         if self.checkpoint and state.is_best():                         # a kill may have kept `save` from saying so
             files.link(self.checkpoint, self.path / files.BEST)
-        truncate_after(state.step, self.path / files.METRICS, r'\{"step": (\d{1,15}), ', others=False)
-        truncate_after(state.step, self.path / files.LOG, r"\S+ \S+  step (\d{1,15})/", others=True)
+        for name in (files.METRICS, files.LOG):
+            truncate_after(state.step, self.path / name)
         indices = "".join(f"{index}\n" for index in labeled)
         files.write_text(self.path / files.INDICES, indices)
         files.write_json(self.path / files.SPLIT, {
@@ -108,7 +109,7 @@ class RunFolder:
         if file.error and not failed_before:
             self.print(f"{file.path} cannot be written ({file.error}): its lines are kept in memory until it can")
 
-    def save(self, state, seconds, device, last=True):
+    def save(self, state, seconds, last=True):
         """Saves the state of the run, and as the best one too if it is that.
 
         seconds: that the run has taken.  A failure is a warning, and OSError if it is the last save.  Raises Diverged or
@@ -117,7 +118,7 @@ class RunFolder:
         state.check_finite()
         self.world.check_replicas(state.model.state_dict(), state.step)
         state.seconds = seconds
-        state.rng = self.world.all_gather_object(get_random_state(device))
+        state.rng = self.world.all_gather_object(get_random_state(state.device))
         if not self.writes:
             return
         try:
@@ -188,15 +189,15 @@ def event_writer(path, step):
     return SummaryWriter(f"run:{path}", purge_step=step + 1 if step else None, filename_suffix=EVENTS)
 
 
-def truncate_after(step, path, pattern, others):
-    """Removes from a file of lines those of later steps, and a last one that was not written to its end.
+def truncate_after(step, path):
+    """Removes the lines of later steps from a log or metrics.jsonl, and a last one that was not written to its end."""
+    def kept(line):
+        found = STEP_OF_LINE.match(line)
+        return line.endswith("\n") and (found is None or int(found[1]) <= step)
 
-    pattern: whose group in a line is its step.  others: whether lines without a step stay.
-    """
     if path.exists():
         with open(path, encoding="utf-8", errors="replace") as file:
-            lines = [(re.match(pattern, line), line) for line in file if line.endswith("\n")]
-        files.write_text(path, "".join(line for found, line in lines if (int(found[1]) <= step if found else others)))
+            files.write_text(path, "".join(filter(kept, file)))
 
 
 def git_commit():

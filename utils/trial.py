@@ -63,9 +63,11 @@ def seed(number):
 
 @contextmanager
 def told(name, what, remedy=""):
-    """Makes one line of whatever is raised inside, a NetworkError: `what` failed, where, and the remedy."""
+    """Makes a NetworkError of whatever else is raised inside: `what` failed, where, and the remedy."""
     try:
         yield
+    except NetworkError:
+        raise
     except (Exception, SystemExit) as error:
         remedy = ": take a larger --batch-size" if "1 value per channel" in str(error) else remedy
         raise NetworkError(f"{name} fails {what}: {where(error, name)}{remedy}") from None
@@ -105,12 +107,11 @@ def check_method(name, model, x_l, y_l, x_u, options):
                 metasemi.check_model(model, x_l, y_l, x_u, **options)
             else:
                 check_passes(model, x_l)
-            return
         except ValueError as error:
             if place_in(error, name):
                 raise
             said = re.sub("method='([a-z-]+)'$", r"--meta-gradient \1", str(error))
-    raise NetworkError(f"{name}: {said}")
+            raise NetworkError(f"{name}: {said}") from None
 
 
 def check_training(name, model, fresh, x_l, y_l, x_u, dtype, options):
