@@ -64,47 +64,37 @@ def check_finite(logits):
     return logits
 
 
-class Evaluator:
-    """Measures a run in its course: each process of a world a shard of every set, and all get the same answers."""
+def measure_sets(state, images, dtype, world, stop, *names):
+    """Returns accuracies in [0, 1] by tag, such as "test/accuracy" and "test/top5"; None if `stop()` became true on the way.
 
-    def __init__(self, state, images, dtype, world):
-        """images: as `load_dataset` returns them.  dtype: for autocast, or None."""
-        self.state, self.images, self.dtype, self.world = state, images, dtype, world
+    Each process of a world measures a shard of every set, and all get the same answers.  Nothing is augmented.
+    names: of sets, "test", "validation" and "labeled"; an empty one has no tag.
 
-    def evaluate(self, stop):
-        """Returns accuracies in [0, 1] by tag, such as "test/accuracy" and "test/top5"; None if `stop()` became true.
-
-        With --num-val also those of the validation images.
-        """
-        scalars = {}
-        for name in ("test", "validation") if len(self.state.validation) else ("test",):
-            measured = self.measure(name, stop)
-            if measured is None:
-                return None
-            scalars |= {f"{name}/{key}": value for key, value in measured.items()}
-        return scalars
-
-    def measure(self, name, stop):
-        """Returns what `evaluate` does of the "test", "validation" or "labeled" images, without augmentation.
-
-        An error of the network or its logits names the step.
-        """
-        state, images = self.state, self.images
+    Raises Diverged, which names the step, as `evaluate` does, and RunFailure if the network or the images fail.
+    """
+    scalars = {}
+    for name in names:
         x, y = images.test_images, images.test_labels
         if name != "test":
             x, y = (values[getattr(state, name)] for values in (images.train_images, images.train_labels))
-        batches = normalized_batches(self.world.shard(x), self.world.shard(y), images.mean, images.std, state.device)
+        if len(y) == 0:
+            continue
+        batches = normalized_batches(world.shard(x), world.shard(y), images.mean, images.std, state.device)
         try:
             with network_failures(state.args["arch"], state.step):
-                return evaluate(state.model, batches, self.dtype, stop, self.world.all_reduce_numbers)
+                measured = evaluate(state.model, batches, dtype, stop, world.all_reduce_numbers)
         except Diverged as error:
             raise Diverged(f"{error} at step {state.step}") from None
         except (DataError, OSError) as error:
             raise RunFailure(error) from None
+        if measured is None:
+            return None
+        scalars |= {f"{name}/{key}": value for key, value in measured.items()}
+    return scalars
 
 
 def describe_accuracies(scalars):
-    """Returns what `Evaluator.evaluate` measured, in words."""
+    """Returns what `measure_sets` measured, in words."""
     return "  ".join(f"{tag.replace('/accuracy', '').replace('/top5', ' top-5')} error {100 * (1 - value):.2f} %"
                      for tag, value in scalars.items())
 

@@ -10,8 +10,6 @@ from datasets.table import UNLABELED
 from metasemi.step import accuracy
 from utils.errors import Diverged
 
-FIRST_SIGN = 5          # seconds of training before the first word about its speed
-
 
 class Meter:
     """Means of training scalars since the last `read`, summed on the device: only `read` and `check` wait for it.
@@ -72,7 +70,6 @@ class Timer:
         self.step, self.last = step, time.perf_counter()
         self.start = self.last - seconds
         self.pause = 0.0                # the seconds of the last evaluation, with its save
-        self.silent = True              # whether nothing was said of the speed yet
 
     def seconds(self):
         """Returns the seconds of the run so far."""
@@ -86,24 +83,12 @@ class Timer:
         self.pause = time.perf_counter() - start
         self.last += self.pause
 
-    def rate(self, step):
-        """Returns the steps per second of training since the last call."""
+    def speed(self, step, total_steps, test_freq):
+        """Returns the seconds of a step of training since the last call, and of all that is left, evaluations included."""
         now = time.perf_counter()
-        rate = (step - self.step) / max(now - self.last, 1e-9)          # a clock may stand still
-        self.step, self.last, self.silent = step, now, False
-        return rate
-
-    def left(self, rate, steps, test_freq):
-        """Returns the seconds that some steps take at a rate, with an evaluation every `test_freq` of them."""
-        return steps * (1 / rate + self.pause / test_freq)
-
-    def first_sign(self, step, total_steps):
-        """Returns the speed and the time left in words, once training has gone on for some seconds without any; else None."""
-        seconds = time.perf_counter() - self.last
-        if not self.silent or seconds < FIRST_SIGN:
-            return None
-        self.silent, rate = False, (step - self.step) / seconds
-        return f"{rate:.3g} steps/s, {duration((total_steps - step) / rate)} left without evaluations"
+        seconds = max(now - self.last, 1e-9) / (step - self.step)       # a clock may stand still
+        self.step, self.last = step, now
+        return seconds, (total_steps - step) * (seconds + self.pause / test_freq)
 
 
 def all_finite(tensors):

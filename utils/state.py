@@ -78,7 +78,7 @@ class RunState:
         return []
 
     def add_evaluation(self, scalars):
-        """Keeps accuracies, as `Evaluator.evaluate` returns them."""
+        """Keeps accuracies, as `evaluation.measure_sets` returns them."""
         self.evaluations.append({"step": self.step} | {tag.removesuffix("/accuracy").replace("/", "_"): value
                                                        for tag, value in scalars.items()})
 
