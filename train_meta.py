@@ -113,7 +113,7 @@ def train(args, files, device, interrupt, world):
         if stop:
             folder.print(f"stopped by a signal at step {state.step}/{args.total_steps}; --resume continues")
         else:
-            folder.finish(state, accuracies["labeled/accuracy"])
+            folder.finish(accuracies["labeled/accuracy"])
     world.leave()
     return exit_code(stop.signal) if stop else 0
 
@@ -137,7 +137,7 @@ def take_steps(args, state, batches, measure, folder, interrupt, dtype, world):
         if stop := world.agree_to_stop(interrupt.received, fault):
             if state.step:
                 meter.check()
-                folder.save(state, timer.seconds())
+                folder.save(timer.seconds())
             return stop
         alpha, beta, weight = schedule(args, step)
         with network_failures(args.arch, step):
@@ -150,7 +150,7 @@ def take_steps(args, state, batches, measure, folder, interrupt, dtype, world):
         if step % args.print_freq == 0 or step == args.total_steps:
             means = meter.read(world.all_reduce_mean)           # waits for the device
             seconds, left = timer.speed(step, args.total_steps, args.test_freq)
-            folder.log_means(step, args.total_steps, alpha, means, images_per_step / seconds, left)
+            folder.log_means(alpha, means, images_per_step / seconds, left)
         if state.needs_evaluation():
             meter.check()
             evaluate_and_save(state, folder, measure, timer)
@@ -169,15 +169,12 @@ def schedule(args, step):
 
 def evaluate_and_save(state, folder, measure, timer):
     """Measures the run and saves it; a signal leaves the measuring out."""
-    from utils.evaluation import describe_accuracies
-
     with timer.paused():
         scalars = measure("test", "validation")
         if scalars is not None:
             state.add_evaluation(scalars)
-            folder.record(state.step, scalars)
-            folder.print(f"step {state.step}/{state.args['total_steps']}  {describe_accuracies(scalars)}")
-        folder.save(state, timer.seconds(), last=scalars is None or state.step == state.args["total_steps"])
+            folder.log_accuracies(scalars)
+        folder.save(timer.seconds(), last=scalars is None or state.step == state.args["total_steps"])
 
 
 if __name__ == "__main__":

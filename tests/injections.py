@@ -372,7 +372,7 @@ def every_failure_ends():
     from utils import run_folder
 
     save = run_folder.RunFolder.save
-    run_folder.RunFolder.save = lambda self, state, seconds, last: save(self, state, seconds)
+    run_folder.RunFolder.save = lambda self, seconds, last: save(self, seconds)
 
 
 # F6, F23: signals

@@ -69,11 +69,10 @@ def parse_milestones(texts):
     """
     text = texts if isinstance(texts, str) else " ".join(map(str, texts))
     body = text.strip().removeprefix("[").removesuffix("]").strip()
-    if not re.fullmatch(r"([0-9]{1,15}(\s*,\s*|\s+))*([0-9]{1,15})?", body, re.ASCII):
-        raise ValueError(f"{text[:80]!r} is not a list of steps: write \"[300000, 350000]\" or 300000,350000")
-    steps = [int(part) for part in re.findall("[0-9]+", body)]
-    if any(step == 0 for step in steps) or steps != sorted(set(steps)):
-        raise ValueError(f"{text[:80]!r} is not ascending from at least 1: write \"[300000, 350000]\"")
+    is_list = re.fullmatch(r"([0-9]{1,15}(\s*,\s*|\s+))*([0-9]{1,15})?", body, re.ASCII)
+    steps = [int(part) for part in re.findall("[0-9]+", body)] if is_list else [0]
+    if 0 in steps or steps != sorted(set(steps)):
+        raise ValueError(f"{text[:80]!r} is no list of steps, ascending from 1 up: write \"[300000, 350000]\" or 300000,350000")
     return steps
 
 

@@ -93,12 +93,6 @@ def measure_sets(state, images, dtype, world, stop, *names):
     return scalars
 
 
-def describe_accuracies(scalars):
-    """Returns what `measure_sets` measured, in words."""
-    return "  ".join(f"{tag.replace('/accuracy', '').replace('/top5', ' top-5')} error {100 * (1 - value):.2f} %"
-                     for tag, value in scalars.items())
-
-
 def evaluate_file(args, sums):
     """Prints what the checkpoint or state dict args.evaluate achieves; writes args.predictions, if given.  Returns 0.
 
@@ -129,8 +123,7 @@ def evaluate_file(args, sums):
         lines.append(f"{args.predictions}: {len(predicted):,} predictions")
     print("\n".join(map(printable, lines)))
     if UNLABELED not in images.test_labels:
-        for part in report(images.test_labels, predicted, list(map(printable, images.class_names))):
-            print(part)
+        print("\n".join(report(images.test_labels, predicted, list(map(printable, images.class_names)))))
     return 0
 
 

@@ -31,7 +31,7 @@ class RunFolder:
     def __init__(self, path, world, overwrite=False):
         self.path, self.world, self.writes, self.overwrite = Path(path), world, world.rank == 0, overwrite
         self.lock_file = self.log_file = self.metrics = self.events = None
-        self.checkpoint, self.bar = None, tqdm(disable=True)
+        self.state, self.checkpoint, self.bar = None, None, tqdm(disable=True)
 
     def open(self, resume):
         """Returns the checkpoint to continue from, where it is from, and whether the run is finished; (None, None, False) for
@@ -57,6 +57,7 @@ class RunFolder:
         A run from step 0 first removes the files of an older one, by name; no file of another program is touched.
         Raises UsageError if another process has left a run here by now.
         """
+        self.state = state
         if not self.writes:
             return
         if self.lock_file is None:
@@ -109,12 +110,13 @@ class RunFolder:
         if file.error and not failed_before:
             self.print(f"{file.path} cannot be written ({file.error}): its lines are kept in memory until it can")
 
-    def save(self, state, seconds, last=True):
-        """Saves the state of the run, and as the best one too if it is that.
+    def save(self, seconds, last=True):
+        """Saves the state, and as the best one too if it is that.
 
         seconds: that the run has taken.  A failure is a warning, and OSError if it is the last save.  Raises Diverged or
         RunFailure, and saves nothing, unless the weights are finite and the same in all processes.
         """
+        state = self.state
         state.check_finite()
         self.world.check_replicas(state.model.state_dict(), state.step)
         state.seconds = seconds
@@ -135,29 +137,36 @@ class RunFolder:
             self.print(f"step {state.step} could not be saved ({error}): training goes on; "
                        + checkpoint.describe_last(self.path))
 
-    def record(self, step, scalars):
-        """Writes tag -> value at a step to metrics.jsonl and TensorBoard."""
+    def log(self, scalars, words):
+        """Writes tag -> value to metrics.jsonl and TensorBoard, and words about them to the log, at the step of the state."""
         if not self.writes:
             return
+        step = self.state.step
         self.append(self.metrics, json.dumps({"step": step, **scalars}) + "\n")
         for tag, value in scalars.items():
             self.events.add_scalar(tag, value, step)
+        self.print("  ".join([f"step {step}/{self.state.args['total_steps']}", *words]))
 
-    def log_means(self, step, total_steps, alpha, means, rate, left):
+    def log_means(self, alpha, means, rate, left):
         """Writes training means; rate: images per second of training, left: seconds to the end, evaluations included."""
-        self.record(step, {f"train/{name}": value for name, value in means.items()} | {"train/lr": alpha})
-        values = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-        self.print(f"step {step}/{total_steps}  {values}  lr {alpha:.4g}  {rate:.0f} images/s  {duration(left)} left")
+        means = means | {"lr": alpha}
+        self.log({f"train/{name}": value for name, value in means.items()},
+                 [*(f"{name} {value:.4g}" for name, value in means.items()), f"{rate:.0f} images/s", f"{duration(left)} left"])
 
-    def finish(self, state, labeled):
+    def log_accuracies(self, scalars):
+        """Writes accuracies, as `evaluation.measure_sets` returns them; the log has the errors."""
+        self.log(scalars, [f"{tag.replace('/accuracy', '').replace('/top5', ' top-5')} error {100 * (1 - value):.2f} %"
+                           for tag, value in scalars.items()])
+
+    def finish(self, labeled):
         """Writes results.json and prints the error rates under every selection rule.
 
         labeled: accuracy in [0, 1] on the run's own labeled images, without augmentation.
         """
         if not self.writes:
             return
-        count, labeled_error = len(state.evaluations), round(100 * (1 - labeled), 4)
-        rates, top5 = error_rates(state.evaluations), error_rates(state.evaluations, "test_top5")
+        state, labeled_error = self.state, round(100 * (1 - labeled), 4)
+        count, rates, top5 = len(state.evaluations), error_rates(state.evaluations), error_rates(state.evaluations, "test_top5")
         files.write_json(self.path / files.RESULTS, {
             "error_rate": rates, **({"top5_error_rate": top5} if top5 else {}), "labeled_error_rate": labeled_error,
             "evaluations": count, "median_of": min(20, count), "steps": state.step, "seconds": round(state.seconds, 1),

@@ -21,15 +21,10 @@ from utils.errors import Diverged, RunFailure, UsageError, is_out_of_memory
 
 def try_network(name, num_classes, image_size, device, dtype=None, method=None, consistency="mse", epsilon=1e-2, batch=4,
                 trains=True):
-    """Tries a network on a few random images; networks of this repository only with a batch of one image.
+    """Tries a network on `batch` random images; networks of this repository only with one.  Returns warnings, a list of lines.
 
-    Args:
-        device, dtype: where it is to run, and the type for autocast or None.
-        method, consistency, epsilon: of the meta-gradient, as in `metasemi.training_step`; a method of None: no meta step.
-        batch: how many images, those of a step if that has fewer than four.
-        trains: whether it is to be trained; if not, it is only to give logits.
-
-    Returns warnings, a list of lines.
+    dtype: for autocast, or None.  method: of the meta-gradient; None: no meta step.  trains: whether it is to be trained; if
+    not, it is only to give logits.
 
     Raises NetworkError if forward(x) does not give logits (B, K) in both modes or changes x, if `metasemi.check_model` finds
     the meta-gradient wrong, or if a fresh network with the weights of a trained one does not do the same.
