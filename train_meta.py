@@ -151,6 +151,8 @@ def take_steps(args, state, batches, measure, folder, interrupt, dtype, world):
             means = meter.read(world.all_reduce_mean)           # waits for the device
             seconds, left = timer.speed(step, args.total_steps, args.test_freq)
             folder.log_means(alpha, means, images_per_step / seconds, left)
+        elif sign := timer.first_sign(step, args.total_steps):
+            folder.print(f"step {step}/{args.total_steps}  {sign}")
         if state.needs_evaluation():
             meter.check()
             evaluate_and_save(state, folder, measure, timer)

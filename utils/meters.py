@@ -10,6 +10,8 @@ from datasets.table import UNLABELED
 from metasemi.step import accuracy
 from utils.errors import Diverged
 
+FIRST_SIGN = 5          # seconds of training before the first word about its speed
+
 
 class Meter:
     """Means of training scalars since the last `read`, summed on the device: only `read` and `check` wait for it.
@@ -70,6 +72,7 @@ class Timer:
         self.step, self.last = step, time.perf_counter()
         self.start = self.last - seconds
         self.pause = 0.0                # the seconds of the last evaluation, with its save
+        self.silent = True              # whether nothing was said of the speed yet
 
     def seconds(self):
         """Returns the seconds of the run so far."""
@@ -87,8 +90,16 @@ class Timer:
         """Returns the seconds of a step of training since the last call, and of all that is left, evaluations included."""
         now = time.perf_counter()
         seconds = max(now - self.last, 1e-9) / (step - self.step)       # a clock may stand still
-        self.step, self.last = step, now
+        self.step, self.last, self.silent = step, now, False
         return seconds, (total_steps - step) * (seconds + self.pause / test_freq)
+
+    def first_sign(self, step, total_steps):
+        """Returns the speed and the time left in words, once training has gone on for some seconds without any; else None."""
+        seconds = time.perf_counter() - self.last
+        if not self.silent or seconds < FIRST_SIGN:
+            return None
+        self.silent, rate = False, (step - self.step) / seconds
+        return f"{rate:.3g} steps/s, {duration((total_steps - step) / rate)} left without evaluations"
 
 
 def all_finite(tensors):
