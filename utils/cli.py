@@ -43,7 +43,6 @@ def number(kind, **bounds):
     """
     if kind is int:
         bounds.setdefault("high", MOST)
-    noun = "a whole number" if kind is int else "a number"
     rule = " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items())
 
     def parse(text):
@@ -51,7 +50,7 @@ def number(kind, **bounds):
             value = kind(text)
             if all(BOUNDS[name][1](value, bound) for name, bound in bounds.items()) and math.isfinite(value):
                 return value
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {noun} that is {rule}: give one")
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a {'whole ' * (kind is int)}number that is {rule}: give one")
     return parse
 
 

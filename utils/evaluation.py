@@ -44,10 +44,7 @@ def evaluate(model, batches, dtype=None, stop=lambda: False, all_reduce_sum=lamb
 
 
 def predict(model, batches, dtype=None):
-    """Returns predicted classes (N,) int64 and probabilities (N, K) float32, on the CPU, over the batches (x, y).
-
-    With the same batches as in `evaluate` the same predictions.  Raises Diverged as it does.
-    """
+    """Returns predicted classes (N,) int64 and probabilities (N, K) float32, on the CPU; batches, Diverged: as `evaluate`."""
     predicted, probabilities = [], []
     model.eval()
     for x, _ in batches:

@@ -89,7 +89,7 @@ class RunFolder:
             "sha256": hashlib.sha256(indices.encode()).hexdigest(), "dataset": state.args["dataset"],
             "labels_sha256": state.data["training labels"], "num_label": len(labeled), "seed": state.args["seed"],
             "validation": state.validation.tolist()})
-        self.log_file, self.metrics = files.Appender(self.path / files.LOG), files.Appender(self.path / files.METRICS)
+        self.log_file, self.metrics = (files.Appender(self.path / name, self.print) for name in (files.LOG, files.METRICS))
         self.events = event_writer(self.path, state.step)
         self.bar = tqdm(initial=state.step, total=state.args["total_steps"], unit="step", disable=None, dynamic_ncols=True)
 
@@ -97,18 +97,12 @@ class RunFolder:
         """Writes one line each to log.txt and to standard output, above the progress bar if there is one."""
         for message in map(printable, messages if self.writes else ()):
             if self.log_file:
-                self.append(self.log_file, f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
+                self.log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
             try:
                 tqdm.write(message)
                 sys.stdout.flush()
             except OSError:             # nobody reads any more; the run goes on
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-    def append(self, file, text):
-        failed_before = file.error
-        file.write(text)
-        if file.error and not failed_before:
-            self.print(f"{file.path} cannot be written ({file.error}): its lines are kept in memory until it can")
 
     def save(self, seconds, last=True):
         """Saves the state, and as the best one too if it is that.
@@ -142,7 +136,7 @@ class RunFolder:
         if not self.writes:
             return
         step = self.state.step
-        self.append(self.metrics, json.dumps({"step": step, **scalars}) + "\n")
+        self.metrics.write(json.dumps({"step": step, **scalars}) + "\n")
         for tag, value in scalars.items():
             self.events.add_scalar(tag, value, step)
         self.print("  ".join([f"step {step}/{self.state.args['total_steps']}", *words]))

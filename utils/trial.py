@@ -5,7 +5,7 @@ A trial has instances of its own.  It leaves random states as they were, and kee
 import io
 import random
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -31,21 +31,19 @@ def try_network(name, num_classes, image_size, device, dtype=None, method=None, 
     """
     if not is_custom(name) and batch > 1:
         return []
-    kept = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
-            seed(1)
-            x_l, x_u = torch.randn(2, batch, 3, image_size, image_size, device=device)
-            y_l = torch.arange(batch, device=device) % num_classes
-            model = build_model(name, num_classes, device)
-            warnings = check_answers(name, model, x_l, num_classes, dtype)
-            if is_custom(name) and trains:
-                options = {"method": method, "consistency": consistency, "epsilon": epsilon}
-                check_method(name, model, x_l, y_l, x_u, options)
-                warnings += check_training(name, model, build_model(name, num_classes, device), x_l, y_l, x_u, dtype, options)
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
+    with ExitStack() as afterwards:
+        afterwards.callback(random.setstate, random.getstate())
+        afterwards.callback(np.random.set_state, np.random.get_state())
+        afterwards.enter_context(torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type))
+        seed(1)
+        x_l, x_u = torch.randn(2, batch, 3, image_size, image_size, device=device)
+        y_l = torch.arange(batch, device=device) % num_classes
+        model = build_model(name, num_classes, device)
+        warnings = check_answers(name, model, x_l, num_classes, dtype)
+        if is_custom(name) and trains:
+            options = {"method": method, "consistency": consistency, "epsilon": epsilon}
+            check_method(name, model, x_l, y_l, x_u, options)
+            warnings += check_training(name, model, build_model(name, num_classes, device), x_l, y_l, x_u, dtype, options)
     return warnings
 
 
@@ -114,18 +112,15 @@ def check_training(name, model, fresh, x_l, y_l, x_u, dtype, options):
 
     Raises NetworkError unless that works and the two then give the same logits.
     """
-    def numbers():
-        return random.random(), np.random.random()
-
-    seed(3)
-    untouched, file = numbers(), io.BytesIO()
     seed(3)
     with told(name, "in a step of training", ": take --precision float32" if dtype else ""):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
         for _ in range(2):
             metasemi.training_step(model, optimizer, x_l, y_l, x_u, alpha=0.01, beta=0.01, dtype=dtype,
                                    meta=options["method"] is not None, **options)
-    warnings = [] if numbers() == untouched else [
+    after, file = (random.random(), np.random.random()), io.BytesIO()
+    seed(3)
+    warnings = [] if after == (random.random(), np.random.random()) else [
         f"warning: {name} draws random numbers from Python or NumPy: a resumed run continues with those of torch alone"]
     with told(name, "when it is saved and loaded"):
         torch.save(model.state_dict(), file)
