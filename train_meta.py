@@ -68,7 +68,7 @@ def train(args, files, device, interrupt, world):
     dtype = set_precision(args.precision, device)
 
     # The run so far, if there is one.  Nothing is written before every check has passed.
-    folder = RunFolder(args.save_path, world, args.overwrite)
+    folder = RunFolder(args.save_path, world)
     saved, where, finished = world.broadcast_object(folder.open(args.resume))
     if saved is not None:
         check_same_flags(args, files.sums, saved["args"], saved["files"], saved["step"])
@@ -95,7 +95,7 @@ def train(args, files, device, interrupt, world):
     state.sessions.append({"from_step": state.step, "commit": git_commit(), **versions(),
                            **fingerprint(device, args.precision, world.size)})
     not_restored = state.set_random_state(world)
-    folder.start(state)
+    folder.start(state, args.overwrite)
     folder.print(*describe_run(args, state, images, unlabeled, warned))
     if saved is not None:
         folder.print(*describe_resumption(state, where), *not_restored)

@@ -25,13 +25,12 @@ class RunFolder:
     """One run's folder, locked against a second process from `open` or `start` until `close`.
 
     world: the processes of the run, of which the first alone writes; in the others every method does nothing.
-    overwrite: `start` removes the run that is in the folder.
     """
 
-    def __init__(self, path, world, overwrite=False):
-        self.path, self.world, self.writes, self.overwrite = Path(path), world, world.rank == 0, overwrite
-        self.lock_file = self.log_file = self.metrics = self.events = None
-        self.state, self.checkpoint, self.bar = None, None, tqdm(disable=True)
+    def __init__(self, path, world):
+        self.path, self.world, self.writes = Path(path), world, world.rank == 0
+        self.state = self.checkpoint = self.lock_file = self.log_file = self.metrics = self.events = None
+        self.bar = tqdm(disable=True)
 
     def open(self, resume):
         """Returns the checkpoint to continue from, where it is from, and whether the run is finished; (None, None, False) for
@@ -50,12 +49,11 @@ class RunFolder:
             finished = saved is not None and (results["steps"], results["args"]) == (saved["step"], saved["args"])
         return saved, where, finished
 
-    def start(self, state):
-        """Writes what the run is and opens its records, with everything after the step of the state taken out of them, and on a
-        terminal a progress bar.
+    def start(self, state, overwrite):
+        """Writes what the run is, and opens its records, without what came after the step of the state, and a progress bar.
 
-        A run from step 0 first removes the files of an older one, by name; no file of another program is touched.
-        Raises UsageError if another process has left a run here by now.
+        A run from step 0, or one that may overwrite, first removes the files of an older one, by name; no file of another
+        program is touched.  Raises UsageError if another process has left a run here by now.
         """
         self.state = state
         if not self.writes:
@@ -64,7 +62,7 @@ class RunFolder:
             self.lock_file = files.lock(self.path, self.print)
             if files.holds_run(self.path):
                 raise UsageError(f"argument --save-path: {self.path} holds a run that began after this command: give another")
-        clear = state.step == 0 or self.overwrite
+        clear = state.step == 0 or overwrite
         labeled = state.labeled.tolist()
         if not clear and (self.path / files.INDICES).exists() and files.read_split(self.path / files.INDICES) != labeled:
             raise UsageError(f"{self.path / files.INDICES} is not the split that the checkpoint was trained on: restore it "

@@ -55,7 +55,7 @@ def seed(number):
 
 
 @contextmanager
-def told(name, what, remedy=""):
+def network_errors(name, what, remedy=""):
     """Makes a NetworkError of whatever else is raised inside: `what` failed, where, and the remedy."""
     try:
         yield
@@ -78,7 +78,7 @@ def check_answers(name, model, images, num_classes, dtype):
     warnings = []
     for mode in ("evaluation", "training"):
         x = images.clone()
-        with told(name, f"in {mode} mode on images {tuple(x.shape)}"):
+        with network_errors(name, f"in {mode} mode on images {tuple(x.shape)}"):
             logits = logits_of(model.train(mode == "training"), x, dtype)
         if logits.shape[1] != num_classes:
             raise NetworkError(f"{name} gives {logits.shape[1]} logits for an image: expected one for each of {num_classes} "
@@ -94,7 +94,7 @@ def check_answers(name, model, images, num_classes, dtype):
 
 def check_method(name, model, x_l, y_l, x_u, options):
     """Raises NetworkError unless the meta-gradient of a model is right, or without a method its passes in evaluation mode."""
-    with told(name, "in the check of its meta-gradient"):
+    with network_errors(name, "in the check of its meta-gradient"):
         try:
             if options["method"]:
                 metasemi.check_model(model, x_l, y_l, x_u, **options)
@@ -113,7 +113,7 @@ def check_training(name, model, fresh, x_l, y_l, x_u, dtype, options):
     Raises NetworkError unless that works and the two then give the same logits.
     """
     seed(3)
-    with told(name, "in a step of training", ": take --precision float32" if dtype else ""):
+    with network_errors(name, "in a step of training", ": take --precision float32" if dtype else ""):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
         for _ in range(2):
             metasemi.training_step(model, optimizer, x_l, y_l, x_u, alpha=0.01, beta=0.01, dtype=dtype,
@@ -122,7 +122,7 @@ def check_training(name, model, fresh, x_l, y_l, x_u, dtype, options):
     seed(3)
     warnings = [] if after == (random.random(), np.random.random()) else [
         f"warning: {name} draws random numbers from Python or NumPy: a resumed run continues with those of torch alone"]
-    with told(name, "when it is saved and loaded"):
+    with network_errors(name, "when it is saved and loaded"):
         torch.save(model.state_dict(), file)
         weights = torch.load(io.BytesIO(file.getvalue()), map_location=x_l.device, weights_only=True)
     if odd := [key for key, value in weights.items() if not isinstance(value, torch.Tensor)]:
@@ -134,7 +134,7 @@ def check_training(name, model, fresh, x_l, y_l, x_u, dtype, options):
                            "buffers in __init__, in their final shapes") from None
     for mode in ("evaluation", "training"):
         answers = []
-        with told(name, f"in {mode} mode once it was saved and loaded"):
+        with network_errors(name, f"in {mode} mode once it was saved and loaded"):
             for network in (model, fresh):
                 seed(4)             # not as before the first pass: what the model drew there is to be something else now
                 answers.append(logits_of(network.train(mode == "training"), x_u, dtype))
