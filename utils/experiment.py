@@ -94,11 +94,11 @@ def check_same_processes(world, args, sums, data, **split):
 
 # The flags of a command, resolved against the run that it continues
 
-def resolve_flags(argv=None, fail=fail):
+def resolve_flags(argv=None):
     """Returns the flags of train_meta.py, and the set of the names of those on the command line.
 
     With --resume, the others are those of the run that it continues; with --evaluate, None where the checkpoint answers.
-    fail: a function as `errors.fail`, which ends the program with code 2 for a contradiction.
+    A contradiction ends the program with code 2.
     """
     parser, given = parse_given(argv, fail)
     named = vars(given)
@@ -166,13 +166,13 @@ def check_counts(args, size):
     if args.batch_size % size:
         raise UsageError(f"argument --batch-size: {args.batch_size} for {size} processes: use a multiple of {size}")
     dataset = DATASETS[args.dataset]
-    if dataset.num_train is not None:
-        for name, count, available in (
-                ("--num-val", args.num_val, dataset.num_train),
-                ("--num-label", None if args.split else args.num_label, dataset.num_train - args.num_val)):
-            with about(f"argument {name}: {args.dataset}"):
-                if count:
-                    check_num_label(count, dataset.num_classes, available)
+    if dataset.num_train is None:
+        return
+    for name, count, available in (("--num-val", args.num_val, dataset.num_train),
+                                   ("--num-label", not args.split and args.num_label, dataset.num_train - args.num_val)):
+        with about(f"argument {name}: {args.dataset}"):
+            if count:
+                check_num_label(count, dataset.num_classes, available)
 
 
 # The files that a command line names
