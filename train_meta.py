@@ -8,7 +8,7 @@ from functools import partial
 from datasets import check_root
 from utils import cli
 from utils.distributed import World
-from utils.errors import RunFailure, UsageError, one_line_errors, printable
+from utils.errors import RunFailure, UsageError, one_line_errors
 from utils.experiment import check_same_flags, read_named_files, resolve_flags, versions
 from utils.files import check_evaluation_paths, check_paths
 from utils.interrupt import Interrupt, Stopped, exit_code
@@ -59,7 +59,7 @@ def train(args, files, device, interrupt, world):
 
     from datasets import Batches
     from utils.device import fingerprint, set_precision
-    from utils.evaluation import Evaluator
+    from utils.evaluation import measure_sets
     from utils.run_folder import RunFolder, git_commit
     from utils.setup import describe_resumption, describe_run, prepare_data, prepare_model
     from utils.state import RunState
@@ -68,7 +68,7 @@ def train(args, files, device, interrupt, world):
     dtype = set_precision(args.precision, device)
 
     # The run so far, if there is one.  Nothing is written before every check has passed.
-    folder = RunFolder(args.save_path, world, args.overwrite)
+    folder = RunFolder(args.save_path, world)
     saved, where, finished = world.broadcast_object(folder.open(args.resume))
     if saved is not None:
         check_same_flags(args, files.sums, saved["args"], saved["files"], saved["step"])
@@ -77,7 +77,7 @@ def train(args, files, device, interrupt, world):
                              f"{saved['step']} already: give more")
         if saved["step"] >= args.total_steps and finished:
             more = "" if args.schedule == "cosine" else "; a larger --total-steps would continue it"
-            folder.print(printable(f"{args.save_path}: finished at step {saved['step']}{more}"))
+            folder.print(f"{args.save_path}: finished at step {saved['step']}{more}")
             world.leave()
             return 0
 
@@ -91,20 +91,20 @@ def train(args, files, device, interrupt, world):
         state.load_state_dict(saved, where)
     batches = Batches(images, labeled, unlabeled, batch_size=args.batch_size, seed=args.seed, device=device,
                       mixup_gamma=args.alpha if args.mix_up else None, rows=world.rows(args.batch_size))
-    evaluator = Evaluator(state, images, device, dtype, world)
+    measure = partial(measure_sets, state, images, dtype, world, interrupt)
     state.sessions.append({"from_step": state.step, "commit": git_commit(), **versions(),
                            **fingerprint(device, args.precision, world.size)})
-    not_restored = state.set_random_state(world, device)
-    folder.start(state)
-    folder.print(*describe_run(args, state, images, unlabeled, device, warned))
+    not_restored = state.set_random_state(world)
+    folder.start(state, args.overwrite)
+    folder.print(*describe_run(args, state, images, unlabeled, warned))
     if saved is not None:
         folder.print(*describe_resumption(state, where), *not_restored)
 
     interrupt.deferred = True           # from here on there is something to save
     with batches, closing(folder):      # also on an error: the thread of tensorboardX would speak at the exit of the program
-        stop = take_steps(args, state, batches, evaluator, folder, interrupt, device, dtype, world)
+        stop = take_steps(args, state, batches, measure, folder, interrupt, dtype, world)
         if not stop:
-            accuracy = evaluator.measure_labeled(interrupt)
+            accuracies = measure("labeled")
             stop = world.agree_to_stop(interrupt.received)
         if stop and stop.fault:
             raise RunFailure(stop.fault)
@@ -113,12 +113,12 @@ def train(args, files, device, interrupt, world):
         if stop:
             folder.print(f"stopped by a signal at step {state.step}/{args.total_steps}; --resume continues")
         else:
-            folder.finish(state, accuracy)
+            folder.finish(accuracies["labeled/accuracy"])
     world.leave()
     return exit_code(stop.signal) if stop else 0
 
 
-def take_steps(args, state, batches, evaluator, folder, interrupt, device, dtype, world):
+def take_steps(args, state, batches, measure, folder, interrupt, dtype, world):
     """Makes the steps from that of the state on.  Returns None, or the Stop that ended them; either way the run is saved."""
     from metasemi import training_step
     from utils.meters import Meter, Timer
@@ -128,16 +128,16 @@ def take_steps(args, state, batches, evaluator, folder, interrupt, device, dtype
                      epsilon=args.epsilon, consistency=args.consistency, dtype=dtype,
                      average=world.all_reduce_mean if world.size > 1 else None)
     images_per_step = args.batch_size * (1 if args.no_meta and not args.mix_up else 2)
-    meter, timer = Meter(), Timer(state.seconds, state.step)
+    meter, timer = Meter(state.step), Timer(state.seconds, state.step)
     if state.needs_evaluation():        # a signal left it out
-        evaluate_and_save(state, folder, evaluator, timer, interrupt, device)
+        evaluate_and_save(state, folder, measure, timer)
 
     for step in range(state.step + 1, args.total_steps + 1):
         batch, fault = batches.read(step)                                               # lines 1, 2, 9
         if stop := world.agree_to_stop(interrupt.received, fault):
             if state.step:
                 meter.check()
-                folder.save(state, timer.seconds(), device)
+                folder.save(timer.seconds())
             return stop
         alpha, beta, weight = schedule(args, step)
         with network_failures(args.arch, step):
@@ -148,15 +148,14 @@ def take_steps(args, state, batches, evaluator, folder, interrupt, device, dtype
         folder.bar.update()
 
         if step % args.print_freq == 0 or step == args.total_steps:
-            meter.check()               # waits for the device
-            rate = timer.rate(step)
-            folder.log_means(step, args.total_steps, alpha, meter.read(world.all_reduce_mean), rate * images_per_step,
-                             timer.left(rate, args.total_steps - step, args.test_freq))
+            means = meter.read(world.all_reduce_mean)           # waits for the device
+            seconds, left = timer.speed(step, args.total_steps, args.test_freq)
+            folder.log_means(alpha, means, images_per_step / seconds, left)
         elif sign := timer.first_sign(step, args.total_steps):
             folder.print(f"step {step}/{args.total_steps}  {sign}")
         if state.needs_evaluation():
             meter.check()
-            evaluate_and_save(state, folder, evaluator, timer, interrupt, device)
+            evaluate_and_save(state, folder, measure, timer)
     return world.agree_to_stop(interrupt.received)
 
 
@@ -170,17 +169,14 @@ def schedule(args, step):
             ramp(step, args.warmup if args.ramp is None else args.ramp, args.weight))
 
 
-def evaluate_and_save(state, folder, evaluator, timer, interrupt, device):
+def evaluate_and_save(state, folder, measure, timer):
     """Measures the run and saves it; a signal leaves the measuring out."""
-    from utils.evaluation import describe_accuracies
-
     with timer.paused():
-        scalars = evaluator.evaluate(interrupt)
+        scalars = measure("test", "validation")
         if scalars is not None:
             state.add_evaluation(scalars)
-            folder.record(state.step, scalars)
-            folder.print(f"step {state.step}/{state.args['total_steps']}  {describe_accuracies(scalars)}")
-        folder.save(state, timer.seconds(), device, last=scalars is None or state.step == state.args["total_steps"])
+            folder.log_accuracies(scalars)
+        folder.save(timer.seconds(), last=scalars is None or state.step == state.args["total_steps"])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 
 from datasets.augment import crop_and_flip, normalize
 from datasets.sampling import IndexStream, crop_and_flip_choices, mixup_weights, resized_crop_choices
-from datasets.streaming import PREFETCH, ImageFiles
+from datasets.streaming import ImageFiles
 from datasets.table import DataError
 
 
@@ -55,7 +55,7 @@ class Batches:
 
     def __call__(self, step):
         if self.on_disk and step != self.next_step:
-            self.decoded = self.images.decode(self.choices(step), PREFETCH * len(self.streams))
+            self.decoded = self.images.decode(self.choices(step))
         self.next_step = None           # an error ends `decoded`
         x_l, y_l = self.draw("labeled", step)
         x_u, y_u = self.draw("unlabeled", step) if "unlabeled" in self.streams else (None, None)
@@ -100,15 +100,19 @@ class Batches:
         return tensor.to(self.device)
 
 
-def ordered_batches(images, batch_size=None):
+def ordered_batches(images, batch_size=None, unreadable=None):
     """Yields indices (B,) and pixels (B, 3, S, S) uint8 of a whole set in order, without augmentation.
 
     images: (N, 3, S, S) uint8, or ImageFiles.  batch_size: by default 1000, and fewer with S above 128.
+    unreadable: as `ImageFiles.decode` takes it.
     """
-    batch_size = batch_size or min(1000, 1000 * 128 ** 2 // images.shape[-1] ** 2)
-    if isinstance(images, ImageFiles):
-        return (tuple(map(torch.from_numpy, pair)) for pair in images.decode_in_order(batch_size))
-    return zip(torch.arange(len(images)).split(batch_size), images.split(batch_size))
+    batch_size = batch_size or max(1, min(1000, 1000 * 128 ** 2 // images.shape[-1] ** 2))
+    if not isinstance(images, ImageFiles):
+        return zip(torch.arange(len(images)).split(batch_size), images.split(batch_size))
+    crop = "center" if images.resized_crop else None            # as evaluation crops it
+    indices = (np.arange(i, min(i + batch_size, len(images))) for i in range(0, len(images), batch_size))
+    items = ((index, [crop] * len(index)) for index in indices)
+    return (tuple(map(torch.from_numpy, pair)) for pair in images.decode(items, unreadable=unreadable))
 
 
 def normalized_batches(images, labels, mean, std, device="cpu", batch_size=None):

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.listing import names_under
 from datasets.streaming import ImageFiles
 from datasets.table import UNLABELED, DataError
 
@@ -55,11 +54,12 @@ class Images(NamedTuple):
     def indices_of(self, names):
         """Returns the indices of training images, ascending, a list; names: "class/file".  Raises DataError for others."""
         index = {"/".join(path.split(os.sep)[-2:]): i for i, path in enumerate(self.train_files[:self.num_train])}
-        if odd := next((name for name in names if name not in index), None):
-            held = any(path.endswith(f"/{odd}") for path in self.test_files)
-            unreadable = any(name.endswith(f"/{odd}") for name in self.left_out)
-            raise DataError(f"argument --split: there is no training image {odd}: " + (
-                "--skip-corrupt left it out" if unreadable else "it is a test image" if held else "write class/file"))
+        for name in names:
+            if name not in index:
+                why = ("--skip-corrupt left it out" if any(file.endswith(f"/{name}") for file in self.left_out)
+                       else "it is a test image" if any(file.endswith(f"/{name}") for file in self.test_files)
+                       else "write class/file")
+                raise DataError(f"argument --split: there is no training image {name}: {why}")
         return sorted(index[name] for name in names)
 
     def describe(self):
@@ -83,13 +83,13 @@ def data_digest(images):
     digest = {"class names": "/".join(images.class_names), "training labels": sha256(images.train_labels),
               "test labels": sha256(images.test_labels)}
     files, count = images.train_files, images.num_train
-    for part, paths in (("training", files[:count]), ("unlabeled", files[count:]), ("test", images.test_files)):
+    for part, paths, pixels in (("training", files[:count], images.train_images), ("unlabeled", files[count:], None),
+                                ("test", images.test_files, images.test_images)):
         if paths:
-            names = "\0".join(names_under(images.root, paths))
+            names = "\0".join(path.removeprefix(f"{images.root}/") for path in paths)
             sizes = [os.path.getsize(path) if os.path.exists(path) else None for path in paths]
             digest |= {f"names of {part} files": hashlib.sha256(os.fsencode(names)).hexdigest(),
                        f"sizes of {part} files": hashlib.sha256(repr(sizes).encode()).hexdigest()}
-    for part, pixels in (("training", images.train_images), ("test", images.test_images)):
         if isinstance(pixels, torch.Tensor):
             digest[f"{part} pixels"] = sha256(pixels)
     return digest

@@ -1,5 +1,4 @@
 """A data set by its name: from files, or scikit-learn's own digits, to uint8 images and their labels."""
-import hashlib
 from importlib import import_module
 from pathlib import Path
 
@@ -40,10 +39,8 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
     check_root(name, root, num_test)
     images = LOADERS[row.loader](name, root, image_size=image_size or row.image_size, num_workers=num_workers, memory=memory,
                                  skip_corrupt=skip_corrupt, left_out=left_out, num_test=num_test, download=download)
-    for split, labels in (("training", images.train_labels), ("test", images.test_labels)):
-        if len(labels) == 0:
-            beside = f" beside {len(images.left_out):,} that cannot be read" * bool(images.left_out)
-            raise DataError(f"{name} under {root}: {split} set: no image{beside}")
+    if len(images.test_labels) == 0:
+        raise DataError(f"{name} under {root}: no test image, and {len(images.left_out):,} that cannot be read: add one")
     untested = [images.class_names[k] for k in np.setdiff1d(np.arange(images.num_classes), images.test_labels)]
     warnings = (f"{len(untested)} of {images.num_classes} classes have no test image: {', '.join(untested)}",) * bool(untested)
     mean, std = map(torch.tensor, (row.mean, row.std)) if row.mean else statistics or measure(images.train_images)
@@ -62,11 +59,6 @@ def measure(images):
     return mean.float(), torch.where(std > 1e-6, std, 1.0).float()
 
 
-def in_memory(train, test, class_names):
-    """Returns Images of two pairs of images (N, 3, S, S) uint8 and labels (N,) int64, arrays or tensors."""
-    return Images(*(torch.from_numpy(np.ascontiguousarray(array)) for array in (*train, *test)), tuple(class_names))
-
-
 def load_digits(*_, **__):
     """Returns 1,797 handwritten digits of 8x8 pixels, resized to 16x16; 5 of every 18 are the 500 test images."""
     from sklearn.datasets import load_digits as load
@@ -78,52 +70,46 @@ def load_digits(*_, **__):
     return Images(images[~test], labels[~test], images[test], labels[test], tuple("0123456789"))
 
 
-def load_cifar(name, root, *, download, **_):
-    train, test = fetch(name, root, download, {"train": True}, {"train": False})
-    return in_memory(*((data.data.transpose(0, 3, 1, 2), np.array(data.targets)) for data in (train, test)), train.classes)
-
-
-def load_svhn(name, root, *, download, **_):
-    train, test = fetch(name, root, download, {"split": "train"}, {"split": "test"})
-    return in_memory(*((data.data, data.labels) for data in (train, test)), "0123456789")
-
-
-def load_stl10(name, root, *, download, image_size, **_):
-    """Returns 5,000 training and 8,000 test images of 96x96 pixels, resized, and 100,000 training images without a class."""
-    train, test = fetch(name, root, download, {"split": "train+unlabeled"}, {"split": "test"})
-    names = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
-    return in_memory(*((resize(data.data, image_size), data.labels.astype(np.int64)) for data in (train, test)), names)
+def load_torchvision(name, root, *, image_size, download, **_):
+    """Returns the images of a data set of torchvision, resized to image_size."""
+    row = DATASETS[name]
+    train, test = parts = fetch(row, root, download)
+    pixels = [resize(part.data if part.data.shape[1] == 3 else part.data.transpose(0, 3, 1, 2), image_size) for part in parts]
+    labels = [torch.from_numpy(np.array(part.labels if hasattr(part, "labels") else part.targets, np.int64)) for part in parts]
+    return Images(pixels[0], labels[0], pixels[1], labels[1], tuple(row.class_names or train.classes))
 
 
 def resize(images, size):
-    """Returns uint8 (N, 3, S, S), an array, as (N, 3, size, size): bilinear and antialiased, as Pillow does it."""
+    """Returns uint8 (N, 3, S, S), an array, as a tensor (N, 3, size, size): bilinear and antialiased, as Pillow does it."""
+    images = torch.from_numpy(images)
     if size == images.shape[-1]:
-        return images
-    chunks = (torch.from_numpy(np.ascontiguousarray(images[i:i + 1000])).float() for i in range(0, len(images), 1000))
-    return torch.cat([F.interpolate(chunk, size=size, mode="bilinear", antialias=True).round().byte() for chunk in chunks])
+        return images.contiguous()
+    return torch.cat([F.interpolate(chunk.contiguous().float(), size=size, mode="bilinear", antialias=True).round().byte()
+                      for chunk in images.split(1000)])
 
 
-def fetch(name, root, download, *splits):
-    """Returns the torchvision data sets of a name, one for the arguments of each split; files that are there need no network.
+def fetch(row, root, download):
+    """Returns the data sets of torchvision for training and test; files that are there need no network.
 
     torchvision checks the MD5 of the files before it reads or replaces them.
     """
-    kind = getattr(import_module("torchvision.datasets"), DATASETS[name].torchvision)
+    library = import_module("torchvision.datasets")
+    kind = getattr(library, row.torchvision)
     try:
-        return [kind(root, download=download, **split) for split in splits]
+        return [kind(root, split, download=download) for split in row.splits]
     except (OSError, RuntimeError) as error:
         if not download:
             raise DataError(f"{kind.__name__} is not under {root}, where the checkpoint says that it was: say where it lies, "
                             "or may be downloaded to, with --data-path") from None
-        files = ([kind.split_list[split["split"]][1:] for split in splits] if hasattr(kind, "split_list")      # SVHN
+        files = ([kind.split_list[split][1:] for split in row.splits] if kind is library.SVHN
                  else kind.train_list + kind.test_list)
         for file, md5 in files:
             path = root / getattr(kind, "base_folder", "") / file
-            if not path.is_file() or hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != md5:
+            if not library.utils.check_integrity(path, md5):
                 fault = "damaged" if path.is_file() else "missing"
                 raise DataError(f"{path} is {fault} and could not be downloaded ({error}): put the file with MD5 {md5} there, "
                                 "or use --dataset digits, which needs no network") from None
         raise DataError(f"{root}: {error}") from None
 
 
-LOADERS = {"cifar": load_cifar, "svhn": load_svhn, "stl10": load_stl10, "digits": load_digits, "folder": load_folder}
+LOADERS = {"torchvision": load_torchvision, "digits": load_digits, "folder": load_folder}

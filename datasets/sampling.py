@@ -2,6 +2,8 @@
 
 The choices are drawn on the host, a few kilobytes a step, so that they are the same on every device.
 """
+from functools import lru_cache
+
 import numpy as np
 
 STREAMS = ("split", "validation", "labeled", "unlabeled", "augment labeled", "augment unlabeled", "mix-up",
@@ -20,19 +22,12 @@ class IndexStream:
     """
 
     def __init__(self, indices, batch_size, seed, stream):
-        self.indices, self.batch_size, self.seed, self.stream = np.asarray(indices), batch_size, seed, stream
-        self.pass_number, self.order = None, None
+        indices, self.batch_size, self.length = np.asarray(indices), batch_size, len(indices)
+        self.permutation = lru_cache(maxsize=1)(lambda number: generator(seed, stream, number).permutation(indices))
 
     def __call__(self, step):
-        positions = np.arange((step - 1) * self.batch_size, step * self.batch_size)
-        passes, places = np.divmod(positions, len(self.indices))
-        return np.concatenate([self.permutation(p)[places[passes == p]] for p in np.unique(passes)])
-
-    def permutation(self, pass_number):
-        if pass_number != self.pass_number:
-            self.pass_number = pass_number
-            self.order = generator(self.seed, self.stream, pass_number).permutation(self.indices)
-        return self.order
+        passes, places = np.divmod(np.arange((step - 1) * self.batch_size, step * self.batch_size), self.length)
+        return np.concatenate([self.permutation(number)[places[passes == number]] for number in np.unique(passes)])
 
 
 def crop_and_flip_choices(count, padding, flip, seed, stream, step):

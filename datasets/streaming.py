@@ -13,7 +13,8 @@ import numpy as np
 from datasets.decoding import decode_files, exit_with_parent
 from datasets.table import DataError
 
-PREFETCH = 3        # training steps, or batches of an evaluation, that are decoded ahead
+PREFETCH = 6        # batches that are decoded ahead
+TASK_SIZE = 16      # files that a worker decodes at a time, at least
 REMEDY = "replace it, or start anew with --skip-corrupt, which leaves it out"
 
 
@@ -52,12 +53,12 @@ class ImageFiles:
     """The images of N files, decoded on demand: indexed by a slice or an array it is the set of those.
 
     workers: `Workers`, which sets may share.  resized_crop: whether images are cropped as ImageNet's are, at random in training
-    and the center in evaluation; else the whole image is resized.  task_size: files that a worker decodes at a time.
+    and the center in evaluation; else the whole image is resized.
     """
 
-    def __init__(self, paths, image_size, workers, resized_crop=False, task_size=16):
+    def __init__(self, paths, image_size, workers, resized_crop=False):
         self.paths, self.image_size, self.workers = np.array(paths, dtype=object), image_size, workers
-        self.resized_crop, self.task_size = resized_crop, task_size
+        self.resized_crop = resized_crop
 
     @property
     def shape(self):
@@ -71,18 +72,20 @@ class ImageFiles:
         subset.paths = self.paths[index]
         return subset
 
-    def decode(self, items, depth=PREFETCH, unreadable=None):
-        """Yields indices (B,) and pixels (B, 3, S, S) uint8 of items (index, crops), while the next `depth` are decoded.
+    def decode(self, items, unreadable=None):
+        """Yields indices (B,) and pixels (B, 3, S, S) uint8 of items (index, crops), while the next ones are decoded.
 
         crops: one for each image, as in `decoding.decode_file`.  unreadable: a dict that takes index -> error of files that
         cannot be read, whose pixels are 0; without it, the first is a DataError.  Raises OSError if a process has died.
         """
-        tasks = ((index, [self.workers.submit(self.paths[index[i:i + self.task_size]].tolist(), self.image_size,
-                                              crops[i:i + self.task_size]) for i in range(0, len(index), self.task_size)])
-                 for index, crops in items)
-        pending = deque()
+        def futures_of(index, crops):
+            size = max(TASK_SIZE, len(index) // (2 * self.workers.count or 1))
+            return [self.workers.submit(self.paths[index[i:i + size]].tolist(), self.image_size, crops[i:i + size])
+                    for i in range(0, len(index), size)]
+
+        tasks, pending = ((index, futures_of(index, crops)) for index, crops in items), deque()
         try:
-            pending.extend(islice(tasks, 1 + depth * bool(self.workers.count)))
+            pending.extend(islice(tasks, 1 + PREFETCH * bool(self.workers.count)))
             while pending:
                 index, futures = pending.popleft()
                 pixels, errors = zip(*(future.result() for future in futures))
@@ -100,9 +103,3 @@ class ImageFiles:
         finally:
             for future in sum((futures for _, futures in pending), []):
                 future.cancel()
-
-    def decode_in_order(self, batch_size, **options):
-        """Yields what `decode` does of the whole set, as evaluation crops it."""
-        crop = "center" if self.resized_crop else None
-        indices = (np.arange(i, min(i + batch_size, len(self))) for i in range(0, len(self), batch_size))
-        return self.decode(((index, [crop] * len(index)) for index in indices), **options)

@@ -6,24 +6,15 @@ network is compared with the command line and never executed.  Importing this mo
 import hashlib
 import sys
 import traceback
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("datasets", "metasemi", "models", "reproduction", "utils")
-FOLDERS = []            # of the networks that were executed; each is on sys.path, too
 
 
 class NetworkError(ValueError):
     """A network that cannot be built or trained: one line that begins with its name, and says what is wrong and the remedy."""
-
-
-class TextLoader(SourceFileLoader):
-    """Loads a Python file from its text, which the digest covers; reads and leaves no __pycache__."""
-
-    def get_code(self, fullname):
-        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def is_custom(name):
@@ -31,9 +22,10 @@ def is_custom(name):
     return ":" in name
 
 
-def folder_of(name):
-    """Returns the folder of the file of a network FILE.py:CLASS, with links followed."""
-    return Path(name.rpartition(":")[0]).resolve().parent
+def parse(name):
+    """Returns FILE, its folder with links followed, and CLASS of a name FILE.py:CLASS."""
+    path, _, wanted = name.rpartition(":")
+    return path, Path(path).resolve().parent, wanted
 
 
 def check_network(name):
@@ -42,11 +34,11 @@ def check_network(name):
     Nothing is executed, and the modules that the file imports are not covered.
 
     Raises NetworkError if there is no such file, it is not Python or does not name CLASS, or a module beside it has the name
-    of a package here, or of one that another network imported from its own folder: Python knows one module of a name.
+    of a package here, or of a module that was imported from elsewhere: Python knows one module of a name.
     """
     if not is_custom(name):
         return None
-    (path, _, wanted), folder = name.rpartition(":"), folder_of(name)
+    path, folder, wanted = parse(name)
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise OSError(None, "not a regular file")
@@ -60,13 +52,17 @@ def check_network(name):
         raise NetworkError(f"{name}: its file defines no class {wanted}: write one whose call {wanted}(num_classes) returns a "
                            "torch.nn.Module")
     for beside in sorted({*folder.glob("*.py"), *(file.parent for file in folder.glob("*/*.py"))}):
-        if beside.stem in PACKAGES and beside.resolve() != ROOT / beside.stem:
-            raise NetworkError(f"{name}: {beside} has the name of a package of this program: rename it")
-        loaded = vars(sys.modules[beside.stem]) if sys.modules.get(beside.stem) else {}
-        other = Path(next(iter(loaded.get("__path__") or [loaded.get("__file__") or ""])))
-        if other.parent != folder and other.parent in FOLDERS:
-            raise NetworkError(f"{name}: {beside} has the name of {other}, which another network imports: rename one of them")
+        other = ROOT / beside.stem if beside.stem in PACKAGES else place_of(beside.stem)
+        if other and other.parent.resolve() != folder:
+            raise NetworkError(f"{name}: {beside} has the name of the module {other}: rename it")
     return hashlib.sha256(text).hexdigest()
+
+
+def place_of(module):
+    """Returns the file or folder that a module of this name was imported from, or None."""
+    found = vars(sys.modules.get(module, object))
+    place = next(iter(found.get("__path__") or [found.get("__file__")]))
+    return place and Path(place)
 
 
 def build_custom(name, num_classes):
@@ -78,18 +74,17 @@ def build_custom(name, num_classes):
     from torch import nn
 
     private = f"custom_network_{check_network(name)[:16]}"
-    (path, _, wanted), folder = name.rpartition(":"), folder_of(name)
-    if folder not in FOLDERS:
-        FOLDERS.append(folder)
+    path, folder, wanted = parse(name)
+    if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
-    loader = TextLoader(private, path)
-    module = sys.modules[private] = module_from_spec(spec_from_loader(private, loader))     # dataclasses look for it there
+    module = sys.modules[private] = ModuleType(private)         # dataclasses look for it there
+    module.__file__ = path
     try:
-        loader.exec_module(module)
+        exec(compile(Path(path).read_bytes(), path, "exec"), vars(module))      # the text itself: a __pycache__ may be old
         model = getattr(module, wanted)(num_classes)
+    except NetworkError:            # of another network, which this one builds
+        raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, NetworkError):     # of another network, which this one builds
-            raise
         raise NetworkError(f"{name} cannot be built: {where(error, name)}") from None
     if not isinstance(model, nn.Module):
         raise NetworkError(f"{name} made a {type(model).__name__}: expected a torch.nn.Module")
@@ -107,8 +102,7 @@ def where(error, name):
 
 
 def place_in(error, name):
-    """Returns file and line of the innermost frame of an error in the file of a network FILE.py:CLASS or one beside it; None
-    if there is none."""
-    path, folder = name.rpartition(":")[0], folder_of(name)
+    """Returns file and line of the innermost frame of an error in the file of a network or one beside it, or None."""
+    path, folder, _ = parse(name)
     return next((f"{frame.filename}, line {frame.lineno}" for frame in reversed(traceback.extract_tb(error.__traceback__))
                  if frame.filename == path or Path(frame.filename).resolve().parent == folder != ROOT), None)

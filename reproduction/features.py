@@ -30,7 +30,7 @@ def plot(args):
     device = choose_device(args.device)
     checkpoints = [checkpoint.load(path) for path in args.checkpoint_path]
     for path, saved in zip(args.checkpoint_path, checkpoints):
-        check_arch(saved["args"]["arch"], saved["files"], path, list(args.arch), args.arch)
+        check_arch(saved["args"]["arch"], saved["files"], path, args.arch)
         if args.dataset not in (None, saved["args"]["dataset"]):
             raise UsageError(f"argument --dataset: {args.dataset}, but {path} was trained on {saved['args']['dataset']}: "
                               "leave the flag out")

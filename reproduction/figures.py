@@ -13,10 +13,10 @@ from matplotlib.lines import Line2D
 from matplotlib.textpath import TextPath
 
 from reproduction.cells import CELLS, ROWS, published_error, row_of
-from reproduction.report import COURSES, courses, csv_text, differences_of, interval, less
+from reproduction.report import COURSES, courses, differences_of, interval, less
 from reproduction.sweep import differing, grouped, label
 from utils.errors import UsageError, printable
-from utils.files import read_metrics, replacing, write_text
+from utils.files import csv_text, read_metrics, replacing, write_text
 
 COLORS = matplotlib.color_sequences["petroff10"]        # made to be told apart by color-blind readers
 LOOKS = [(color, marker) for marker in "o^s" for color in COLORS]       # of up to thirty classes

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 from reproduction.cells import CELLS, ROWS
-from reproduction.report import csv_text, filled, tables
+from reproduction.report import filled, tables
 from reproduction.run import COLUMNS, EVALUATION_COLUMNS
 from utils.errors import UsageError
-from utils.files import INDICES, read_split, read_text, write_text
+from utils.files import INDICES, csv_text, read_split, read_text, write_text
 
 RUNS, EVALUATIONS = Path("results", "runs.csv"), Path("results", "evaluations.csv")
 FILES = {RUNS: COLUMNS, EVALUATIONS: EVALUATION_COLUMNS}

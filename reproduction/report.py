@@ -1,6 +1,4 @@
 """The tables of REPRODUCTION.md, README.md and results/runs.md, from the lines of results/runs.csv and evaluations.csv."""
-import csv
-import io
 import re
 import shlex
 import statistics
@@ -222,12 +220,6 @@ def commands(groups):
         f"    # {CELLS[name].title}, {ROWS[row].title}, scale {scale:g}: S = {', '.join(line['seed'] for line in group)}\n"
         f"    python3 train_meta.py {shlex.join(training_flags(name, row, 'S', scale))}"
         for (name, scale, row), group in groups.items()) or "None yet."
-
-
-def csv_text(rows):
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
 
 
 def markdown(head, rows):

@@ -61,7 +61,7 @@ class Run:
             return None
         results = read_results(self.folder)
         planned, found = facts(resolved(*self.flags)), facts(results["args"] | {"total_steps": results["steps"]})
-        may_differ = options([RESUME]) - {"--test-freq", "--total-steps"} | {"--split"}
+        may_differ = options(RESUME) - {"--test-freq", "--total-steps"} | {"--split"}
         if self.own is not None and "num_label" not in self.own:    # the data or the split may say how many
             may_differ |= {"--num-label"}
         for name in differing(planned, found, may_differ):

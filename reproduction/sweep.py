@@ -2,11 +2,11 @@
 import re
 
 from reproduction.cells import ROWS, row_of
-from reproduction.report import CONTRAST, csv_text, error_table, markdown, paired
+from reproduction.report import CONTRAST, error_table, markdown, paired
 from reproduction.run import resolved, texts
 from utils.cli import option
 from utils.errors import UsageError, printable
-from utils.files import RESULTS, read_flags, read_results, read_split_sums
+from utils.files import RESULTS, csv_text, read_flags, read_results, read_split_sums
 
 SAME = {"seed", "split", "num_workers", "print_freq", "device"}     # flags in which runs of one row may differ
 

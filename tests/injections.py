@@ -372,7 +372,7 @@ def every_failure_ends():
     from utils import run_folder
 
     save = run_folder.RunFolder.save
-    run_folder.RunFolder.save = lambda self, state, seconds, device, last: save(self, state, seconds, device)
+    run_folder.RunFolder.save = lambda self, seconds, last: save(self, seconds)
 
 
 # F6, F23: signals

@@ -36,8 +36,8 @@ TRAINING = [       # (flags, what the line must contain)
     (["--batch-size", "0"], ["--batch-size", "at least 1"]),
     (["--total-steps", "1e5"], ["--total-steps", "1e5", "whole number"]),
     (["--image-size", "8"], ["--image-size", "at least 16"]),
-    (["--num-label", "4001"], ["--num-label", "4001", "use 4000 or 4010"]),
-    (["--num-val", "7"], ["--num-val", "use 10"]),
+    (["--num-label", "4001"], ["--num-label", "4001", "use a multiple of 10 up to 50000"]),
+    (["--num-val", "7"], ["--num-val", "use a multiple of 10"]),
     (["--milestones", "[3, 2]"], ["--milestones", "[3, 2]", "ascending"]),
     (["--milestones", "__import__('os').system('touch pwned')"], ["--milestones", "__import__", "300000,350000"]),
     (["--schedule", "cosine", "--milestones", "5"], ["--milestones", "--schedule cosine", "leave it out"]),
@@ -46,7 +46,7 @@ TRAINING = [       # (flags, what the line must contain)
     (["--batch-size", "1000001"], ["--batch-size", "1000001", "at most 1000000"]),
     (["stray"], ["stray"]),
     (["--alpha=-inf"], ["--alpha", "-inf", "above 0"]),
-    (["--dataset", "digits", "--num-label", "4000"], ["--num-label", "digits", "4000", "use a multiple of 10 up to 1290"]),
+    (["--dataset", "digits", "--num-label", "4000"], ["--num-label", "4000", "use a multiple of 10 up to 1290"]),
     (["--lr=--"], ["--lr", "'--' is no value"]),
     (["--evaluate", ""], ["--evaluate", "the path is empty"]),
     (["--num-test", "2"], ["--num-test", "--dataset cifar10", "leave it out"]),
@@ -153,7 +153,7 @@ def test_a_wrong_flag_exits_with_two_and_one_line_that_names_it(answers, i):
     (["--device", "cuda"], "--device: cuda: no CUDA device is visible"),
     (["--precision", "tf32"], "--precision: tf32 exists on CUDA only"),
     (["--num-label", "1297"], "--num-label: 1297 leaves no unlabeled image: add --include-labeled"),
-    (["--num-label", "10", "--num-val", "1280"], "argument --num-val: 1280 labels need 128 images of class 0"),
+    (["--num-label", "10", "--num-val", "1280"], "--num-val: 1280 images cannot be drawn evenly from 10 classes: use"),
 ])
 def test_what_only_the_data_or_the_machine_can_refuse_writes_nothing_either(train, tmp_path, capsys, flags, message):
     if "cuda" in message.lower() and torch.cuda.is_available():

@@ -52,9 +52,8 @@ def test_a_split_is_balanced_disjoint_complete_ascending_and_depends_on_nothing_
 
 
 @pytest.mark.parametrize(("num_label", "message"), [
-    (55, "55 labels cannot be split evenly over 10 classes of 1297 images: use 50 or 60"), (5, "use 10$"), (0, "use 10$"),
-    (1298, "use a multiple of 10 up to 1220 or 1297 for all$"), (1215, "use 1210 or 1220$"), (1225, "use 1220$"),
-    (1290, "class 0, which has 127: use at most 1220")])
+    (55, "--num-label: 55 images cannot be drawn evenly from 10 classes: use a multiple of 10 up to 1220, or 1297 for all$"),
+    (5, "5 images"), (0, "0 images"), (1298, "1298 images"), (1225, "1225 images"), (1290, "1290 images .* up to 1220")])
 def test_split_that_cannot_be_balanced_is_refused_with_the_remedy(digits, num_label, message):
     with pytest.raises(ValueError, match=message):
         split_labels(digits.train_labels, num_label, 10, seed=0)
@@ -142,7 +141,7 @@ def test_a_folder_is_read_by_class_resized_and_measured_by_any_number_of_workers
     touch(root, "train/ant/notes.txt", "train/ant/deep/x.png", "train/.small/x.png")
     (root / "train" / "ant" / "05.png").rename(root / "train" / "ant" / "05.JFIF")
     Image.new("RGB", (16, 16), (9, 99, 199)).save(root / "train" / "bee" / "01.png")
-    monkeypatch.setattr("datasets.folder.TASK_SIZE", 2)
+    monkeypatch.setattr("datasets.streaming.TASK_SIZE", 2)
     images = load_dataset("folder", root, 16, True)
     assert images.train_images.shape == images.test_images.shape == (12, 3, 16, 16)
     assert images.class_names == ("ant", "bee") and images.train_labels.tolist() == [0] * 6 + [1] * 6
@@ -176,13 +175,13 @@ def touch(root, *names):
     (lambda root: os.link(root / "train/ant/03.png", remove(root, "test") / "train/ant/x.png"), {"num_test": 2},
      "train/ant/x.png is the same file as .*train/ant/03.png"),                    # one of the two might be held out
     (lambda root: None, {"num_test": 2}, "argument --num-test: .*test has the test images: leave --num-test out"),
-    (lambda root: (remove(root, "test") / "train/bee/00.png").unlink(), {"num_test": 3}, "3 images cannot be held out evenly"),
-    (lambda root: (remove(root, "test") / "train/bee/00.png").unlink(), {"num_test": 10}, "bee has only 5: .* of 2 up to 8$"),
-    (lambda root: remove(root, "test"), {}, "test is not a folder: put test images in test/<class>/, or let --num-test N hold"),
+    (lambda root: (remove(root, "test") / "train/bee/00.png").unlink(), {"num_test": 3}, "--num-test: 3 images cannot be"),
+    (lambda root: (remove(root, "test") / "train/bee/00.png").unlink(), {"num_test": 10}, "use a multiple of 2 up to 8$"),
+    (lambda root: remove(root, "test"), {}, "test is not a folder: --dataset folder reads .*; --num-test N holds N"),
     (lambda root: remove(root, "train/ant"), {}, "1 class folders: at least 2"),
     (lambda root: touch(root, "test/cow/x.png"), {}, "train has no class cow: add training images of it, or remove its folder"),
     (lambda root: touch(root, *(f"test/{name}/{i:02d}.png" for name in ("ant", "bee") for i in range(6))),
-     {"skip_corrupt": True}, "test set: no image beside 12 that cannot be read"),
+     {"skip_corrupt": True}, "no test image, and 12 that cannot be read"),
     (lambda root: (remove(root, "unlabeled") / "unlabeled" / "deep").mkdir(parents=True), {}, "unlabeled holds no image: put"),
     (lambda root: (root / "unlabeled").rename(root / "train" / "unlabeled"), {}, "images without a class in .*es/unlabeled")])
 def test_folders_that_cannot_be_trained_on_are_refused_in_one_line_with_the_remedy(tmp_path, damage, options, message):
@@ -261,7 +260,7 @@ def test_what_cannot_be_read_is_left_out_as_if_it_were_not_there(tmp_path, monke
     others = "; nor can 3 more, such as .*bee/00.png.*" * (memory is None)
     with pytest.raises(DataError, match=rf"ant/03.png cannot be read as an image .*\){others}: replace it, or"):
         load(roots[0])
-    monkeypatch.setattr("datasets.folder.TASK_SIZE", 7)
+    monkeypatch.setattr("datasets.streaming.TASK_SIZE", 7)
     images, clean = load(roots[0], skip_corrupt=True, num_workers=2), load(roots[1], skip_corrupt=True)
     assert list(images.left_out) == broken and clean.left_out == {}
     assert all(reason.startswith(f"{roots[0] / file} cannot be read as an image (") for file, reason in images.left_out.items())

@@ -22,9 +22,10 @@ from datasets import load_dataset
 from datasets.splits import split_labels
 from reproduction import published
 from reproduction.cells import CELLS, row_of
-from reproduction.report import contrast, csv_text, filled, tables
+from reproduction.report import contrast, filled, tables
 from reproduction.run import COLUMNS, EVALUATION_COLUMNS, Run
 from utils.experiment import resolve_flags
+from utils.files import csv_text
 
 LINE = {key: "" for key in COLUMNS} | {
     "cell": "cifar10", "row": "both", "seed": "1", "scale": "1", "steps": "400000", "median_last_20": "8", "best_test": "7",

@@ -93,14 +93,13 @@ def read(path):
     """Returns what torch.save wrote into a file, on the CPU; raises UsageError unless that can be read safely."""
     content = read_bytes(path)
     try:
-        damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()
-        if not damaged:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")             # of torch, about what is refused below
-                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if damaged := zipfile.ZipFile(io.BytesIO(content)).testzip():
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                 # of torch, about what is refused below
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UsageError(f"{path} is not a checkpoint that can be read safely: it holds more than tensors and plain types, "
                          "which could run code") from None
     except Exception as error:          # whatever a damaged archive makes the readers raise
         raise UsageError(f"{path} is not a checkpoint that can be read safely ({first_line(error)})") from None
-    raise UsageError(f"{path} is damaged: the checksum of {damaged} is wrong")

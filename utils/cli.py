@@ -43,7 +43,6 @@ def number(kind, **bounds):
     """
     if kind is int:
         bounds.setdefault("high", MOST)
-    noun = "a whole number" if kind is int else "a number"
     rule = " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items())
 
     def parse(text):
@@ -51,7 +50,7 @@ def number(kind, **bounds):
             value = kind(text)
             if all(BOUNDS[name][1](value, bound) for name, bound in bounds.items()) and math.isfinite(value):
                 return value
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {noun} that is {rule}: give one")
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a {'whole ' * (kind is int)}number that is {rule}: give one")
     return parse
 
 
@@ -69,11 +68,10 @@ def parse_milestones(texts):
     """
     text = texts if isinstance(texts, str) else " ".join(map(str, texts))
     body = text.strip().removeprefix("[").removesuffix("]").strip()
-    if not re.fullmatch(r"([0-9]{1,15}(\s*,\s*|\s+))*([0-9]{1,15})?", body, re.ASCII):
-        raise ValueError(f"{text[:80]!r} is not a list of steps: write \"[300000, 350000]\" or 300000,350000")
-    steps = [int(part) for part in re.findall("[0-9]+", body)]
-    if any(step == 0 for step in steps) or steps != sorted(set(steps)):
-        raise ValueError(f"{text[:80]!r} is not ascending from at least 1: write \"[300000, 350000]\"")
+    is_list = re.fullmatch(r"([0-9]{1,15}(\s*,\s*|\s+))*([0-9]{1,15})?", body, re.ASCII)
+    steps = [int(part) for part in re.findall("[0-9]+", body)] if is_list else [0]
+    if 0 in steps or steps != sorted(set(steps)):
+        raise ValueError(f"{text[:80]!r} is no list of steps, ascending from 1 up: write \"[300000, 350000]\" or 300000,350000")
     return steps
 
 

@@ -53,7 +53,7 @@ class World:
 
         self.dist = torch.distributed
         backend = self.dist.get_default_backend_for_device(device)
-        with calls():
+        with connection_failures():
             store = next(iter(self.dist.rendezvous("env://", timeout=TIMEOUT)))[0]
             # torchrun may keep one store over its restarts, and with it what the processes before have left there.
             store = self.dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -67,7 +67,7 @@ class World:
     def leave(self):
         """Waits until every process has come here, then disconnects."""
         if self.size > 1:
-            with calls():
+            with connection_failures():
                 self.dist.barrier(self.control)
             self.dist.destroy_process_group()
 
@@ -96,7 +96,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        with calls():
+        with connection_failures():
             self.dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
@@ -105,7 +105,7 @@ class World:
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        with calls():
+        with connection_failures():
             self.dist.all_gather_object(values, value, group=self.control)
         return values
 
@@ -119,7 +119,7 @@ class World:
         if self.local_rank == 0:
             yield
         if self.size > 1:
-            with calls():
+            with connection_failures():
                 self.dist.monitored_barrier(self.control, timeout=LOADING)
         if self.local_rank:
             yield
@@ -146,7 +146,7 @@ class World:
             for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
                 alike = [tensor for tensor in tensors if tensor.dtype == dtype]
                 flat = torch.cat([tensor.reshape(-1) for tensor in alike])
-                with calls():
+                with connection_failures():
                     call(flat)
                 for tensor, values in zip(alike, flat.split([tensor.numel() for tensor in alike])):
                     tensor.copy_(values.view_as(tensor))
@@ -177,7 +177,7 @@ class World:
 
 
 @contextmanager
-def calls():
+def connection_failures():
     """Makes a RunFailure of whatever goes wrong between processes."""
     try:
         yield

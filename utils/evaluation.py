@@ -1,6 +1,4 @@
 """How well a network does: in the course of a run, and of a finished one for `train_meta.py --evaluate`."""
-import csv
-import io
 from pathlib import Path
 
 import torch
@@ -12,8 +10,8 @@ from utils.cli import option
 from utils.device import choose_device, set_precision, slow_precision
 from utils.errors import Diverged, RunFailure, UsageError, printable
 from utils.experiment import check_arch, differing
-from utils.files import CHECKPOINT, write_text
-from utils.flags import FROM_CHECKPOINT, defaults, with_role
+from utils.files import CHECKPOINT, csv_text, write_text
+from utils.flags import defaults
 from utils.setup import describe_missing, load_images, load_model
 from utils.trial import logits_of, network_failures, try_network
 
@@ -46,10 +44,7 @@ def evaluate(model, batches, dtype=None, stop=lambda: False, all_reduce_sum=lamb
 
 
 def predict(model, batches, dtype=None):
-    """Returns predicted classes (N,) int64 and probabilities (N, K) float32, on the CPU, over the batches (x, y).
-
-    With the same batches as in `evaluate` the same predictions.  Raises Diverged as it does.
-    """
+    """Returns predicted classes (N,) int64 and probabilities (N, K) float32, on the CPU; batches, Diverged: as `evaluate`."""
     predicted, probabilities = [], []
     model.eval()
     for x, _ in batches:
@@ -66,49 +61,33 @@ def check_finite(logits):
     return logits
 
 
-class Evaluator:
-    """Measures a run in its course, on the test images and, with --num-val, on the validation images.
+def measure_sets(state, images, dtype, world, stop, *names):
+    """Returns accuracies in [0, 1] by tag, such as "test/accuracy" and "test/top5"; None if `stop()` became true on the way.
 
-    Each process of a world measures a shard of every set, and all get the same answers.
+    Each process of a world measures a shard of every set, and all get the same answers.  Nothing is augmented.
+    names: of sets, "test", "validation" and "labeled"; an empty one has no tag.
+
+    Raises Diverged, which names the step, as `evaluate` does, and RunFailure if the network or the images fail.
     """
-
-    def __init__(self, state, images, device, dtype, world):
-        """images: as `load_dataset` returns them."""
-        self.state, self.images, self.device, self.dtype, self.world = state, images, device, dtype, world
-
-    def evaluate(self, stop):
-        """Returns accuracies in [0, 1] by tag, such as "test/accuracy" and "test/top5"; None if `stop()` became true."""
-        test = self.measure(self.images.test_images, self.images.test_labels, stop)
-        validation = self.measure_training(self.state.validation, stop) if test and len(self.state.validation) else {}
-        if test is None or validation is None:
-            return None
-        return {f"test/{key}": value for key, value in test.items()} | {
-            f"validation/{key}": value for key, value in validation.items()}
-
-    def measure_labeled(self, stop):
-        """Returns the accuracy in [0, 1] on the labeled images, without augmentation; None if `stop()` became true."""
-        measured = self.measure_training(self.state.labeled, stop)
-        return measured and measured["accuracy"]
-
-    def measure_training(self, indices, stop):
-        return self.measure(self.images.train_images[indices], self.images.train_labels[indices], stop)
-
-    def measure(self, x, y, stop):
-        """Returns what `evaluate` does of one set; an error of the network or its logits names the step."""
-        batches = normalized_batches(self.world.shard(x), self.world.shard(y), self.images.mean, self.images.std, self.device)
+    scalars = {}
+    for name in names:
+        x, y = images.test_images, images.test_labels
+        if name != "test":
+            x, y = (values[getattr(state, name)] for values in (images.train_images, images.train_labels))
+        if len(y) == 0:
+            continue
+        batches = normalized_batches(world.shard(x), world.shard(y), images.mean, images.std, state.device)
         try:
-            with network_failures(self.state.args["arch"], self.state.step):
-                return evaluate(self.state.model, batches, self.dtype, stop, self.world.all_reduce_numbers)
+            with network_failures(state.args["arch"], state.step):
+                measured = evaluate(state.model, batches, dtype, stop, world.all_reduce_numbers)
         except Diverged as error:
-            raise Diverged(f"{error} at step {self.state.step}") from None
+            raise Diverged(f"{error} at step {state.step}") from None
         except (DataError, OSError) as error:
             raise RunFailure(error) from None
-
-
-def describe_accuracies(scalars):
-    """Returns what `Evaluator.evaluate` measured, in words."""
-    return "  ".join(f"{tag.replace('/accuracy', '').replace('/top5', ' top-5')} error {100 * (1 - value):.2f} %"
-                     for tag, value in scalars.items())
+        if measured is None:
+            return None
+        scalars |= {f"{name}/{key}": value for key, value in measured.items()}
+    return scalars
 
 
 def evaluate_file(args, sums):
@@ -141,8 +120,7 @@ def evaluate_file(args, sums):
         lines.append(f"{args.predictions}: {len(predicted):,} predictions")
     print("\n".join(map(printable, lines)))
     if UNLABELED not in images.test_labels:
-        for part in report(images.test_labels, predicted, list(map(printable, images.class_names))):
-            print(part)
+        print("\n".join(report(images.test_labels, predicted, list(map(printable, images.class_names)))))
     return 0
 
 
@@ -180,16 +158,15 @@ def find_images(args, flags, saved, path, device):
 
 
 def evaluation_flags(args, sums, saved, path):
-    """Returns name -> value, of the flags of an evaluation: that of the command line, else the checkpoint, else the default."""
-    then = saved.get("args", {})
+    """Returns name -> value of the flags: what the command line gives, else the checkpoint, else the default."""
+    then, given = saved.get("args", {}), {name: value for name, value in vars(args).items() if value is not None}
+    flags = defaults() | then | given
     if then:
-        check_arch(then["arch"], saved["files"], path, [args.arch] if args.arch else [], {args.arch: sums.get("arch")})
-    flags = {"num_workers": args.num_workers}
-    for name in with_role(FROM_CHECKPOINT):
-        given = getattr(args, name)
-        if name in ("dataset", "image_size") and then and given not in (None, then.get(name)):
-            raise UsageError(f"argument {option(name)}: {given}, but {path} was trained with {then.get(name)}: leave it out")
-        flags[name] = next((value for value in (given, then.get(name)) if value is not None), defaults()[name])
+        check_arch(then["arch"], saved["files"], path, {args.arch: sums.get("arch")} if args.arch else {})
+        for name in ("dataset", "image_size"):
+            if flags[name] != then[name]:
+                raise UsageError(f"argument {option(name)}: {flags[name]}, but {path} was trained with {then[name]}: "
+                                 "leave it out")
     if args.data_path and flags["num_test"] and (args.data_path / DATASETS[flags["dataset"]].folders[1]).is_dir():
         flags["num_test"] = 0           # this folder has test images of its own
     return flags
@@ -233,6 +210,4 @@ def write_predictions(path, images, predicted, probabilities):
     files = images.test_files or range(len(predicted))          # a data set without files: the number of the image
     for file, guess, label, p in zip(files, predicted.tolist(), images.test_labels.tolist(), probabilities.tolist()):
         rows.append([file, guess, names[guess], p[guess], *([label, names[label]] if known else []), *p])
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(map(cell, row) for row in rows)
-    write_text(path, text.getvalue())
+    write_text(path, csv_text(map(cell, row) for row in rows))

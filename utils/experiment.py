@@ -11,9 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import DATASETS, DataError, has_unlabeled
+from datasets import DATASETS, has_unlabeled
 from datasets.splits import check_num_label
-from models import check_network
+from models import check_network, is_custom
 from utils.cli import option
 from utils.distributed import processes
 from utils.errors import UsageError, fail
@@ -46,9 +46,9 @@ def differing(now, then, ignored=()):
     return [name for name, text in now.items() if name not in ignored and then.get(name, text) != text]
 
 
-def options(roles):
-    """Returns the spellings of the flags that have one of some roles."""
-    return {option(name) for role in roles for name in with_role(role)}
+def options(role):
+    """Returns the spellings of the flags that have a role."""
+    return set(map(option, with_role(role)))
 
 
 def versions():
@@ -68,7 +68,7 @@ def check_same_flags(args, sums, then, sums_then, step=0):
     """
     flags, then = ({**flags, "milestones": [m for m in flags.get("milestones", ()) if m < step]}
                    for flags in (plain_flags(args), then))
-    ignored = options([RESUME]) - ({"--total-steps"} if args.schedule == "cosine" else set())       # which ends with the run
+    ignored = options(RESUME) - ({"--total-steps"} if args.schedule == "cosine" else set())       # which ends with the run
     before, now = facts(then, sums_then), facts(flags, sums)
     for name in differing(now, before, ignored):
         flag = name.removeprefix("SHA-256 of ")
@@ -86,7 +86,7 @@ def check_same_processes(world, args, sums, data, **split):
     hashes = {f"{name} images": hashlib.sha256(repr(sorted(indices)).encode()).hexdigest() for name, indices in split.items()}
     everyone = world.all_gather_object(facts(plain_flags(args), sums, **data, **hashes, **versions()))
     for rank, other in enumerate(everyone):
-        if names := differing(other, everyone[0], options([PER_PROCESS])):
+        if names := differing(other, everyone[0], options(PER_PROCESS)):
             raise UsageError(f"process {rank} is in another experiment than process 0: "
                              + ", ".join(f"{name} {other[name][:40]}, not {everyone[0][name][:40]}" for name in names)
                              + ": start all with the same flags, data, network and versions")
@@ -94,11 +94,11 @@ def check_same_processes(world, args, sums, data, **split):
 
 # The flags of a command, resolved against the run that it continues
 
-def resolve_flags(argv=None, fail=fail):
+def resolve_flags(argv=None):
     """Returns the flags of train_meta.py, and the set of the names of those on the command line.
 
     With --resume, the others are those of the run that it continues; with --evaluate, None where the checkpoint answers.
-    fail: a function as `errors.fail`, which ends the program with code 2 for a contradiction.
+    A contradiction ends the program with code 2.
     """
     parser, given = parse_given(argv, fail)
     named = vars(given)
@@ -116,7 +116,7 @@ def resolve_flags(argv=None, fail=fail):
         check_counts(args, size)
         args.image_size = args.image_size or DATASETS[args.dataset].image_size
         if earlier:
-            check_same_flags(args, {}, defaults() | earlier, {})
+            check_same_flags(args, {}, earlier, {})
     except (ValueError, OSError) as error:
         fail(parser.prog, error, 2)
     return args, set(named)
@@ -144,37 +144,35 @@ def flags_to_resume(named):
     if flags.get("split") and not any((path.parent / name).exists() for name in (CHECKPOINT, PREVIOUS)):
         named.setdefault("split", flags["split"])       # a run that has saved nothing begins again, with its list
     if "arch" not in named:
-        check_arch(flags["arch"], {}, path.parent, [], {})
+        check_arch(flags["arch"], {}, path.parent, {})
     return flags
 
 
-def check_arch(name, sums, path, arch, sums_given):
+def check_arch(name, sums, path, given):
     """Raises UsageError unless the command line allows the network of a checkpoint, with its sums, to be built.
 
-    arch, sums_given: the networks that the command line names, and "arch" -> SHA-256 of each, by name.  The network must be one
-    of them, its file unchanged; with none named, it may be any but one in a file.
+    given: the networks that the command line names -> SHA-256 of their files, or None.  The network must be one of them, its
+    file unchanged; with none named, it may be any but one in a file.
     """
-    if ":" in name and not arch:
+    if is_custom(name) and not given:
         raise UsageError(f"argument --arch: {path} was trained with {name}, which is code: it runs only if you say -a {name}")
-    if arch and name not in arch:
-        raise UsageError(f"argument --arch: {', '.join(arch)}, but {path} was trained with {name}")
-    if arch and sums_given[name] != sums.get("arch"):
+    if given and name not in given:
+        raise UsageError(f"argument --arch: {', '.join(given)}, but {path} was trained with {name}")
+    if given and given[name] != sums.get("arch"):
         raise UsageError(f"argument --arch: {name} has changed since {path} was trained (SHA-256 {sums.get('arch')} "
-                         f"then, {sums_given[name]} now): restore the file")
+                         f"then, {given[name]} now): restore the file")
 
 
 def check_counts(args, size):
-    """Raises UsageError for numbers of images that cannot be divided; size: of processes."""
+    """Raises UsageError or DataError for numbers of images that cannot be divided; size: of processes."""
     if args.batch_size % size:
         raise UsageError(f"argument --batch-size: {args.batch_size} for {size} processes: use a multiple of {size}")
     dataset = DATASETS[args.dataset]
     if dataset.num_train is not None:
-        for name, count, available in (
-                ("--num-val", args.num_val, dataset.num_train),
-                ("--num-label", None if args.split else args.num_label, dataset.num_train - args.num_val)):
-            with about(f"argument {name}: {args.dataset}"):
-                if count:
-                    check_num_label(count, dataset.num_classes, available)
+        if args.num_val:
+            check_num_label("--num-val", args.num_val, dataset.num_classes, dataset.num_train, keep=1)
+        if args.num_label and not args.split:
+            check_num_label("--num-label", args.num_label, dataset.num_classes, dataset.num_train - args.num_val)
 
 
 # The files that a command line names
@@ -206,8 +204,8 @@ def read_named_files(args, named):
 
 @contextmanager
 def about(what):
-    """Makes a UsageError of a DataError or UsageError inside, which first says what it is about, such as a flag."""
+    """Makes a UsageError inside first say what it is about, such as a flag."""
     try:
         yield
-    except (DataError, UsageError) as error:
+    except UsageError as error:
         raise UsageError(f"{what}: {error}") from None

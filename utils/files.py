@@ -3,15 +3,16 @@
 What others may have written is opened only if it is a regular file.  Reading functions raise UsageError, which names the file,
 for one that is missing, damaged or not what a run writes.
 """
+import csv
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import shutil
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from utils.errors import UsageError
 
@@ -69,6 +70,13 @@ def write_text(path, text):
         file.write(text.encode(errors="surrogateescape"))
 
 
+def csv_text(rows):
+    """Returns rows of values as the text of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
 def write_json(path, content):
     """Replaces a file by a value as JSON, atomically."""
     write_text(path, json.dumps(content, indent=2) + "\n")
@@ -94,10 +102,13 @@ def sync(folder):
 
 
 class Appender:
-    """A file that grows.  What a full disk refuses is kept in memory and written when there is room again."""
+    """A file that grows.  What a full disk refuses is kept in memory and written when there is room again.
 
-    def __init__(self, path):
-        self.path, self.file, self.pending = Path(path), open(path, "ab", buffering=0), b""
+    say: a function that prints a line; it tells of the first failure of several.
+    """
+
+    def __init__(self, path, say=lambda message: None):
+        self.path, self.file, self.pending, self.say = path, open(path, "ab", buffering=0), b"", say
         self.error = None               # why the last attempt failed, or None
 
     def write(self, data):
@@ -108,7 +119,9 @@ class Appender:
                 self.pending = self.pending[self.file.write(self.pending):]
             self.error = None
         except OSError as error:
-            self.error = error
+            known, self.error = self.error, error
+            if not known:
+                self.say(f"{self.path} cannot be written ({error}): its lines are kept in memory until it can")
 
     def flush(self):
         self.write(b"")
@@ -166,19 +179,15 @@ def check(path, value, kind, name="content"):
         check(path, value.get(key), inner, key)
 
 
-def parse_json(path, text, kind):
-    """Returns the value of a JSON text from a file, checked as by `check`."""
+def read_json(path, kind, text=None):
+    """Returns the value in a JSON file, or in a text from it, checked as by `check`."""
+    text = read_text(path) if text is None else text
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = text                    # which is of no kind
     check(path, value, kind)
     return value
-
-
-def read_json(path, kind):
-    """Returns the dict in a JSON file; kind: a dict, as for `check`."""
-    return parse_json(path, read_text(path), kind)
 
 
 def read_flags(folder):
@@ -201,7 +210,7 @@ def read_results(folder):
 def read_metrics(folder):
     """Returns the records of metrics.jsonl, dicts of numbers with a "step"; without a last line that is cut off."""
     path = folder / METRICS
-    records = [parse_json(path, line, {"step": int}) for line in read_text(path).split("\n")[:-1]]
+    records = [read_json(path, {"step": int}, line) for line in read_text(path).split("\n")[:-1]]
     for record in records:
         check(path, record, dict.fromkeys(record, (int, float)))
     return records

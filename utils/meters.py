@@ -20,9 +20,10 @@ class Meter:
     It also remembers, on the device, the last step that was finite and its loss.
     """
 
-    def __init__(self):
+    def __init__(self, step=0):
+        """step: where the steps begin."""
         self.total = self.count = 0.0
-        self.finite, self.last_loss, self.last_step = True, math.nan, None
+        self.finite, self.last_loss, self.last_step = True, math.nan, step
 
     def add_step(self, step, result, y_u):
         """result: what `training_step` returns.  y_u: (B,) labels of the unlabeled images, or UNLABELED; None without any.
@@ -38,7 +39,7 @@ class Meter:
         self.names, values = list(scalars), torch.stack(list(scalars.values()))
         self.finite = result.finite & self.finite
         self.last_loss = torch.where(self.finite, result.loss, self.last_loss)
-        self.last_step = torch.where(self.finite, step, step - 1 if self.last_step is None else self.last_step)
+        self.last_step = torch.where(self.finite, step, self.last_step)
         known = ~values.isnan()
         self.total = self.total + values.where(known, 0)
         self.count = self.count + known
@@ -52,10 +53,11 @@ class Meter:
                               else "none was finite before"))
 
     def read(self, all_reduce_mean):
-        """Returns name -> mean since the last read, of those that have one.
+        """Returns name -> mean since the last read, of those that have one.  Raises Diverged as `check` does.
 
         all_reduce_mean: a function from a list of tensors to their means over the processes.
         """
+        self.check()
         total, count = all_reduce_mean([self.total, self.count])
         means = dict(zip(self.names, (total / count).tolist()))
         self.total = self.count = 0.0
@@ -84,16 +86,12 @@ class Timer:
         self.pause = time.perf_counter() - start
         self.last += self.pause
 
-    def rate(self, step):
-        """Returns the steps per second of training since the last call."""
+    def speed(self, step, total_steps, test_freq):
+        """Returns the seconds of a step of training since the last call, and of all that is left, evaluations included."""
         now = time.perf_counter()
-        rate = (step - self.step) / max(now - self.last, 1e-9)          # a clock may stand still
+        seconds = max(now - self.last, 1e-9) / (step - self.step)       # a clock may stand still
         self.step, self.last, self.silent = step, now, False
-        return rate
-
-    def left(self, rate, steps, test_freq):
-        """Returns the seconds that some steps take at a rate, with an evaluation every `test_freq` of them."""
-        return steps * (1 / rate + self.pause / test_freq)
+        return seconds, (total_steps - step) * (seconds + self.pause / test_freq)
 
     def first_sign(self, step, total_steps):
         """Returns the speed and the time left in words, once training has gone on for some seconds without any; else None."""

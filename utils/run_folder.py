@@ -18,19 +18,19 @@ from utils.errors import UsageError, printable
 from utils.meters import duration, error_rates
 
 EVENTS = ".metasemi"        # how the names of our TensorBoard files end: other programs keep theirs in the same folder
+STEP_OF_LINE = re.compile(r'(?:\{"step": |\S+ \S+  step )(\d{1,15})[,/]')        # in metrics.jsonl, or in log.txt
 
 
 class RunFolder:
     """One run's folder, locked against a second process from `open` or `start` until `close`.
 
     world: the processes of the run, of which the first alone writes; in the others every method does nothing.
-    overwrite: `start` removes the run that is in the folder.
     """
 
-    def __init__(self, path, world, overwrite=False):
-        self.path, self.world, self.writes, self.overwrite = Path(path), world, world.rank == 0, overwrite
-        self.lock_file = self.log_file = self.metrics = self.events = None
-        self.checkpoint, self.bar = None, tqdm(disable=True)
+    def __init__(self, path, world):
+        self.path, self.world, self.writes = Path(path), world, world.rank == 0
+        self.state = self.checkpoint = self.lock_file = self.log_file = self.metrics = self.events = None
+        self.bar = tqdm(disable=True)
 
     def open(self, resume):
         """Returns the checkpoint to continue from, where it is from, and whether the run is finished; (None, None, False) for
@@ -49,20 +49,20 @@ class RunFolder:
             finished = saved is not None and (results["steps"], results["args"]) == (saved["step"], saved["args"])
         return saved, where, finished
 
-    def start(self, state):
-        """Writes what the run is and opens its records, with everything after the step of the state taken out of them, and on a
-        terminal a progress bar.
+    def start(self, state, overwrite):
+        """Writes what the run is, and opens its records, without what came after the step of the state, and a progress bar.
 
-        A run from step 0 first removes the files of an older one, by name; no file of another program is touched.
-        Raises UsageError if another process has left a run here by now.
+        A run from step 0, or one that may overwrite, first removes the files of an older one, by name; no file of another
+        program is touched.  Raises UsageError if another process has left a run here by now.
         """
+        self.state = state
         if not self.writes:
             return
         if self.lock_file is None:
             self.lock_file = files.lock(self.path, self.print)
             if files.holds_run(self.path):
                 raise UsageError(f"argument --save-path: {self.path} holds a run that began after this command: give another")
-        clear = state.step == 0 or self.overwrite
+        clear = state.step == 0 or overwrite
         labeled = state.labeled.tolist()
         if not clear and (self.path / files.INDICES).exists() and files.read_split(self.path / files.INDICES) != labeled:
             raise UsageError(f"{self.path / files.INDICES} is not the split that the checkpoint was trained on: restore it "
@@ -79,15 +79,15 @@ class RunFolder:
             files.link(self.checkpoint, self.path / files.CHECKPOINT)
         if self.checkpoint and state.is_best():                         # a kill may have kept `save` from saying so
             files.link(self.checkpoint, self.path / files.BEST)
-        truncate_after(state.step, self.path / files.METRICS, r'\{"step": (\d{1,15}), ', others=False)
-        truncate_after(state.step, self.path / files.LOG, r"\S+ \S+  step (\d{1,15})/", others=True)
+        for name in (files.METRICS, files.LOG):
+            truncate_after(state.step, self.path / name)
         indices = "".join(f"{index}\n" for index in labeled)
         files.write_text(self.path / files.INDICES, indices)
         files.write_json(self.path / files.SPLIT, {
             "sha256": hashlib.sha256(indices.encode()).hexdigest(), "dataset": state.args["dataset"],
             "labels_sha256": state.data["training labels"], "num_label": len(labeled), "seed": state.args["seed"],
             "validation": state.validation.tolist()})
-        self.log_file, self.metrics = files.Appender(self.path / files.LOG), files.Appender(self.path / files.METRICS)
+        self.log_file, self.metrics = (files.Appender(self.path / name, self.print) for name in (files.LOG, files.METRICS))
         self.events = event_writer(self.path, state.step)
         self.bar = tqdm(initial=state.step, total=state.args["total_steps"], unit="step", disable=None, dynamic_ncols=True)
 
@@ -95,29 +95,24 @@ class RunFolder:
         """Writes one line each to log.txt and to standard output, above the progress bar if there is one."""
         for message in map(printable, messages if self.writes else ()):
             if self.log_file:
-                self.append(self.log_file, f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
+                self.log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
             try:
                 tqdm.write(message)
                 sys.stdout.flush()
             except OSError:             # nobody reads any more; the run goes on
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def append(self, file, text):
-        failed_before = file.error
-        file.write(text)
-        if file.error and not failed_before:
-            self.print(f"{file.path} cannot be written ({file.error}): its lines are kept in memory until it can")
-
-    def save(self, state, seconds, device, last=True):
-        """Saves the state of the run, and as the best one too if it is that.
+    def save(self, seconds, last=True):
+        """Saves the state, and as the best one too if it is that.
 
         seconds: that the run has taken.  A failure is a warning, and OSError if it is the last save.  Raises Diverged or
         RunFailure, and saves nothing, unless the weights are finite and the same in all processes.
         """
+        state = self.state
         state.check_finite()
         self.world.check_replicas(state.model.state_dict(), state.step)
         state.seconds = seconds
-        state.rng = self.world.all_gather_object(get_random_state(device))
+        state.rng = self.world.all_gather_object(get_random_state(state.device))
         if not self.writes:
             return
         try:
@@ -134,29 +129,36 @@ class RunFolder:
             self.print(f"step {state.step} could not be saved ({error}): training goes on; "
                        + checkpoint.describe_last(self.path))
 
-    def record(self, step, scalars):
-        """Writes tag -> value at a step to metrics.jsonl and TensorBoard."""
+    def log(self, scalars, words):
+        """Writes tag -> value to metrics.jsonl and TensorBoard, and words about them to the log, at the step of the state."""
         if not self.writes:
             return
-        self.append(self.metrics, json.dumps({"step": step, **scalars}) + "\n")
+        step = self.state.step
+        self.metrics.write(json.dumps({"step": step, **scalars}) + "\n")
         for tag, value in scalars.items():
             self.events.add_scalar(tag, value, step)
+        self.print("  ".join([f"step {step}/{self.state.args['total_steps']}", *words]))
 
-    def log_means(self, step, total_steps, alpha, means, rate, left):
+    def log_means(self, alpha, means, rate, left):
         """Writes training means; rate: images per second of training, left: seconds to the end, evaluations included."""
-        self.record(step, {f"train/{name}": value for name, value in means.items()} | {"train/lr": alpha})
-        values = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-        self.print(f"step {step}/{total_steps}  {values}  lr {alpha:.4g}  {rate:.0f} images/s  {duration(left)} left")
+        means = means | {"lr": alpha}
+        self.log({f"train/{name}": value for name, value in means.items()},
+                 [*(f"{name} {value:.4g}" for name, value in means.items()), f"{rate:.0f} images/s", f"{duration(left)} left"])
 
-    def finish(self, state, labeled):
+    def log_accuracies(self, scalars):
+        """Writes accuracies, as `evaluation.measure_sets` returns them; the log has the errors."""
+        self.log(scalars, [f"{tag.replace('/accuracy', '').replace('/top5', ' top-5')} error {100 * (1 - value):.2f} %"
+                           for tag, value in scalars.items()])
+
+    def finish(self, labeled):
         """Writes results.json and prints the error rates under every selection rule.
 
         labeled: accuracy in [0, 1] on the run's own labeled images, without augmentation.
         """
         if not self.writes:
             return
-        count, labeled_error = len(state.evaluations), round(100 * (1 - labeled), 4)
-        rates, top5 = error_rates(state.evaluations), error_rates(state.evaluations, "test_top5")
+        state, labeled_error = self.state, round(100 * (1 - labeled), 4)
+        count, rates, top5 = len(state.evaluations), error_rates(state.evaluations), error_rates(state.evaluations, "test_top5")
         files.write_json(self.path / files.RESULTS, {
             "error_rate": rates, **({"top5_error_rate": top5} if top5 else {}), "labeled_error_rate": labeled_error,
             "evaluations": count, "median_of": min(20, count), "steps": state.step, "seconds": round(state.seconds, 1),
@@ -188,15 +190,15 @@ def event_writer(path, step):
     return SummaryWriter(f"run:{path}", purge_step=step + 1 if step else None, filename_suffix=EVENTS)
 
 
-def truncate_after(step, path, pattern, others):
-    """Removes from a file of lines those of later steps, and a last one that was not written to its end.
+def truncate_after(step, path):
+    """Removes the lines of later steps from a log or metrics.jsonl, and a last one that was not written to its end."""
+    def kept(line):
+        found = STEP_OF_LINE.match(line)
+        return line.endswith("\n") and (found is None or int(found[1]) <= step)
 
-    pattern: whose group in a line is its step.  others: whether lines without a step stay.
-    """
     if path.exists():
         with open(path, encoding="utf-8", errors="replace") as file:
-            lines = [(re.match(pattern, line), line) for line in file if line.endswith("\n")]
-        files.write_text(path, "".join(line for found, line in lines if (int(found[1]) <= step if found else others)))
+            files.write_text(path, "".join(filter(kept, file)))
 
 
 def git_commit():

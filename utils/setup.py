@@ -58,16 +58,17 @@ def prepare_data(args, files, world, device, saved):
 def load_images(flags, device, saved=None, **options):
     """Returns the images of a run, as `load_dataset` does; normalized, and without what was left out, as in a checkpoint.
 
-    flags: name -> value, of those that say which images, and how they are read.  options: further ones of `load_dataset`.
+    flags: name -> value, perhaps of a run that is older than a flag.  options: further ones of `load_dataset`.
     Raises DataError for images that are missing or damaged.
     """
+    flags = defaults() | flags
     if saved and "left_out" in saved:
         options |= {"statistics": (saved["mean"], saved["std"])}
-        if saved["args"].get("skip_corrupt") or not flags.get("skip_corrupt"):
+        if saved["args"].get("skip_corrupt") or not flags["skip_corrupt"]:
             options |= {"left_out": saved["left_out"]}          # else --evaluate looks for what cannot be read in other images
-    return load_dataset(flags["dataset"], flags["data_path"], flags["image_size"], flags.get("flip", False),
-                        flags["num_workers"], memory=memory_for_images(device), skip_corrupt=flags.get("skip_corrupt", False),
-                        num_test=flags.get("num_test", 0), **options)
+    return load_dataset(flags["dataset"], flags["data_path"], flags["image_size"], flags["flip"], flags["num_workers"],
+                        memory=memory_for_images(device), skip_corrupt=flags["skip_corrupt"], num_test=flags["num_test"],
+                        **options)
 
 
 def check_same_data(data, saved, name, path):
@@ -111,14 +112,14 @@ def load_first_weights(model, args):
     return left
 
 
-def describe_run(args, state, images, unlabeled, device, warned):
+def describe_run(args, state, images, unlabeled, warned):
     """Yields the first lines of the log: data, network, device, plan and warnings."""
     yield (f"{images.describe()}; {len(state.labeled)} labeled" + ("" if unlabeled is None else f", {len(unlabeled)} unlabeled")
            + (f", {len(state.validation)} for validation" if len(state.validation) else ""))
     if count := len(images.train_labels) - images.num_train:
         yield f"{count:,} images have no class: validation, unlabel-acc and pseudo-acc leave them out"
     yield (f"{args.arch}, {sum(w.numel() for w in state.model.parameters()):,} parameters, {state.sessions[-1]['device']}"
-           + (f" ({why_missing()})" if args.device == "auto" and device.type == "cpu" else ""))
+           + (f" ({why_missing()})" if args.device == "auto" and state.device.type == "cpu" else ""))
     if images.where:
         yield f"images {images.where}"
     yield from describe_missing(images)
@@ -128,7 +129,7 @@ def describe_run(args, state, images, unlabeled, device, warned):
     if args.meta_gradient == "finite-difference" and args.precision == "bfloat16" and not args.no_meta:
         yield ("warning: with --precision bfloat16 a half-step of the finite difference can be less than the resolution of the "
                "weights, and the meta-gradient mostly rounding: take --meta-gradient jvp, or float32")
-    yield from filter(None, (cut_short(args), slow_precision(args.precision, device), *warned))
+    yield from filter(None, (cut_short(args), slow_precision(args.precision, state.device), *warned))
     line, seen = f"{args.total_steps:,} steps of {args.batch_size}", args.total_steps * args.batch_size
     if unlabeled is None:
         yield f"{line} labeled images: {seen / len(state.labeled):,.1f} passes over the labeled ones"

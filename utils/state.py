@@ -22,25 +22,21 @@ SCHEMA = {**COURSE, "best": (float, type(None)), "args": dict, "files": dict, "m
 class RunState:
     """A run between two steps.
 
-    Attributes are the names in SCHEMA; `model` and `optimizer` are the objects themselves.  labeled and validation:
-    (N,) int64 indices of training images.  sessions: a dict for each part of the run, with where and by what it was trained.
-    rng: for each process the states of torch's generators, by type of device.
+    Attributes are the names in SCHEMA; `model` and `optimizer` are the objects themselves.  files: `NamedFiles.sums`.
+    labeled, validation: (N,) int64 indices of training images.  data: the digest of the images.  sessions: a dict for each
+    part of the run, with where and by what it was trained.  rng: for each process the states of torch's generators, by type
+    of device.
     """
 
     def __init__(self, args, files, images, data, labeled, validation, model, optimizer):
-        """A run before its first step.
-
-        args: resolved flags.  files: `NamedFiles.sums`.  images: as `load_dataset` returns them, data: their digest.  labeled,
-        validation: (N,) int64 tensors.
-        """
+        """A run before its first step.  args: resolved flags.  images: as `load_dataset` returns them."""
         self.args, self.files, self.model, self.optimizer = plain_flags(args), files, model, optimizer
-        self.labeled, self.validation = labeled, validation
+        self.labeled, self.validation, self.device = labeled, validation, next(model.parameters()).device
         self.select_by = "validation" if len(validation) else "test"
         self.data, self.class_names, self.left_out = data, list(images.class_names), list(images.left_out)
         self.mean, self.std, self.image_size = images.mean, images.std, images.image_size
         self.step, self.seconds, self.evaluations, self.sessions, self.rng = 0, 0.0, [], [], []
-        # An infinite parameter or buffer, such as the mask of an attention, may stay so.
-        self.finite_at_start = {name for name, value in model.state_dict().items() if all_finite([value])}
+        self.finite_at_start = finite_entries(model)
 
     @property
     def best(self):
@@ -66,7 +62,7 @@ class RunState:
         for field in COURSE:
             setattr(self, field, saved[field])
 
-    def set_random_state(self, world, device):
+    def set_random_state(self, world):
         """Puts torch's generators in the state of this step.  Returns lines about what could not be put back.
 
         A process that the run did not have before gets a state of its own, a function of (rank, seed, step).
@@ -76,13 +72,13 @@ class RunState:
             torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
         if self.step and (world.rank == 0 or len(self.rng) == world.size):
             try:
-                return set_random_state(self.rng[world.rank], device)
+                return set_random_state(self.rng[world.rank], self.device)
             except Exception as error:          # torch says by many types what it does not take
                 raise UsageError(f"the random state of the checkpoint is impossible ({first_line(error)})") from None
         return []
 
     def add_evaluation(self, scalars):
-        """Keeps accuracies, as `Evaluator.evaluate` returns them."""
+        """Keeps accuracies, as `evaluation.measure_sets` returns them."""
         self.evaluations.append({"step": self.step} | {tag.removesuffix("/accuracy").replace("/", "_"): value
                                                        for tag, value in scalars.items()})
 
@@ -102,9 +98,14 @@ class RunState:
             raise Diverged(f"the weights are not finite at step {self.step}")
 
 
+def finite_entries(model):
+    """Returns the names of the weights that are finite; the mask of an attention, for example, is not, and may stay so."""
+    return [name for name, value in model.state_dict().items() if all_finite([value])]
+
+
 def load_weights(model, arch, weights, name):
     """Puts the weights of a checkpoint into a model.  Raises UsageError if they do not fit, or are not finite."""
-    finite = [key for key, value in model.state_dict().items() if all_finite([value])]
+    finite = finite_entries(model)
     try:
         model.load_state_dict(weights)
     except Exception as error:          # torch reports a mismatch by many types

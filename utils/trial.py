@@ -5,7 +5,7 @@ A trial has instances of its own.  It leaves random states as they were, and kee
 import io
 import random
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -21,36 +21,29 @@ from utils.errors import Diverged, RunFailure, UsageError, is_out_of_memory
 
 def try_network(name, num_classes, image_size, device, dtype=None, method=None, consistency="mse", epsilon=1e-2, batch=4,
                 trains=True):
-    """Tries a network on a few random images; networks of this repository only with a batch of one image.
+    """Tries a network on `batch` random images; networks of this repository only with one.  Returns warnings, a list of lines.
 
-    Args:
-        device, dtype: where it is to run, and the type for autocast or None.
-        method, consistency, epsilon: of the meta-gradient, as in `metasemi.training_step`; a method of None: no meta step.
-        batch: how many images, those of a step if that has fewer than four.
-        trains: whether it is to be trained; if not, it is only to give logits.
-
-    Returns warnings, a list of lines.
+    dtype: for autocast, or None.  method: of the meta-gradient; None: no meta step.  trains: whether it is to be trained; if
+    not, it is only to give logits.
 
     Raises NetworkError if forward(x) does not give logits (B, K) in both modes or changes x, if `metasemi.check_model` finds
     the meta-gradient wrong, or if a fresh network with the weights of a trained one does not do the same.
     """
     if not is_custom(name) and batch > 1:
         return []
-    kept = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
-            seed(1)
-            x_l, x_u = torch.randn(2, batch, 3, image_size, image_size, device=device)
-            y_l = torch.arange(batch, device=device) % num_classes
-            model = build_model(name, num_classes, device)
-            warnings = check_answers(name, model, x_l, num_classes, dtype)
-            if is_custom(name) and trains:
-                options = {"method": method, "consistency": consistency, "epsilon": epsilon}
-                check_method(name, model, x_l, y_l, x_u, options)
-                warnings += check_training(name, model, build_model(name, num_classes, device), x_l, y_l, x_u, dtype, options)
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
+    with ExitStack() as afterwards:
+        afterwards.callback(random.setstate, random.getstate())
+        afterwards.callback(np.random.set_state, np.random.get_state())
+        afterwards.enter_context(torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type))
+        seed(1)
+        x_l, x_u = torch.randn(2, batch, 3, image_size, image_size, device=device)
+        y_l = torch.arange(batch, device=device) % num_classes
+        model = build_model(name, num_classes, device)
+        warnings = check_answers(name, model, x_l, num_classes, dtype)
+        if is_custom(name) and trains:
+            options = {"method": method, "consistency": consistency, "epsilon": epsilon}
+            check_method(name, model, x_l, y_l, x_u, options)
+            warnings += check_training(name, model, build_model(name, num_classes, device), x_l, y_l, x_u, dtype, options)
     return warnings
 
 
@@ -62,10 +55,12 @@ def seed(number):
 
 
 @contextmanager
-def told(name, what, remedy=""):
-    """Makes one line of whatever is raised inside, a NetworkError: `what` failed, where, and the remedy."""
+def network_errors(name, what, remedy=""):
+    """Makes a NetworkError of whatever else is raised inside: `what` failed, where, and the remedy."""
     try:
         yield
+    except NetworkError:
+        raise
     except (Exception, SystemExit) as error:
         remedy = ": take a larger --batch-size" if "1 value per channel" in str(error) else remedy
         raise NetworkError(f"{name} fails {what}: {where(error, name)}{remedy}") from None
@@ -83,7 +78,7 @@ def check_answers(name, model, images, num_classes, dtype):
     warnings = []
     for mode in ("evaluation", "training"):
         x = images.clone()
-        with told(name, f"in {mode} mode on images {tuple(x.shape)}"):
+        with network_errors(name, f"in {mode} mode on images {tuple(x.shape)}"):
             logits = logits_of(model.train(mode == "training"), x, dtype)
         if logits.shape[1] != num_classes:
             raise NetworkError(f"{name} gives {logits.shape[1]} logits for an image: expected one for each of {num_classes} "
@@ -99,18 +94,17 @@ def check_answers(name, model, images, num_classes, dtype):
 
 def check_method(name, model, x_l, y_l, x_u, options):
     """Raises NetworkError unless the meta-gradient of a model is right, or without a method its passes in evaluation mode."""
-    with told(name, "in the check of its meta-gradient"):
+    with network_errors(name, "in the check of its meta-gradient"):
         try:
             if options["method"]:
                 metasemi.check_model(model, x_l, y_l, x_u, **options)
             else:
                 check_passes(model, x_l)
-            return
         except ValueError as error:
             if place_in(error, name):
                 raise
             said = re.sub("method='([a-z-]+)'$", r"--meta-gradient \1", str(error))
-    raise NetworkError(f"{name}: {said}")
+            raise NetworkError(f"{name}: {said}") from None
 
 
 def check_training(name, model, fresh, x_l, y_l, x_u, dtype, options):
@@ -118,20 +112,17 @@ def check_training(name, model, fresh, x_l, y_l, x_u, dtype, options):
 
     Raises NetworkError unless that works and the two then give the same logits.
     """
-    def numbers():
-        return random.random(), np.random.random()
-
     seed(3)
-    untouched, file = numbers(), io.BytesIO()
-    seed(3)
-    with told(name, "in a step of training", ": take --precision float32" if dtype else ""):
+    with network_errors(name, "in a step of training", ": take --precision float32" if dtype else ""):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
         for _ in range(2):
             metasemi.training_step(model, optimizer, x_l, y_l, x_u, alpha=0.01, beta=0.01, dtype=dtype,
                                    meta=options["method"] is not None, **options)
-    warnings = [] if numbers() == untouched else [
+    after, file = (random.random(), np.random.random()), io.BytesIO()
+    seed(3)
+    warnings = [] if after == (random.random(), np.random.random()) else [
         f"warning: {name} draws random numbers from Python or NumPy: a resumed run continues with those of torch alone"]
-    with told(name, "when it is saved and loaded"):
+    with network_errors(name, "when it is saved and loaded"):
         torch.save(model.state_dict(), file)
         weights = torch.load(io.BytesIO(file.getvalue()), map_location=x_l.device, weights_only=True)
     if odd := [key for key, value in weights.items() if not isinstance(value, torch.Tensor)]:
@@ -143,7 +134,7 @@ def check_training(name, model, fresh, x_l, y_l, x_u, dtype, options):
                            "buffers in __init__, in their final shapes") from None
     for mode in ("evaluation", "training"):
         answers = []
-        with told(name, f"in {mode} mode once it was saved and loaded"):
+        with network_errors(name, f"in {mode} mode once it was saved and loaded"):
             for network in (model, fresh):
                 seed(4)             # not as before the first pass: what the model drew there is to be something else now
                 answers.append(logits_of(network.train(mode == "training"), x_u, dtype))
