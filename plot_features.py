@@ -6,10 +6,10 @@ from datasets import DATASETS
 from models import check_network
 from utils.cli import Parser, escape_output, number, option, path, refuse_without_effect
 from utils.distributed import processes
-from utils.errors import UsageError, fail, one_line_errors, printable
+from utils.errors import UsageError, one_line_errors, printable
 from utils.files import CHECKPOINT
 from utils.flags import DEVICES
-from utils.interrupt import Interrupt, Stopped, exit_code
+from utils.interrupt import Interrupt
 
 PROG = "plot_features.py"
 
@@ -19,21 +19,18 @@ def main(argv=None):
     args = parse(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)           # of the embedding libraries, about one another
     with Interrupt() as interrupt, one_line_errors(PROG):
-        try:
-            interrupt.listen()
-            check_files(args)
-            args.arch = {name: check_network(name) for name in args.arch}       # name -> SHA-256 of a file of the user's own
-            # torch and the embedding take seconds to load: only now, so that a wrong flag answers at once.
-            if args.curves:
-                from reproduction.figures import draw_curves
+        interrupt.listen()
+        check_files(args)
+        args.arch = {name: check_network(name) for name in args.arch}       # name -> SHA-256 of a file of the user's own
+        # torch and the embedding take seconds to load: only now, so that a wrong flag answers at once.
+        if args.curves:
+            from reproduction.figures import draw_curves
 
-                paths = draw_curves(args.curves, args.save_path, args.row_label)
-            else:
-                from reproduction.features import plot
+            paths = draw_curves(args.curves, args.save_path, args.row_label)
+        else:
+            from reproduction.features import plot
 
-                paths = plot(args)
-        except Stopped:
-            fail(PROG, "stopped by a signal before all was written", exit_code(interrupt.received))
+            paths = plot(args)
     print("\n".join(map(printable, paths)))
     return 0
 

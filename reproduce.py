@@ -29,9 +29,9 @@ from tqdm import tqdm
 import plot_features
 from reproduction.cells import ABLATION, CELLS, ROWS, own_flags, training_flop
 from utils.cli import Parser, escape_output, number, path, refuse_without_effect
-from utils.errors import UsageError, fail, one_line_errors, printable
+from utils.errors import UsageError, one_line_errors, printable
 from utils.files import lock
-from utils.interrupt import Interrupt, Stopped, exit_code
+from utils.interrupt import Interrupt
 
 with one_line_errors("reproduce.py"):       # joblib or scipy may be missing
     import joblib
@@ -56,11 +56,8 @@ def main(argv=None):
     escape_output()
     args = parse(argv)
     with Interrupt() as interrupt, one_line_errors(PROG):
-        try:
-            interrupt.listen()
-            return make(args)
-        except Stopped:
-            fail(PROG, "interrupted", exit_code(interrupt.received))
+        interrupt.listen()
+        return make(args)
 
 
 def make(args):

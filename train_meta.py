@@ -50,7 +50,7 @@ def main(argv=None):
             return train(args, files, device, interrupt, world)
         except Stopped as stopped:
             print(f"{PROG}: stopped by a signal before the first step", file=sys.stderr, flush=True)
-            os._exit(exit_code(*stopped.args))          # an orderly exit could wait for workers that are still starting
+            os._exit(*stopped.args)          # an orderly exit could wait for workers that are still starting
 
 
 def train(args, files, device, interrupt, world):
@@ -109,7 +109,7 @@ def train(args, files, device, interrupt, world):
         if stop and stop.fault:
             raise RunFailure(stop.fault)
         if stop and state.step == 0:    # nothing was saved
-            raise Stopped(stop.signal)
+            raise Stopped(exit_code(stop.signal))
         if stop:
             folder.print(f"stopped by a signal at step {state.step}/{args.total_steps}; --resume continues")
         else:

@@ -51,7 +51,7 @@ def load_without_classes(name, root, image_size, num_workers, skip_corrupt, clas
     They are read from disk, and decoded as those of a data set are; class_names, mean and std are those of a run.
     """
     ignored, row = defaultdict(list), DATASETS[name]
-    paths = list_images(root, ignored, nested=True) if root.is_dir() else [str(root)]
+    paths = list_images(root, ignored, nested=True) if root.is_dir() else [str(root)] * root.is_file()
     if not paths:
         return None
     files = ImageFiles(paths, image_size, Workers(num_workers), row.resized_crop)

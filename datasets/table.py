@@ -53,12 +53,6 @@ def has_unlabeled(name, root):
     return row.unlabeled and (not row.folders or os.path.lexists(root / UNLABELED_FOLDER))
 
 
-def is_under(name, root):
-    """Returns whether something of a data set lies in a folder."""
-    row = DATASETS[name]
-    return any(place and (root / place).exists() for place in (*row.folders, row.place))
-
-
 def check_root(name, root, num_test=0):
     """Raises DataError unless the folders of a data set are there, with num_test all but that of the test images."""
     folders = DATASETS[name].folders

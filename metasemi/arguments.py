@@ -50,7 +50,7 @@ def check_dense(gradients: dict[str, Tensor]) -> None:
 
 def check_classes(y: Tensor, num_classes: int) -> None:
     """Raises ValueError for a class outside 0..K-1 on the CPU; for an accelerator's answer the host would have to wait."""
-    if on_cpu(y):
+    if y.device.type == "cpu":
         low, high = (int(bound) for bound in y.aminmax())
         if low < 0 or high >= num_classes:
             raise ValueError(f"y_l holds the class {low if low < 0 else high}: expected 0 to {num_classes - 1}, since the "
@@ -59,9 +59,5 @@ def check_classes(y: Tensor, num_classes: int) -> None:
 
 def check_shares(lam: Tensor) -> None:
     """Raises ValueError for a mix-up weight outside [0, 1] on the CPU."""
-    if on_cpu(lam) and not (lam.clamp(0, 1) == lam).all():
+    if lam.device.type == "cpu" and not (lam.clamp(0, 1) == lam).all():
         raise ValueError(f"lam reaches from {lam.min().item():g} to {lam.max().item():g}: expected shares between 0 and 1")
-
-
-def on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu"

@@ -49,7 +49,7 @@ def fail(prog, message, code):
 def one_line_errors(prog, fail=fail, less_memory="", describe_rest=None):
     """Ends a script with one line for every expected error inside; any other error is a fault of this program.
 
-    The exit code is 2 for what the user gave, 1 for what happened, and 130 for Ctrl-C.
+    The exit code is 2 for what the user gave, 1 for what happened, and for a signal that of `Stopped`, else 130.
 
     Args:
         prog, fail: the name of the script, and a function as `fail` above.
@@ -64,13 +64,14 @@ def one_line_errors(prog, fail=fail, less_memory="", describe_rest=None):
         fail(prog, error, 2)
     except ModuleNotFoundError as error:
         fail(prog, f"{error.name} is missing: pip install -r requirements.txt", 2)
-    except KeyboardInterrupt:
-        fail(prog, "interrupted", 130)
+    except KeyboardInterrupt as signal:
+        fail(prog, "interrupted", *(signal.args or [130]))
     except (ArithmeticError, MemoryError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             error = f"out of memory{less_memory}"
-        elif line := missing_formula(error):
-            error = line
+        elif found := LACKS.search(str(error)):
+            error = (f"the operation {found[1]}, or its forward-mode derivative, does not exist on this device: take "
+                     "--meta-gradient finite-difference, which needs no such derivative, or --device cpu")
         elif not isinstance(error, (Diverged, OSError, RunFailure)):
             raise
         fail(prog, f"{error}; {describe_rest()}" if describe_rest else error, 1)
@@ -80,10 +81,3 @@ def is_out_of_memory(error):
     """Returns whether an exception says that the device or the machine has no memory left."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY))
-
-
-def missing_formula(error):
-    """Returns one line about an operation that a device cannot compute or differentiate, if an error speaks of one, or None."""
-    found = LACKS.search(str(error))
-    return found and (f"the operation {found[1]}, or its forward-mode derivative, does not exist on this device: take "
-                      "--meta-gradient finite-difference, which needs no such derivative, or --device cpu")

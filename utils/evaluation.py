@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 
 from datasets import DATASETS, DataError, data_digest, load_without_classes, normalized_batches
-from datasets.table import UNLABELED, is_under
+from datasets.table import UNLABELED
 from utils import checkpoint
 from utils.cli import option
 from utils.device import choose_device, set_precision, slow_precision
@@ -131,11 +131,10 @@ def find_images(args, flags, saved, path, device):
     set of the checkpoint lies in there, but images do.
     """
     root, name, trained = Path(flags["data_path"]), flags["dataset"], "args" in saved
-    if trained and args.data_path and not (root.is_dir() and is_under(name, root)):
-        images = None
-        if root.is_dir() or root.is_file():
-            images = load_without_classes(name, root, saved["image_size"], flags["num_workers"], flags["skip_corrupt"],
-                                          saved["class_names"], saved["mean"], saved["std"])
+    places = (*DATASETS[name].folders, DATASETS[name].place)
+    if trained and args.data_path and not any(place and (root / place).exists() for place in places):
+        images = load_without_classes(name, root, saved["image_size"], flags["num_workers"], flags["skip_corrupt"],
+                                      saved["class_names"], saved["mean"], saved["std"])
         if images is None and (args.predictions or not root.is_dir()):
             raise UsageError(f"argument --data-path: {root} holds no image of a type that is read, and nothing of {name}: give "
                              "a folder of images, or one image")

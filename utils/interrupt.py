@@ -7,8 +7,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.
 REPEATED = (signal.SIGHUP, signal.SIGXCPU)      # a closed terminal sends the first twice, the kernel the second every second
 
 
-class Stopped(BaseException):
-    """A signal, whose number is the argument, came when there was nothing to save yet; no `except Exception` stops it."""
+class Stopped(KeyboardInterrupt):
+    """A signal came when there was nothing to save yet; the argument is the exit code."""
 
 
 class Interrupt(ExitStack):
@@ -32,7 +32,7 @@ class Interrupt(ExitStack):
             os._exit(exit_code(self.received))
         self.received = number
         if not self.deferred:
-            raise Stopped(number)
+            raise Stopped(exit_code(number))
 
     def __call__(self):
         return self.received is not None
