@@ -115,9 +115,17 @@ def test_all_81_offsets_and_both_flips_occur_evenly():
 
 # Loading
 
+def test_sizes_means_and_deviations_are_those_of_the_paper():
+    found = {name: (row.num_train, *(row.mean or ()), *(row.std or ())) for name, row in DATASETS.items() if row.num_train}
+    assert found == {"cifar10": (50_000, .49139968, .48215841, .44653091, .24703223, .24348513, .26158784),
+                     "cifar100": (50_000, .50707516, .48654887, .44091784, .26733429, .25643846, .27615047),
+                     "svhn": (73_257, .4376821, .4437697, .47280442, .19803012, .20101562, .19703614),
+                     "stl10": (5_000,), "digits": (1_297,)}
+
+
 def test_digits_are_fixed_normalized_to_zero_mean_and_unit_deviation_and_evaluated_in_order(digits):
     assert digits.train_images.shape == (1297, 3, 16, 16) and digits.test_images.shape == (500, 3, 16, 16)
-    assert digits.train_images.dtype == torch.uint8 and digits.num_classes == 10
+    assert digits.train_images.dtype == torch.uint8 and digits.num_classes == 10 and digits.train_images.max() == 255
     batches = list(normalized_batches(digits.test_images, digits.test_labels, digits.mean, digits.std, batch_size=130))
     assert torch.equal(torch.cat([x for x, _ in batches]), normalize(digits.test_images, digits.mean, digits.std))
     assert torch.equal(torch.cat([y for _, y in batches]), digits.test_labels)
@@ -263,6 +271,7 @@ def test_what_cannot_be_read_is_left_out_as_if_it_were_not_there(tmp_path, monke
     monkeypatch.setattr("datasets.streaming.TASK_SIZE", 7)
     images, clean = load(roots[0], skip_corrupt=True, num_workers=2), load(roots[1], skip_corrupt=True)
     assert list(images.left_out) == broken and clean.left_out == {}
+    assert images.where.endswith("in memory" if memory is None else "GB of memory")
     assert all(reason.startswith(f"{roots[0] / file} cannot be read as an image (") for file, reason in images.left_out.items())
     assert data_digest(images) == data_digest(clean)
     assert all(map(torch.equal, drawn(images), drawn(clean)))
