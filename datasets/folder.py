@@ -69,9 +69,10 @@ def load_without_classes(name, root, image_size, num_workers, skip_corrupt, clas
 def decode_all(files, skip_corrupt, pixels=None):
     """Returns indices of the files that can be read, which fill their rows of pixels, (N, 3, S, S) uint8, and path -> error of
     the others, which without skip_corrupt are a DataError."""
-    unreadable = {}
-    with closing(files.workers):
-        for index, batch in ordered_batches(files, unreadable=unreadable):
+    count = min(files.workers.count, os.cpu_count() or 1, len(files) // 500)        # a process takes time to start
+    unreadable, part = {}, files[:]
+    with closing(Workers(count if count > 1 else 0)) as part.workers:
+        for index, batch in ordered_batches(part, unreadable=unreadable):
             if pixels is not None:
                 pixels[index] = batch
     if unreadable and not skip_corrupt:

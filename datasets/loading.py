@@ -40,7 +40,8 @@ def load_dataset(name, root, image_size=None, flip=False, num_workers=0, *, memo
     images = LOADERS[row.loader](name, root, image_size=image_size or row.image_size, num_workers=num_workers, memory=memory,
                                  skip_corrupt=skip_corrupt, left_out=left_out, num_test=num_test, download=download)
     if len(images.test_labels) == 0:
-        raise DataError(f"{name} under {root}: no test image, and {len(images.left_out):,} that cannot be read: add one")
+        unreadable = f", and {len(images.left_out):,} that cannot be read" * bool(images.left_out)
+        raise DataError(f"{name} under {root}: no test image{unreadable}: add one")
     untested = [images.class_names[k] for k in np.setdiff1d(np.arange(images.num_classes), images.test_labels)]
     warnings = (f"{len(untested)} of {images.num_classes} classes have no test image: {', '.join(untested)}",) * bool(untested)
     mean, std = map(torch.tensor, (row.mean, row.std)) if row.mean else statistics or measure(images.train_images)

@@ -225,7 +225,9 @@ def check_state(model, x):
         model.train()
         for _ in range(2):
             model(x)
-        model.load_state_dict(kept, strict=False)
+        for name, value in model.state_dict().items():
+            if name in kept and value.shape == kept[name].shape:
+                value.copy_(kept[name])
         after = passes()
     for a, b, c in zip(before, again, after):
         unit = max(1e-5, 4 * torch.finfo(a.dtype).eps)

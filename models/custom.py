@@ -53,14 +53,14 @@ def check_network(name):
                            "torch.nn.Module")
     for beside in sorted({*folder.glob("*.py"), *(file.parent for file in folder.glob("*/*.py"))}):
         other = ROOT / beside.stem if beside.stem in PACKAGES else place_of(beside.stem)
-        if other and other.parent.resolve() != folder:
+        if other and other.parent.resolve() != folder and beside.stem != "__main__":
             raise NetworkError(f"{name}: {beside} has the name of the module {other}: rename it")
     return hashlib.sha256(text).hexdigest()
 
 
 def place_of(module):
     """Returns the file or folder that a module of this name was imported from, or None."""
-    found = vars(sys.modules.get(module, object))
+    found = vars(sys.modules.get(module) or object)
     place = next(iter(found.get("__path__") or [found.get("__file__")]))
     return place and Path(place)
 
@@ -68,7 +68,7 @@ def place_of(module):
 def build_custom(name, num_classes):
     """Returns CLASS(num_classes) of FILE.py:CLASS, which is executed as a module under a private name.
 
-    Its folder comes first where modules are looked for, so that it imports its neighbors.  They stay imported.
+    Its folder is put on the import path, so that it imports its neighbors.  They stay imported.
     Raises NetworkError for any error in there, and if nothing in it can be trained.
     """
     from torch import nn

@@ -138,6 +138,8 @@ def own_flags(text):
         given = vars(parse_given(shlex.split(text), refuse)[1])
     except ValueError as error:
         raise UsageError(f"argument --flags: {text[:80]!r}: {error}") from None
+    if not given:
+        raise UsageError("argument --flags: it holds no flag: name the data at least")
     if odd := next((name for name in given if name in MAKE_ROWS | {"seed"} | with_role(COMMAND)), None):
         raise UsageError(f"argument --flags: {option(odd)} is given to each run by reproduce.py: leave it out")
     return given

@@ -83,7 +83,7 @@ def test_memory_for_images_is_a_third_of_what_is_free_shared_by_processes_and_le
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert 0 < memory_for_images(CPU) <= physical // 12
-    for nothing in ("", "0"):
+    for nothing in ("", "0", "x"):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", nothing)
         assert 0 < memory_for_images(CPU) <= physical // 3
     assert memory_for_images(accelerator("xpu", mem_get_info=lambda device: (3000 + device.index, physical))) == 1000

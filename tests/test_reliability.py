@@ -157,7 +157,7 @@ def test_names_from_files_reach_terminal_and_log_without_control_characters(trai
     (lambda saved: saved.pop("rng"), "rng"), (lambda saved: saved.update(step="3"), "step"),
     (lambda saved: saved.update(labeled=[1, 2]), "labeled"), (lambda saved: saved["args"].update(image_size=10 ** 9), "1024"),
     (lambda saved: saved["args"].update(arch="\x1b[2J\nstep 1/1  test error 0.00 %"), "arch"),
-    (lambda saved: saved.pop("version"), "is not a checkpoint of train_meta.py in its version 2: continue one")])
+    (lambda saved: saved.pop("version"), "is not a checkpoint of train_meta.py, version 2: one of another")])
 def test_a_checkpoint_that_no_run_has_left_is_refused_in_one_line(train, whole, tmp_path, capsys, change, words):
     path, saved = tmp_path / "x.pth", state_of(whole())
     change(saved)

@@ -81,8 +81,8 @@ def load_alone(path, bare=False):
             return {"model": weights}
     version = content.get("version") if isinstance(content, dict) else None
     if not isinstance(version, int) or version != VERSION:
-        raise UsageError(f"{path} is {'neither a state dict nor' if bare else 'not'} a checkpoint of train_meta.py in its "
-                         f"version {VERSION}: continue one of an earlier version with that")
+        raise UsageError(f"{path} is {'neither a state dict nor' if bare else 'not'} a checkpoint of train_meta.py, "
+                         f"version {VERSION}: one of another version needs that version of the program")
     if wrong := next((name for name, kind in SCHEMA.items() if not isinstance(content.get(name, ...), kind)), None):
         raise UsageError(f"{path} is damaged: its {wrong} is missing or impossible")
     parse_again(content["args"], path)

@@ -58,6 +58,8 @@ def path(text):
     """An argparse type: a path that is not empty, as by a variable without a value."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty: name a file or folder")
+    if max(map(len, text.encode(errors="surrogateescape").split(b"/"))) > 255:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} begins a name of more than 255 bytes: give a shorter one")
     return Path(text)
 
 

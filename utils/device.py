@@ -84,7 +84,8 @@ def memory_for_images(device):
         free += [1024 * int(size) for size in re.findall(r"MemAvailable:\s+(\d+)", text)]
     with suppress(OSError, ValueError):                 # of a container; "max" is none
         free.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
-    shared = min(free) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    shared = min(free) // max(1, int(processes) if processes.isdecimal() else 1)
     return min(shared, call(device, "mem_get_info", device, default=(shared,))[0]) // 3
 
 

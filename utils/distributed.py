@@ -52,7 +52,7 @@ class World:
         import torch.distributed
 
         self.dist = torch.distributed
-        backend = self.dist.get_default_backend_for_device(device)
+        backend = self.dist.Backend.default_device_backend_map.get(device.type, "gloo")
         with connection_failures():
             store = next(iter(self.dist.rendezvous("env://", timeout=TIMEOUT)))[0]
             # torchrun may keep one store over its restarts, and with it what the processes before have left there.
@@ -163,8 +163,6 @@ class World:
         if different:
             raise RunFailure(f"the {self.size} processes are not equal any more at step {step}: {len(different)} of "
                              f"{len(state)} tensors differ, {different[0]} the first of them")
-
-    # What each process does for itself
 
     def rows(self, batch_size):
         """Returns which rows of every batch this process takes, a slice; batch_size: a multiple of `size`."""

@@ -136,8 +136,8 @@ def find_images(args, flags, saved, path, device):
         images = load_without_classes(name, root, saved["image_size"], flags["num_workers"], flags["skip_corrupt"],
                                       saved["class_names"], saved["mean"], saved["std"])
         if images is None and (args.predictions or not root.is_dir()):
-            raise UsageError(f"argument --data-path: {root} holds no image of a type that is read, and nothing of {name}: give "
-                             "a folder of images, or one image")
+            raise UsageError(f"argument --data-path: {root} is no image, and holds neither one nor anything of {name}: give a "
+                             "folder of images, or one image")
         if images and not args.predictions:
             raise UsageError(f"argument --data-path: {root} holds images without classes, so there is no accuracy to measure: "
                              "add --predictions FILE.csv")
@@ -151,8 +151,8 @@ def find_images(args, flags, saved, path, device):
         raise DataError(f"argument --data-path: {root} has other classes than {path} was trained on")
     others = [part for part in differing(data_digest(images), saved["data"]) if "test" in part] if trained else []
     if others and not args.data_path:
-        raise UsageError(f"argument --data-path: {root} is not what {path} was tested on: the {', '.join(others)} differ: give "
-                         "a folder to measure what is in there")
+        raise UsageError(f"argument --{'num-test' if args.num_test else 'data-path'}: {root} is not what {path} was tested on: "
+                         f"the {', '.join(others)} differ: give a folder by --data-path to measure what is in there")
     return images, said + (f"; not what the run was tested on: the {', '.join(others)} differ" if others else "")
 
 
@@ -166,8 +166,9 @@ def evaluation_flags(args, sums, saved, path):
             if flags[name] != then[name]:
                 raise UsageError(f"argument {option(name)}: {flags[name]}, but {path} was trained with {then[name]}: "
                                  "leave it out")
-    if args.data_path and flags["num_test"] and (args.data_path / DATASETS[flags["dataset"]].folders[1]).is_dir():
-        flags["num_test"] = 0           # this folder has test images of its own
+    if args.data_path and flags["num_test"] and not args.num_test:
+        _, tests = DATASETS[flags["dataset"]].folders
+        flags["num_test"] *= not (args.data_path / tests).is_dir()          # 0: this folder has test images of its own
     return flags
 
 

@@ -30,8 +30,6 @@ class NamedFiles(NamedTuple):
     sums: dict                          # "arch", "init" -> SHA-256 of a network's file and of first weights, where there is one
 
 
-# One dict, one comparison
-
 def facts(flags, sums=(), **more):
     """Returns name -> text, of flags, name -> value, and of more that makes an experiment.
 
@@ -91,8 +89,6 @@ def check_same_processes(world, args, sums, data, **split):
                              + ", ".join(f"{name} {other[name][:40]}, not {everyone[0][name][:40]}" for name in names)
                              + ": start all with the same flags, data, network and versions")
 
-
-# The flags of a command, resolved against the run that it continues
 
 def resolve_flags(argv=None):
     """Returns the flags of train_meta.py, and the set of the names of those on the command line.
@@ -174,8 +170,6 @@ def check_counts(args, size):
         if args.num_label and not args.split:
             check_num_label("--num-label", args.num_label, dataset.num_classes, dataset.num_train - args.num_val)
 
-
-# The files that a command line names
 
 def read_named_files(args, named):
     """Reads the files that the command line names, of which no network is executed, and returns NamedFiles.

@@ -30,8 +30,6 @@ FIGURES = {"error_rate": RATES, "labeled_error_rate": (float, type(None)), "step
            "sessions": list}
 
 
-# Writing
-
 @contextmanager
 def temporary_name(path):
     """Gives the path of a file that is made inside the block and takes the place of `path` in one step at its end.
@@ -150,13 +148,11 @@ def lock(folder, say=print):
     return file
 
 
-# Reading
-
 def read_bytes(path):
     """Returns the content of a regular file: to open a pipe would wait for ever."""
     try:
         if path.exists() and not path.is_file():
-            raise UsageError(f"{path} is not a regular file")
+            raise UsageError(f"{path} is not a regular file: give another, or move it away")
         return path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror or error}): restore it, or give another") from None
@@ -234,7 +230,7 @@ def read_split(path):
         raise UsageError(f"{path} names an image twice")
     if path.name == INDICES and path.with_name(SPLIT).exists():
         if read_split_sums(path.parent)["sha256"] != hashlib.sha256(text.encode()).hexdigest():
-            raise UsageError(f"{path} is not the split whose SHA-256 is in {SPLIT}: restore it")
+            raise UsageError(f"{path} is not the split whose SHA-256 is in {SPLIT}: restore it, or remove both files")
     return entries
 
 

@@ -203,7 +203,8 @@ def command_line(flags):
 def parse_again(flags, path):
     """Returns flags that a run has kept, checked as those of a command line; path: of their file, for the message."""
     def fail(prog, message, code):
-        raise UsageError(f"{path} is damaged: {message}: restore it, or remove it and give every flag of the run")
+        raise UsageError(f"{path} is damaged: {message}: restore it, or remove it and give every flag of the run, "
+                         "--resume with its checkpoint, and a new --save-path")
 
     _, parsed = parse_given(command_line(flags), fail)
     return {name: value for name, value in vars(parsed).items() if name in kept()}

@@ -19,11 +19,12 @@ class Interrupt(ExitStack):
     received, deferred = None, False
 
     def listen(self):
-        """Takes the signals over until the end of the block."""
+        """Takes the signals over until the end of the block; after one has come, until the end of the program."""
         for number in SIGNALS:
             # A SIGHUP that is ignored, as under nohup, stays so.
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                self.callback(signal.signal, number, signal.signal(number, self.handle))
+                previous = signal.signal(number, self.handle)
+                self.callback(lambda *given: self.received or signal.signal(*given), number, previous)
 
     def handle(self, number, frame):
         if self.received is not None:

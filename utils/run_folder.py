@@ -194,7 +194,7 @@ def truncate_after(step, path):
     """Removes the lines of later steps from a log or metrics.jsonl, and a last one that was not written to its end."""
     def kept(line):
         found = STEP_OF_LINE.match(line)
-        return line.endswith("\n") and (found is None or int(found[1]) <= step)
+        return line.endswith("\n") and (int(found[1]) <= step if found else path.name == files.LOG)
 
     if path.exists():
         with open(path, encoding="utf-8", errors="replace") as file:

@@ -32,7 +32,7 @@ def prepare_data(args, files, world, device, saved):
             labeled, validation = map(torch.from_numpy, split_training(
                 images.train_labels[:images.num_train], args.num_label, args.num_val, images.num_classes, args.seed, split))
         except DataError as error:
-            if args.num_label != defaults()["num_label"] or not images.train_files:
+            if args.num_label != defaults()["num_label"] or not images.train_files or "--num-label" not in str(error):
                 raise
             counts = torch.bincount(images.train_labels[:images.num_train])
             raise DataError(f"{error}; {args.num_label:,} is the default, and {images.class_names[counts.argmin()]} has "

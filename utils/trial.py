@@ -150,7 +150,7 @@ def network_failures(name, step=None):
     processes or a network of this repository stay what they are, and so do logits that are not finite."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         others = isinstance(error, (DataError, Diverged, NetworkError, RunFailure, UsageError))
         if not is_custom(name) or others or is_out_of_memory(error) or isinstance(error, OSError) and not place_in(error, name):
             raise
