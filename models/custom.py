@@ -6,8 +6,9 @@ network is compared with the command line and never executed.  Importing this mo
 import hashlib
 import sys
 import traceback
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("datasets", "metasemi", "models", "reproduction", "utils")
@@ -77,10 +78,11 @@ def build_custom(name, num_classes):
     path, folder, wanted = parse(name)
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
-    module = sys.modules[private] = ModuleType(private)         # dataclasses look for it there
-    module.__file__ = path
+    loader = SourceFileLoader(private, path)
+    loader.get_code = lambda _: loader.source_to_code(loader.get_data(path), path)      # the text: a __pycache__ may be old
+    module = sys.modules[private] = module_from_spec(spec_from_loader(private, loader))     # dataclasses look for it there
     try:
-        exec(compile(Path(path).read_bytes(), path, "exec"), vars(module))      # the text itself: a __pycache__ may be old
+        loader.exec_module(module)
         model = getattr(module, wanted)(num_classes)
     except NetworkError:            # of another network, which this one builds
         raise
