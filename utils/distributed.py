@@ -79,16 +79,14 @@ class World:
             if self.size > 1:
                 os._exit(code)
 
-    # Messages
-
     def agree_to_stop(self, signal, fault=None):
         """Returns a Stop if some process got a signal or has a fault, else None; the same in every process.
 
         signal: its number, or None.  fault: an exception, or None.
         """
-        signals, faults = zip(*self.all_gather_object((signal, fault and str(fault))))
-        if not any(signals + faults):
+        if not any(self.all_reduce_numbers([bool(signal or fault)])):           # at every step: one number, no text
             return None
+        signals, faults = zip(*self.all_gather_object((signal, fault and str(fault))))
         return Stop(max(filter(None, signals), default=None), next(filter(None, faults), None))
 
     def broadcast_object(self, value):
@@ -111,7 +109,13 @@ class World:
 
     def all_reduce_numbers(self, numbers):
         """Returns the sums of numbers over the processes, a list."""
-        return [sum(values) for values in zip(*self.all_gather_object(numbers))]
+        import torch
+
+        values = torch.tensor(numbers, dtype=torch.float64)
+        if self.size > 1:
+            with connection_failures():
+                self.dist.all_reduce(values, group=self.control)
+        return values.tolist()
 
     @contextmanager
     def local_first(self):
@@ -123,8 +127,6 @@ class World:
                 self.dist.monitored_barrier(self.control, timeout=LOADING)
         if self.local_rank:
             yield
-
-    # Tensors of the model
 
     def all_reduce_mean(self, tensors):
         """Returns the means of tensors over the processes, a list of new tensors."""

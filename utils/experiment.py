@@ -20,8 +20,6 @@ from utils.errors import UsageError, fail
 from utils.files import ARGS, CHECKPOINT, LAST, PREVIOUS, holds_run, read_bytes, read_flags, read_split
 from utils.flags import FROM_CHECKPOINT, PER_PROCESS, RESUME, check_effect, defaults, kept, parse_again, parse_given, with_role
 
-PACKAGES = ("torch", "torchvision", "numpy", "pillow")
-
 
 class NamedFiles(NamedTuple):
     """What the files hold that a command line names."""
@@ -51,7 +49,7 @@ def options(role):
 
 def versions():
     """Returns the versions of what computes, name -> text."""
-    return {package: version(package) for package in PACKAGES}
+    return {package: version(package) for package in ("torch", "torchvision", "numpy", "pillow")}
 
 
 def plain_flags(args):
