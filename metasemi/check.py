@@ -199,9 +199,9 @@ def check_passes(model, x):
 def check_evaluation_weights(model, x):
     """Raises ValueError if evaluation mode takes a weight from a copy that train(False) made of it."""
     with as_it_was(model, x.device):
-        trained = leaves(check_logits(model.train()(x), x, "training"))
-        first = model.eval()(x)
-        lost = [w for w in trained if w not in set(leaves(first))]
+        trained, first = leaves(check_logits(model.train()(x), x, "training")), model.eval()(x)
+        evaluated = set(leaves(first))
+        lost = [w for w in trained if w not in evaluated]
         with as_it_was(model, x.device, lost):
             for w in lost:
                 w.data.copy_(w.data * 1.5 + 0.1)
